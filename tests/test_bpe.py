@@ -1,0 +1,741 @@
+"""bpe.py: the trainers against each other, ids against other implementations, files and command line against misuse."""
+
+import json
+import os
+import random
+import string
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bpe
+
+END = bpe.END
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "gpt2_bpe.json").read_text(encoding="utf-8"))
+STORIES = [
+    "Once upon a time there was a little girl named Lily. She can't find her red ball.",
+    "Tom said, \"I'll help you, Lily! We've got 12 balls, and they're all red.\"\n\nThey were happy.",
+    "The little dog ran to the big tree.\r\n  It barked   and barked \u2014 \u201cwoof\u201d!",
+    "\u65e5\u672c\u8a9e caf\u00e9 \U0001f600\U0001f600 na\u00efve \u00bd \u0663",
+]
+# What the split pattern, UTF-8 and the search for specials can stumble over, to be strung together at random.
+PIECES = [*" \n\t'sdlrevmt1!<|\u00e9\u65e5\u00a0\x00", "  ", "'ll", "'re", " the", "Lily", "\U0001f600", "\u200d\u0301"]
+PIECES += [END, "<|endof", "text|>", "<|reserved_0|>", "<|reserved_", "\x85", "\x1c", "ball balls"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
+
+
+def random_texts(seed, n, most=14):
+    rng = random.Random(seed)
+    return ["".join(rng.choices(PIECES, k=rng.randint(0, most))) for _ in range(n)]
+
+
+def cut(data, rng, most):
+    """data in random pieces of up to `most`, some of them empty."""
+    pieces, i = [], 0
+    while i < len(data):
+        j = i + rng.randint(0, most)
+        pieces.append(data[i:j])
+        i = j
+    return pieces
+
+
+def with_specials(tokenizer, *names):
+    """The tokenizer with further special tokens behind its last id."""
+    specials = {**tokenizer.specials, **{name: tokenizer.vocab_size + i for i, name in enumerate(names)}}
+    return bpe.Tokenizer([*tokenizer.vocab, *(name.encode() for name in names)], tokenizer.merges, specials)
+
+
+# -- trainers
+
+
+def random_corpus(seed):
+    """A few documents of few letters, so that most pairs tie with another."""
+    rng = random.Random(seed)
+    letters = rng.choice(["a", "ab", "abc", "ab ", "aAb \n", "a\u00e9\u00e8\u65e5", "ab'1!"])
+    return ["".join(rng.choices(letters, k=rng.randint(0, 60))) for _ in range(rng.randint(1, 6))]
+
+
+def test_both_trainers_find_the_same_merges_on_random_corpora():
+    for seed in range(300):
+        texts = random_corpus(seed)
+        assert bpe.train(texts, 40) == bpe.train_spec(texts, 40), f"seed {seed}"
+    assert bpe.train(STORIES * 3, 200) == bpe.train_spec(STORIES * 3, 200)
+    data = [random.Random(0).randbytes(400)]
+    assert bpe.train(data, 100) == bpe.train_spec(data, 100)
+
+
+TIES = ["ab cb ab cb", "ba bc", "a\u00e9 a\u00e8"]
+
+
+@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+def test_ties_go_to_the_lexicographically_greater_pair_of_byte_strings(train):
+    assert train(["xz", "zx"], 1) == [(b"z", b"x")]
+    assert train(["ab", "ac"], 1) == [(b"a", b"c")]
+    # UTF-8 bytes: C3 A9 before C3 A8
+    assert train(["\u00e9", "\u00e8"], 1) == [(b"\xc3", b"\xa9")]
+    # (ab, c) before (a, z): first parts are compared first, and a string is greater than its beginning;
+    # what the pairs join to stands the other way round, az after abc
+    assert train(["abc", "az", "ab"], 2) == [(b"a", b"b"), (b"ab", b"c")]
+    # (b, c) before (aa, b): that aa is the newest token does not count
+    assert train(["aab", "aad", "bc"], 2) == [(b"a", b"a"), (b"b", b"c")]
+
+
+def test_the_opposite_tie_rule_gives_other_merges():
+    """Negative control: the corpus of ties does tell the rules apart."""
+
+    def train_smaller(texts, num_merges):
+        words = {tuple(bytes([b]) for b in word): n for word, n in bpe.count_pretokens(texts).items()}
+        merges = []
+        for _ in range(num_merges):
+            counts = {}
+            for word, n in words.items():
+                for pair in pairwise(word):
+                    counts[pair] = counts.get(pair, 0) + n
+            merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+            words = {tuple(bpe._joined(word, merges[-1], b"".join(merges[-1]))): n for word, n in words.items()}
+        return merges
+
+    assert train_smaller(TIES, 6) != bpe.train(TIES, 6) == bpe.train_spec(TIES, 6)
+
+
+@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+def test_overlapping_pairs_count_twice_and_join_from_the_left(train):
+    # three times aaa has (a, a) six times, which is more than five (b, c)
+    assert train(["aaa1aaa1aaa", "bc1" * 5], 2) == [(b"a", b"a"), (b"b", b"c")]
+    assert train(["aaa"], 9) == [(b"a", b"a"), (b"aa", b"a")]
+    assert train(["aaaaa"], 9) == [(b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a")]
+
+
+@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+def test_merges_cross_neither_pretokens_nor_the_end_of_a_story(train):
+    text = f"ab cd'll 12x{END}ab{END}{END}yz"
+    tokens = {left + right for left, right in train([text], 100)}
+    assert tokens <= {b"ab", b" cd", b"cd", b" c", b"'ll", b"'l", b"ll", b"12", b" 12", b" 1", b"yz"}
+    assert not any(set(token) & set(b"<|>") for token in tokens)
+
+
+@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+def test_training_stops_when_no_pair_is_left(train):
+    assert train([], 5) == train([""], 5) == train(["a b c"], 0) == train(["abc"], 0) == []
+    assert train(["a1b"], 5) == []
+    assert len(train(["abc"], 50)) == 2
+    assert train(["ab ab", "ab"], 10) == train([b"ab ab", b"ab"], 10)
+    assert train("abc", 2) == train(["abc"], 2)
+
+
+# -- encode and decode
+
+
+def test_any_bytes_and_any_text_come_back(tokenizer):
+    rng = random.Random(1)
+    characters = [*range(0xD800), *range(0xE000, 0x110000)]
+    for _ in range(300):
+        data = rng.randbytes(rng.randint(0, 40)) + "".join(rng.choices(PIECES, k=3)).encode()[: rng.randint(0, 9)]
+        assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+        text = "".join(chr(c) for c in rng.choices(characters, k=20))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == tokenizer.encode(text.encode()) == tokenizer.encode(bytearray(text.encode()))
+    for text in random_texts(2, 500):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text, "all")) == text
+    assert tokenizer.encode("") == tokenizer.encode(b"") == [] and tokenizer.decode([]) == ""
+
+
+def test_encoding_applies_the_earliest_merge_first_wherever_it_stands():
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"a", b"bc"), (b"bc", b"bc")]
+    names = bpe.Tokenizer.from_merges(merges).vocab
+    encode = bpe.Tokenizer.from_merges(merges).encode
+    assert [names[i] for i in encode("abcbcab")] == [b"abc", b"bc", b"ab"]
+    assert [names[i] for i in encode("bcbcbc")] == [b"bcbc", b"bc"]
+
+
+def test_encoding_equals_a_plain_loop_over_the_merges(tokenizer):
+    for text in random_texts(3, 300):
+        ids = []
+        for word in bpe.SPLIT.findall(text):
+            parts = [bytes([b]) for b in word.encode()]
+            for pair in tokenizer.merges:
+                parts = bpe._joined(parts, pair, pair[0] + pair[1])
+            ids += [tokenizer.vocab.index(part) for part in parts]
+        assert tokenizer.encode(text) == ids
+
+
+def test_a_word_of_a_megabyte_and_a_full_cache_change_nothing(tokenizer):
+    word = "little" * 30_000
+    ids = tokenizer.encode(word)
+    assert ids == tokenizer.encode("little") * 30_000 and word not in tokenizer._cache
+    small = bpe.Tokenizer.from_json(tokenizer.to_json())
+    small._cache.entries = 3
+    assert [small.encode(text) for text in STORIES * 2] == [tokenizer.encode(text) for text in STORIES * 2]
+    assert len(small._cache) <= 3
+
+
+def test_specials_are_text_unless_allowed(tokenizer):
+    text = f"a{END}<|reserved_0|>b"
+    specials = tokenizer.specials
+    assert not set(tokenizer.encode(text)) & set(specials.values())
+    some = tokenizer.encode(text, {END})
+    assert [i for i in some if i in specials.values()] == [tokenizer.end]
+    assert tokenizer.encode(text, "all") == [ord("a"), tokenizer.end, specials["<|reserved_0|>"], ord("b")]
+    assert tokenizer.encode(text.encode() + b"\xff", "all") == [*tokenizer.encode(text, "all"), 0xFF]
+    assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(some) == text
+    with pytest.raises(ValueError, match=r"allowed_special has '<\|other\|>'; this tokenizer has <\|endoftext\|>"):
+        tokenizer.encode(text, {"<|other|>"})
+    with pytest.raises(ValueError, match='expected "all" or a set of names'):
+        tokenizer.encode(text, END)
+
+
+def test_the_longest_special_wins_and_the_leftmost_before_it(tokenizer):
+    more = with_specials(tokenizer, "<a>", "<a><b>", "b>+", "\u00e9 \u00e9")
+    assert more.encode("<a><b>+", "all") == [more.specials["<a><b>"], ord("+")]
+    assert more.encode("<a><a><b>", "all") == [more.specials["<a>"], more.specials["<a><b>"]]
+    assert more.encode("b>+", {"b>+"}) == [more.specials["b>+"]]
+    assert more.encode("<a><b>", {"<a>"}) == [more.specials["<a>"], *more.encode("<b>")]
+    assert more.encode("x\u00e9 \u00e9", "all") == [ord("x"), more.specials["\u00e9 \u00e9"]]
+
+
+def test_a_stream_gives_the_ids_of_the_whole_whatever_the_chunks(tokenizer):
+    more = with_specials(tokenizer, "<a>", "<a><b>", "b>+", "  ", "'l")
+    rng = random.Random(4)
+    texts = [*STORIES, "", *random_texts(5, 700)]
+    texts += [
+        "".join(rng.choices(["<a>", "<a><", "<b>", "<", "a", ">", "<b", "b>+", " ", "'", "l", "\n"], k=8))
+        for _ in range(700)
+    ]
+    for text in texts:
+        for allowed in ((), {END, "<a><b>"}, "all"):
+            whole = more.encode(text, allowed)
+            for most in (1, 3, 20):
+                chunks = cut(text, rng, most)
+                assert list(more.encode_iterable(chunks, allowed)) == whole, (chunks, allowed)
+            assert list(more.encode_iterable(cut(text.encode(), rng, 3), allowed)) == whole
+    for _ in range(300):
+        data = rng.choice([b"", "caf\u00e9 \U0001f600".encode()[rng.randint(0, 3) :]]) + rng.randbytes(
+            rng.randint(0, 20)
+        )
+        assert list(tokenizer.encode_iterable(cut(data, rng, 2))) == tokenizer.encode(data)
+    assert list(tokenizer.encode_iterable([b"a\xc3", b"\xa9", "\u00e9"])) == tokenizer.encode("a\u00e9\u00e9")
+
+
+def test_a_stream_is_encoded_as_it_comes_and_a_long_word_in_no_quadratic_time(tokenizer):
+    seen = []
+    ids = tokenizer.encode_iterable(seen.append(word) or word for word in ["Once", " upon", " a", " time"] * 50)
+    next(ids)
+    assert len(seen) < 5
+    letters = iter("x" * 200_000)
+    assert len(list(tokenizer.encode_iterable(letters))) == len(tokenizer.encode("x" * 200_000))
+
+
+def test_a_lone_surrogate_is_refused_with_its_position(tokenizer):
+    for call in (tokenizer.encode, lambda text: list(tokenizer.encode_iterable([text])), lambda t: bpe.train([t], 1)):
+        with pytest.raises(ValueError, match=r"U\+D83D at position 3"):
+            call("abc\ud83d")
+
+
+def test_wrong_types_are_refused_rather_than_read_as_something_else(tokenizer):
+    for call in (tokenizer.encode, lambda x: list(tokenizer.encode_iterable(x))):
+        with pytest.raises(TypeError):
+            call(5)
+    with pytest.raises(TypeError):
+        list(tokenizer.encode_iterable(b"bytes give integers"))
+
+
+def test_the_decoder_joins_to_decode_and_never_gives_half_a_character(tokenizer):
+    rng = random.Random(6)
+    decoder = bpe.Decoder(tokenizer)
+    awkward = [*range(0x80, 0x100), *"\u00e9\u65e5\U0001f600".encode()]
+    for _ in range(1000):
+        ids = rng.choices(rng.choice([range(tokenizer.vocab_size), range(256), awkward]), k=rng.randint(0, 12))
+        assert "".join([*map(decoder.push, ids), decoder.finish()]) == tokenizer.decode(ids)
+    text = "\u65e5\u672c\u8a9e \U0001f600\U0001f468\u200d\U0001f469 caf\u00e9"
+    given = [decoder.push(b) for b in text.encode()]
+    assert "".join(given) == text and "\ufffd" not in "".join(given) and decoder.finish() == ""
+    assert decoder.push(0xE6) == "" and decoder.finish() == "\ufffd"
+    assert decoder.push(np.uint16(ord("a"))) == "a"
+
+
+@pytest.mark.parametrize("bad", [-1, 385, 10**6])
+def test_an_unknown_id_is_refused_with_the_valid_range(tokenizer, bad):
+    assert tokenizer.vocab_size == 256 + 120 + 9
+    for call in (tokenizer.decode, tokenizer.decode_bytes, lambda ids: bpe.Decoder(tokenizer).push(ids[-1])):
+        with pytest.raises(ValueError, match=f"token id {bad} .* expected 0 to 384"):
+            call([65, bad])
+    assert tokenizer.decode(np.array([72, 105], np.uint16)) == "Hi"
+
+
+# -- tokenizer.json
+
+
+def test_ids_are_bytes_then_merges_then_the_end_then_the_reserved(tokenizer):
+    assert tokenizer.vocab[:256] == [bytes([b]) for b in range(256)]
+    assert tokenizer.vocab[256:376] == [left + right for left, right in tokenizer.merges]
+    assert tokenizer.specials == {END: 376, **{f"<|reserved_{i}|>": 377 + i for i in range(8)}}
+    assert tokenizer.end == 376 and tokenizer.vocab[376] == END.encode()
+    assert bpe.Tokenizer.from_merges([], reserve=0).vocab_size == 257
+
+
+def test_saved_and_loaded_is_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = bpe.Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (loaded.vocab, loaded.merges, loaded.specials) == (tokenizer.vocab, tokenizer.merges, tokenizer.specials)
+    assert loaded.hash == tokenizer.hash and len(loaded.hash) == 64
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    others = [tokenizer.merges[:-1], [*tokenizer.merges[:-2], tokenizer.merges[-1], tokenizer.merges[-2]]]
+    assert tokenizer.hash not in [bpe.Tokenizer.from_merges(merges).hash for merges in others]
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("old", encoding="utf-8")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        tokenizer.save(path)
+    assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def shuffled(tokenizer):
+    """The same merges under other ids: specials in front, everything else in random order."""
+    order = [tokenizer.end, *(i for i in range(tokenizer.vocab_size) if i != tokenizer.end)]
+    rest = order[1:]
+    random.Random(7).shuffle(rest)
+    order[1:] = rest
+    specials = {name: order.index(i) for name, i in tokenizer.specials.items()}
+    return bpe.Tokenizer([tokenizer.vocab[i] for i in order], tokenizer.merges, specials), order
+
+
+def test_ids_are_kept_whatever_they_are(tokenizer):
+    other, order = shuffled(tokenizer)
+    loaded = bpe.Tokenizer.from_json(other.to_json())
+    assert loaded.vocab == other.vocab and loaded.specials == other.specials and loaded.end == 0
+    for text in [*STORIES, *random_texts(8, 200)]:
+        assert [order[i] for i in loaded.encode(text, "all")] == tokenizer.encode(text, "all")
+        assert loaded.decode(loaded.encode(text)) == text
+
+
+def test_hugging_face_tokenizers_gives_the_same_ids(tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    english = "It's a dog's life; we'll've SHOUTED 'TIS, they'd said 3.14 x_y  \n\n \t end \r\n"
+    cjk = "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \ud55c\uad6d \u0e44\u0e17\u0e22\u3000 \u00a0"
+    emoji = "\U0001f600 \U0001f468\u200d\U0001f469 \u2764\ufe0f\U0001f44d\U0001f3fd!"
+    for ours in (
+        tokenizer,
+        shuffled(tokenizer)[0],
+        with_specials(tokenizer, "<a>", "<a><b>", "\u00e9 \u00e9", " lead"),
+    ):
+        theirs = tokenizers.Tokenizer.from_str(ours.to_json())
+        assert theirs.get_vocab_size() == ours.vocab_size
+        for name, i in ours.specials.items():
+            assert theirs.token_to_id(name) == i
+        for text in [*STORIES, english, cjk, emoji, "<a><b><a>\u00e9 \u00e9 lead", *random_texts(9, 1000)]:
+            theirs.encode_special_tokens = False
+            ids = theirs.encode(text).ids
+            assert ours.encode(text, "all") == ids, text
+            assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+            theirs.encode_special_tokens = True
+            assert ours.encode(text) == theirs.encode(text).ids, text
+
+
+def test_tiktoken_gives_the_same_ids(tokenizer):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {token: i for i, token in enumerate(tokenizer.vocab) if i < tokenizer.end}
+    theirs = tiktoken.Encoding("ours", pat_str=bpe.PATTERN, mergeable_ranks=ranks, special_tokens=tokenizer.specials)
+    for text in [*STORIES, *random_texts(10, 1000)]:
+        assert tokenizer.encode(text, "all") == theirs.encode(text, allowed_special="all")
+        assert tokenizer.encode(text) == theirs.encode(text, disallowed_special=())
+
+
+def gpt2_json(**model):
+    """GPT-2's tokenizer.json, as published in style, with the part of its vocabulary that the golden ids need."""
+    compact = {string: i for i, string in enumerate(GOLDEN["vocab"])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": compact[END], "content": END, **flags}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "model": {
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "vocab": compact,
+            "merges": [" ".join(merge) for merge in GOLDEN["merges"]],
+            **model,
+        },
+    }
+
+
+def test_gpt2_ids_are_those_of_gpt2():
+    gpt2 = bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
+    ids = list(GOLDEN["vocab"].values())
+    assert gpt2.vocab[0] == b"!" and ids[gpt2.end] == 50256
+    for row in GOLDEN["texts"]:
+        assert [ids[i] for i in gpt2.encode(row["text"])] == row["plain"], row["text"]
+        assert [ids[i] for i in gpt2.encode(row["text"], "all")] == row["special"], row["text"]
+        assert gpt2.decode([ids.index(i) for i in row["special"]]) == row["text"]
+
+
+def test_gpt2_merges_in_another_order_give_other_ids():
+    """Negative control: the golden texts do depend on the order of merges."""
+    gpt2 = bpe.Tokenizer.from_json(json.dumps(gpt2_json(merges=[" ".join(m) for m in GOLDEN["merges"][::-1]])))
+    ids = list(GOLDEN["vocab"].values())
+    assert any([ids[i] for i in gpt2.encode(row["text"])] != row["plain"] for row in GOLDEN["texts"])
+
+
+def changed(dotted, value):
+    data = gpt2_json()
+    at = data
+    *path, last = dotted.split(".")
+    for key in path:
+        at = at[int(key) if key.isdigit() else key]
+    at[last] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a tokenizer: expected the JSON"),
+        ("\x00\x01", "not a tokenizer: expected the JSON"),
+        ("[" * 100_000, "not a tokenizer"),
+        ("[1, 2]", "no model"),
+        ('{"model": 3}', "no model"),
+        ('{"config": {}, "model": {"type": "BPE"}}', "no model"),
+        (changed("model.type", "WordPiece"), "model.type is 'WordPiece'; expected \"BPE\""),
+        (changed("pre_tokenizer", None), "pre_tokenizer.type is None"),
+        (changed("pre_tokenizer.type", "Metaspace"), "pre_tokenizer.type is 'Metaspace'"),
+        (changed("pre_tokenizer.add_prefix_space", True), "add_prefix_space is True; expected false"),
+        (changed("pre_tokenizer.use_regex", False), "use_regex is False; expected true"),
+        (changed("normalizer", {"type": "NFC"}), "normalizer is"),
+        (changed("post_processor.type", "TemplateProcessing"), "post_processor.type"),
+        (changed("model.end_of_word_suffix", "</w>"), "end_of_word_suffix"),
+        (changed("model.ignore_merges", True), "ignore_merges"),
+        (changed("added_tokens", []), "no special token <|endoftext|>"),
+        (changed("added_tokens", None), "no special token <|endoftext|>"),
+        (changed("added_tokens", [3]), "damaged"),
+        (changed("added_tokens.0.lstrip", True), "lstrip"),
+        (changed("added_tokens.0.id", 5), "two ids"),
+        (changed("model.vocab.a", 5), "same id"),
+        (changed("model.vocab.a", 99_999), "no token of id"),
+        (changed("model.vocab.a b", len(GOLDEN["vocab"])), "not byte-level"),
+        (changed("model.vocab", {"a": 0, END: len(GOLDEN["vocab"]) - 1}), "no token of id 1"),
+        (changed("model.vocab", {END: 0, **{c: i for i, c in enumerate("abc", 1)}}), "two ids"),
+        (changed("model.merges", [["a"]]), "damaged tokenizer.json: a merge is not a pair"),
+        (changed("model.merges", [["q", "q"]]), "merge of b'q' and b'q' needs b'qq'"),
+        (changed("model.merges", 5), "damaged"),
+    ],
+)
+def test_a_file_that_is_not_ours_to_read_is_refused_in_one_line(text, message, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        bpe.Tokenizer.load(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_vocabulary_lacking_a_byte_or_holding_one_twice_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no token for byte 0x41"):
+        bpe.Tokenizer([b"<none>" if token == b"A" else token for token in tokenizer.vocab], [], tokenizer.specials)
+    with pytest.raises(ValueError, match="token twice"):
+        bpe.Tokenizer.from_merges([(b"a", b"a"), (b"a", b"a")])
+    with pytest.raises(ValueError, match="token twice"):
+        bpe.Tokenizer.from_merges([(b"a", b"b"), (b"ab", b"c"), (b"b", b"c"), (b"a", b"bc")])
+
+
+# -- documents
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def test_documents_are_stripped_stories_in_order(tmp_path):
+    a = write(tmp_path / "b.txt", f"\ufeff one \n{END}\n{END}  {END}two\r\nlines\r\n{END}\nthree")
+    b = write(tmp_path / "a.jsonl", '\ufeff{"text": " four ", "id": 1}\r\n\n{"text": ""}\n{"text": "fi\\u00e9ve\\n"}')
+    assert list(bpe.documents([a, b])) == ["one", "two\r\nlines", "three", "four", "fi\u00e9ve"]
+    assert list(bpe.documents(tmp_path)) == list(bpe.documents([str(b), a]))
+    assert list(bpe.documents(write(tmp_path / "c.text", "no end"))) == ["no end"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 12, 13, 14, 64])
+def test_documents_do_not_depend_on_where_the_file_is_cut(size, tmp_path):
+    stories = ["<|endoftext|", "\u65e5\u672c" * 20, "x", "<<|endof|text|>"] * 3
+    path = write(tmp_path / "s.txt", f"\n{END}".join(stories))
+    with open(path, "rb") as file:
+        assert [text.strip() for text in bpe._txt_texts(file, path, size)] == stories
+
+
+def test_reading_reports_its_progress_in_bytes(tmp_path):
+    a, b = write(tmp_path / "a.txt", f"one{END}two"), write(tmp_path / "b.jsonl", '{"text": "x"}\n')
+    done = []
+    list(bpe.documents([a, b], done.append))
+    assert done == sorted(done) and done[-1] == a.stat().st_size + b.stat().st_size
+
+
+BAD_DATA = [
+    ("a.txt", b"", "is empty"),
+    ("a.txt", f" {END}\n".encode(), "is empty"),
+    ("a.txt", b"\xef\xbb\xbf", "is empty"),
+    ("a.txt", b"abc\0def", "not text: it has NUL"),
+    ("a.txt", "utf-16".encode("utf-16"), "not text"),
+    ("a.txt", b"caf\xe9 ol\xe9", "not text: byte 0xe9"),
+    ("a.txt", b"cut \xe2\x82", "not text: byte 0xe2"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl, line 2: expected"),
+    ("a.jsonl", b'{"story": "a"}', "line 1"),
+    ("a.jsonl", b'\n["text"]', "line 2"),
+    ("a.jsonl", b'{"text": 5}', "line 1"),
+    ("a.jsonl", b'{"text": "\\ud800"}', "line 1"),
+    ("a.jsonl", b'{"text": "\xff"}', "not text"),
+    ("a.jsonl", b"\n\n", "is empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_DATA)
+def test_bad_data_is_refused_in_one_line_that_names_the_file(name, data, message, tmp_path, capsys):
+    path = write(tmp_path / name, data)
+    with pytest.raises(ValueError, match=message) as error:
+        list(bpe.documents([path]))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert bpe.main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+    assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_missing_files_and_folders_without_text_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        list(bpe.documents([tmp_path / "none.txt"]))
+    with pytest.raises(ValueError, match=r"folder without \.txt or \.jsonl"):
+        list(bpe.documents([tmp_path]))
+
+
+# -- token files
+
+
+def test_a_token_file_holds_each_story_and_its_end(tokenizer, tmp_path):
+    path = tmp_path / "train.bin"
+    stories = [*STORIES, f"a story that quotes {END}"]
+    info = bpe.write_tokens(iter(stories), tokenizer, path)
+    ids, read = bpe.read_tokens(path, tokenizer)
+    assert info == read == json.loads((tmp_path / "train.bin.json").read_text(encoding="utf-8"))
+    assert ids.tolist() == [i for story in stories for i in [*tokenizer.encode(story), tokenizer.end]]
+    assert path.read_bytes() == ids.astype("<u2").tobytes() and not ids.flags.writeable
+    assert info == {
+        "format_version": 1,
+        "dtype": "uint16",
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.hash,
+        "tokens": len(ids),
+        "stories": len(stories),
+        "bytes": sum(len(story.encode()) for story in stories),
+    }
+    assert (ids == tokenizer.end).sum() == len(stories)
+    assert sorted(os.listdir(tmp_path)) == ["train.bin", "train.bin.json"]
+
+
+def test_more_than_65536_entries_take_four_bytes_an_id(tmp_path):
+    letters = [a.encode() for a in string.ascii_letters]
+    twos = [a + b for a in letters for b in letters]
+    merges = [(a, b) for a in letters for b in letters] + [(ab, c) for ab in twos for c in letters]
+    for n, reserve, dtype in [(65536 - 257, 0, "uint16"), (65536 - 257, 1, "uint32")]:
+        large = bpe.Tokenizer.from_merges(merges[:n], reserve)
+        bpe.write_tokens(["abc xyz"], large, tmp_path / "t.bin")
+        ids, info = bpe.read_tokens(tmp_path / "t.bin", large)
+        assert info["dtype"] == ids.dtype.name == dtype and large.decode(ids) == f"abc xyz{END}"
+
+
+def test_two_processes_write_the_bytes_of_one(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe._batches, "__defaults__", (1 << 10,))
+    stories = [f"{i} {STORIES[i % 4]}" for i in range(200)]
+    done = []
+    one = bpe.write_tokens(stories, tokenizer, tmp_path / "1.bin", processes=1)
+    two = bpe.write_tokens(iter(stories), tokenizer, tmp_path / "2.bin", done.append, processes=2)
+    assert one == two and (tmp_path / "1.bin").read_bytes() == (tmp_path / "2.bin").read_bytes()
+    assert len(done) > 9 and done == sorted(done) and done[-1] == two["bytes"]
+
+
+def test_an_error_while_encoding_leaves_the_old_token_file(tokenizer, tmp_path):
+    path = tmp_path / "t.bin"
+    bpe.write_tokens(["old"], tokenizer, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="lone surrogate"):
+        bpe.write_tokens(["new", "\ud800"], tokenizer, path)
+    with pytest.raises(ValueError, match="no stories"):
+        bpe.write_tokens([], tokenizer, path)
+    assert path.read_bytes() == before and bpe.read_tokens(path, tokenizer)
+    assert sorted(os.listdir(tmp_path)) == ["t.bin", "t.bin.json"]
+
+
+def test_a_new_token_file_never_keeps_the_description_of_the_old_one(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "t.bin"
+    bpe.write_tokens(["old"], tokenizer, path)
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if str(b) == str(path) else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bpe.write_tokens(["new"], tokenizer, path)
+    with pytest.raises(ValueError, match=r"t\.bin\.json is missing"):
+        bpe.read_tokens(path, tokenizer)
+
+
+def test_a_token_file_that_does_not_fit_is_refused(tokenizer, tmp_path):
+    path, beside = tmp_path / "t.bin", tmp_path / "t.bin.json"
+    with pytest.raises(FileNotFoundError, match=r"t\.bin does not exist"):
+        bpe.read_tokens(path)
+    info = bpe.write_tokens(STORIES, tokenizer, path)
+    data = path.read_bytes()
+
+    def refused(message, tokenizer=tokenizer):
+        with pytest.raises(ValueError, match=message) as error:
+            bpe.read_tokens(path, tokenizer)
+        assert str(error.value).endswith("encode the text again") and "\n" not in str(error.value)
+
+    other = bpe.Tokenizer.from_merges(tokenizer.merges[:-1])
+    refused(f"written with tokenizer {tokenizer.hash[:12]}, this one is {other.hash[:12]}", other)
+    for cut_data in (data[:-2], data[:-1], data + b"\0\0", b""):
+        path.write_bytes(cut_data)
+        refused(rf"has {len(cut_data)} bytes; expected {len(data)} \({info['tokens']} tokens\)")
+    path.write_bytes(data[:-2] + (tokenizer.vocab_size).to_bytes(2, "little"))
+    refused(f"has id {tokenizer.vocab_size}; expected below {tokenizer.vocab_size}")
+    path.write_bytes(data)
+    beside.write_text(json.dumps({**info, "format_version": 2}), encoding="utf-8")
+    refused("format version 2; expected 1")
+    for text in ("", "[]", "{}", "3", json.dumps({**info, "dtype": "int8"}), json.dumps({**info, "tokens": "5"})):
+        beside.write_text(text, encoding="utf-8")
+        refused("does not describe a token file")
+    beside.unlink()
+    refused(r"t\.bin\.json is missing")
+
+
+# -- command line
+
+
+def run(*args, cwd, **env):
+    """bpe.py as a user calls it: (status, stdout as bytes, stderr)."""
+    done = subprocess.run(
+        [sys.executable, bpe.__file__, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONUTF8": "0", **env},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr.decode("utf-8", "replace")
+
+
+def test_the_command_line_goes_from_text_to_ids_and_back(tmp_path):
+    text = "".join(f"{story}\n{END}\n" for story in STORIES)
+    write(tmp_path / "stories.txt", text)
+    assert run("train", "stories.txt", "--vocab-size", 300, "--out", "tokenizer.json", cwd=tmp_path)[0] == 0
+    status, out, err = run("encode", "stories.txt", "--tokenizer", "tokenizer.json", "--out", "t.bin", cwd=tmp_path)
+    assert (status, out) == (0, b"") and "4 stories" in err and "\r" not in err
+    status, out, err = run("decode", "t.bin", "--tokenizer", "tokenizer.json", cwd=tmp_path, PYTHONIOENCODING="utf-8")
+    assert (status, out.decode(), err) == (0, text, "")
+    assert sorted(os.listdir(tmp_path)) == ["stories.txt", "t.bin", "t.bin.json", "tokenizer.json"]
+
+    console = {"PYTHONIOENCODING": "cp1252"}
+    status, out, err = run("decode", "t.bin", "--tokenizer", "tokenizer.json", cwd=tmp_path, **console)
+    assert (status, out, err) == (0, text.encode("cp1252", "replace"), "") and b"??? caf\xe9" in out
+    status, out, err = run("stats", "stories.txt", "--tokenizer", "tokenizer.json", cwd=tmp_path, **console)
+    assert status == 0 and b"bytes per token" in out and b"of 300 entries" in out and err == ""
+
+
+def test_stats_count_what_they_say(tmp_path, capsys):
+    path, out = write(tmp_path / "s.txt", f"abab{END}ab"), tmp_path / "t.json"
+    assert bpe.main(["train", str(path), "--vocab-size", "261", "--reserve", "2", "--out", str(out)]) == 0
+    assert bpe.main(["stats", str(path), "--tokenizer", str(out)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["text", "6", "bytes,", "2", "stories"] and lines[1][:2] == ["tokens", "4"]
+    assert lines[2] == ["bytes", "per", "token", "1.500"] and lines[3] == ["unused", "258", "of", "261", "entries"]
+    assert lines[5] == ["4", "257", "1", "'abab'"] and lines[6] == ["2", "256", "1", "'ab'"]
+
+
+def test_the_vocabulary_size_counts_everything(tmp_path, capsys):
+    path, out = write(tmp_path / "s.txt", "ab cd"), tmp_path / "t.json"
+
+    def train(size, *more):
+        status = bpe.main(["train", str(path), "--vocab-size", str(size), "--out", str(out), *more])
+        return status, capsys.readouterr().err
+
+    assert train(264) == (
+        2,
+        f"bpe.py: error: --vocab-size is 264; expected at least 265 (256 bytes, {END}, 8 reserved)\n",
+    )
+    assert train(269) == (2, "bpe.py: error: --vocab-size is 269, but this text gives 268; lower it or add text\n")
+    assert train(260, "--reserve", "-1")[0] == 2 and not out.exists()
+    for size, more in [(265, ()), (268, ()), (257, ("--reserve", "0")), (260, ("--reserve", "0"))]:
+        assert train(size, *more)[0] == 0
+        assert bpe.Tokenizer.load(out).vocab_size == size
+
+
+def test_a_mistake_is_one_line_on_stderr_and_status_2(tmp_path, capsys, tokenizer):
+    story, tok = write(tmp_path / "s.txt", "a story"), tmp_path / "tokenizer.json"
+    tokenizer.save(tok)
+    write(tmp_path / "other.json", "{}")
+    bpe.write_tokens(["x"], bpe.Tokenizer.from_merges([]), tmp_path / "x.bin")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for args, message in [
+        ("", "required"),
+        ("tell", "invalid choice"),
+        ("train s.txt", "required: --vocab-size, --out"),
+        ("train s.txt --vocab-size many --out o.json", "invalid int value"),
+        ("train none.txt --vocab-size 265 --out o.json", "none.txt does not exist"),
+        ("train s.txt --vocab-size 265 --out none/o.json", "none is no folder"),
+        ("train s.txt --vocab-size 265 --out .", "is a folder"),
+        ("train s.txt --vocab-size 265 --out s.txt", "s.txt would be overwritten"),
+        ("encode s.txt --tokenizer none.json --out o.bin", "none.json: No such file"),
+        ("encode s.txt --tokenizer other.json --out o.bin", "other.json: not a tokenizer"),
+        ("encode s.txt --tokenizer s.txt --out o.bin", "s.txt: not a tokenizer"),
+        ("encode s.txt none.txt --tokenizer tokenizer.json --out o.bin", "none.txt does not exist"),
+        ("encode s.txt --tokenizer tokenizer.json --out s.txt", "s.txt would be overwritten"),
+        ("encode s.txt --tokenizer tokenizer.json --out tokenizer.json", "tokenizer.json would be overwritten"),
+        ("encode x.bin --tokenizer tokenizer.json --out o.bin", "x.bin is not text"),
+        ("decode none.bin --tokenizer tokenizer.json", "none.bin does not exist"),
+        ("decode s.txt --tokenizer tokenizer.json", "s.txt.json is missing"),
+        ("decode x.bin --tokenizer tokenizer.json", "was written with tokenizer"),
+        ("stats none.txt --tokenizer tokenizer.json", "none.txt does not exist"),
+    ]:
+        args = [str(tmp_path / word) if "." in word or "/" in word else word for word in args.split()]
+        assert bpe.main(args) == 2, args
+        out, err = capsys.readouterr()
+        assert err.startswith("bpe.py: error: ") and message in err and err.count("\n") == 1 and out == "", err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and story in before
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    bpe.write_tokens(STORIES * 2000, tokenizer, tmp_path / "t.bin")
+    args = [sys.executable, bpe.__file__, "decode", "t.bin", "--tokenizer", "tokenizer.json"]
+    with subprocess.Popen(args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "encode", "decode", "stats"])
+def test_every_argument_has_a_help_of_its_own(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        bpe.main([command, "--help"])
+    assert done.value.code == 0 and "FILE" in capsys.readouterr().out
+    parser = bpe._parser()._subparsers._group_actions[0].choices[command]
+    helps = [action.help for action in parser._actions]
+    assert all(helps) and len(set(helps)) == len(helps)
+
+
+def test_importing_does_no_work_beyond_definitions(tmp_path):
+    code = "import sys, bpe; assert 'numba' not in sys.modules and 'tinygpt' not in sys.modules"
+    env = {**os.environ, "PYTHONPATH": str(Path(bpe.__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, timeout=60)
+    assert os.listdir(tmp_path) == []
