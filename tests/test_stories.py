@@ -1,0 +1,598 @@
+"""stories.py: the download against a server on this machine, and the generated stories as an editor would read them."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import stories
+
+MIB = 1 << 20
+
+
+def corpus(num_bytes, word):
+    """Exactly `num_bytes` of stories in the data set's layout, cut anywhere."""
+    lines = (f"Story {i} tells of a {word}.\n{stories.END}\n" for i in itertools.count())
+    text, size = [], 0
+    while size < num_bytes:
+        text.append(next(lines))
+        size += len(text[-1])
+    return "".join(text)[:num_bytes].encode()
+
+
+TRAIN_BYTES = corpus(2 * MIB + 12_345, "fox")
+VALID_BYTES = corpus(200_001, "hen")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the two files; `server.mode` names what goes wrong."""
+
+    def do_GET(self):
+        server = self.server
+        name = self.path.rsplit("/", 1)[-1]
+        wanted = self.headers.get("Range")
+        server.requests.append((name, wanted))
+        body = server.files[name]
+        if server.mode == "missing":
+            return self.send_error(404)
+        if server.mode in ("page", "disguised page"):
+            page = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+            kind = "text/html; charset=utf-8" if server.mode == "page" else "text/plain"
+            return self.reply(200, page, {"Content-Type": kind})
+        if server.mode == "redirect" and "moved" not in self.path:
+            self.send_response(302)
+            self.send_header("Location", f"/moved/{name}")
+            return self.end_headers()
+        if server.mode == "other size":
+            body = body[:-7]
+        if server.mode == "other contents":
+            body = b"X" + body[1:]
+        if wanted is None or server.mode == "no ranges":
+            return self.reply(200, body, {})
+        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", wanted).groups())
+        first += server.mode == "other range"
+        self.reply(206, body[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(body)}"})
+
+    def reply(self, status, body, headers):
+        self.send_response(status)
+        for key, value in {"Content-Type": "text/plain", "Content-Length": len(body), **headers}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        cut = self.server.cuts.pop(0) if self.server.cuts else None
+        if self.server.mode == "stall":
+            self.wfile.write(body[:1000])
+            self.wfile.flush()
+            return self.server.released.wait(20)
+        try:
+            self.server.sent += len(body)  # first: the client may be done before this thread goes on
+            self.wfile.write(body if cut is None else body[:cut])
+        except OSError:
+            pass  # the client had enough
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.mode, server.cuts, server.requests, server.sent = "", [], [], 0
+    server.released = threading.Event()
+    server.files = {stories.TRAIN.name: TRAIN_BYTES, stories.VALID.name: VALID_BYTES}
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    for remote, body in (("TRAIN", TRAIN_BYTES), ("VALID", VALID_BYTES)):
+        sha256 = hashlib.sha256(body).hexdigest()
+        monkeypatch.setattr(stories, remote, getattr(stories, remote)._replace(size=len(body), sha256=sha256))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name in (
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "all_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(stories, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(stories, "VALID_BYTES", 30_000)
+
+
+def fails(folder, capsys, reason, name=stories.TRAIN.name, num_bytes=100_000):
+    """get() prints one line with the reason, the address and the place for a copy, and gives generated stories."""
+    source = stories.get(folder, num_bytes)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n"), err
+    for part in (reason, "/datasets/roneneldan/TinyStories/resolve/main/" + name, str(folder / name), "generated"):
+        assert part in err
+    assert source.name == "generated stories, seed 0"
+    assert source.train.stat().st_size >= num_bytes
+    assert source.valid.stat().st_size >= stories.VALID_BYTES
+    return source
+
+
+# == 1  what a caller gets ============================================================================================
+
+
+def test_whole_files_are_downloaded_and_checked(server, tmp_path, capsys):
+    source = stories.get(tmp_path, 10**9)
+    assert source.train.read_bytes() == TRAIN_BYTES and source.valid.read_bytes() == VALID_BYTES
+    assert source.name == "TinyStoriesV2" and source.train == tmp_path / "TinyStoriesV2-GPT4-train.txt"
+    assert [wanted for _, wanted in server.requests] == [None, None]
+    assert not list(tmp_path.glob("*.part")) and capsys.readouterr().err == ""
+
+
+def test_a_run_that_needs_little_asks_for_little(server, tmp_path):
+    source = stories.get(tmp_path, 900_000)
+    assert server.requests[0] == (stories.TRAIN.name, f"bytes=0-{MIB - 1}")
+    assert server.sent == MIB + len(VALID_BYTES)
+    text = source.train.read_bytes()
+    assert text.endswith(stories.END.encode()) and TRAIN_BYTES.startswith(text)
+    assert 900_000 <= len(text) < MIB and source.name == "TinyStoriesV2 (first 1 MiB)"
+
+
+@pytest.mark.parametrize("num_bytes", [MIB - 1, MIB, MIB + 1])
+def test_there_are_at_least_as_many_bytes_as_asked_for(server, tmp_path, num_bytes):
+    assert stories.get(tmp_path, num_bytes).train.stat().st_size >= num_bytes
+
+
+def test_a_later_call_for_more_goes_on_with_the_same_part(server, tmp_path):
+    small = stories.get(tmp_path, 900_000).train
+    have = small.stat().st_size
+    server.requests.clear()
+    large = stories.get(tmp_path, 1_500_000)
+    assert server.requests == [(stories.TRAIN.name, f"bytes={have}-{2 * MIB - 1}")]
+    assert large.train == small and TRAIN_BYTES.startswith(small.read_bytes())
+    whole = stories.get(tmp_path, 10**9)
+    assert whole.train.read_bytes() == TRAIN_BYTES and not small.exists()
+
+
+def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stories, "connect", lambda *_: pytest.fail("used the network"))
+    (tmp_path / stories.TRAIN.name).write_text("Mine.")
+    (tmp_path / stories.VALID.name).write_text("Mine, too.")
+    source = stories.get(tmp_path, 10**9)
+    assert source.train.read_text() == "Mine." and source.valid.read_text() == "Mine, too."
+    assert source.name == "TinyStoriesV2" and capsys.readouterr().err == ""
+
+
+def test_a_part_that_holds_enough_is_taken_without_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    part = tmp_path / (stories.TRAIN.name + ".part")
+    part.write_bytes(TRAIN_BYTES[:MIB])
+    (tmp_path / stories.VALID.name).write_text("Mine.")
+    assert stories.get(tmp_path, 1_000_000).train == part
+    assert part.read_bytes().endswith(stories.END.encode())
+    assert stories.get(tmp_path, 1_100_000).name.startswith("generated")  # negative control: not enough
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+def test_offline_means_no_connection(server, tmp_path, capsys, monkeypatch, value):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    fails(tmp_path, capsys, "HF_HUB_OFFLINE is set")
+    assert server.requests == []
+
+
+def test_offline_zero_means_online(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert stories.get(tmp_path, 1000).name.startswith("TinyStoriesV2")
+
+
+# == 2  the download ==================================================================================================
+
+
+def test_a_cut_connection_is_resumed_within_the_call(server, tmp_path, capsys):
+    server.cuts = [500_000, 300_000]
+    source = stories.get(tmp_path, 10**9)
+    assert [wanted for _, wanted in server.requests[:3]] == [None] + [
+        f"bytes={have}-{len(TRAIN_BYTES) - 1}" for have in (500_000, 800_000)
+    ]
+    assert source.train.read_bytes() == TRAIN_BYTES and capsys.readouterr().err == ""
+
+
+def test_a_connection_cut_again_and_again_keeps_what_came(server, tmp_path, capsys):
+    server.cuts = [300_000, 200_000, 100_000]
+    fails(tmp_path, capsys, "the connection was cut after 600,000 of")
+    server.requests.clear()
+    source = stories.get(tmp_path, 10**9)
+    assert server.requests[0] == (stories.TRAIN.name, f"bytes=600000-{len(TRAIN_BYTES) - 1}")
+    assert source.train.read_bytes() == TRAIN_BYTES
+
+
+def test_a_server_without_ranges_starts_over(server, tmp_path):
+    (tmp_path / (stories.TRAIN.name + ".part")).write_bytes(b"something else" * 1000)
+    server.mode = "no ranges"
+    source = stories.get(tmp_path, 900_000)
+    assert server.requests[0][1] == f"bytes=14000-{MIB - 1}"
+    assert TRAIN_BYTES.startswith(source.train.read_bytes()) and source.train.stat().st_size <= MIB
+
+
+def test_a_part_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
+    part = tmp_path / (stories.TRAIN.name + ".part")
+    part.write_bytes(b"something else" * 1000)
+    fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
+    assert not part.exists()
+    assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
+
+
+def test_redirections_are_followed_with_the_range(server, tmp_path):
+    server.mode = "redirect"
+    assert stories.get(tmp_path, 900_000).name == "TinyStoriesV2 (first 1 MiB)"
+    assert server.requests[1] == (stories.TRAIN.name, f"bytes=0-{MIB - 1}")
+
+
+@pytest.mark.parametrize(
+    "mode, reason",
+    [
+        ("missing", "the server answered 404"),
+        ("page", "a web page came instead of the file"),
+        ("disguised page", "a web page came instead of the file"),
+        ("other size", "wrong size"),
+        ("other range", "another range than was asked for"),
+    ],
+)
+def test_a_wrong_answer_is_one_line_and_generated_stories(server, tmp_path, capsys, mode, reason):
+    server.mode = mode
+    fails(tmp_path, capsys, reason)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_wrong_hash_is_one_line_and_generated_stories(server, tmp_path, capsys):
+    server.mode = "other contents"
+    fails(tmp_path, capsys, "wrong contents: its sha256", num_bytes=len(TRAIN_BYTES))
+    assert not list(tmp_path.glob("*.part")) and not (tmp_path / stories.TRAIN.name).exists()
+
+
+def test_wrong_validation_stories_are_named(server, tmp_path, capsys):
+    server.mode = "other contents"  # a partial training file has no hash to fail
+    fails(tmp_path, capsys, "wrong contents", name=stories.VALID.name)
+
+
+def test_a_stall_ends_and_keeps_what_came(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stories, "STALL_SECONDS", 0.2)
+    server.mode = "stall"
+    start = time.monotonic()
+    fails(tmp_path, capsys, "the server sent nothing for 0.2 s")
+    assert time.monotonic() - start < 5
+    assert (tmp_path / (stories.TRAIN.name + ".part")).stat().st_size >= 1000
+
+
+def test_a_refused_connection_is_one_line(tmp_path, capsys, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    fails(tmp_path, capsys, "the connection was refused")
+
+
+def test_a_name_that_does_not_resolve_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://nowhere.invalid")
+    monkeypatch.setattr(stories, "OPEN_SECONDS", 8)
+    source = stories.get(tmp_path, 1000)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and source.name.startswith("generated")
+    assert "cannot be resolved" in err or "no answer within 8 s" in err  # the resolver may be slower than we wait
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path, capsys, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(stories, "OPEN_SECONDS", 0.3)
+        start = time.monotonic()
+        fails(tmp_path, capsys, "no answer within 0.3 s")
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
+def test_only_a_trusted_certificate_is_accepted(server, tmp_path, capsys, monkeypatch):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # the client hangs up on a certificate that it does not trust
+    monkeypatch.setenv("HF_ENDPOINT", f"https://localhost:{server.server_address[1]}")
+    fails(tmp_path, capsys, "the server's certificate is not trusted")
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    assert stories.get(tmp_path, 1000).name == "TinyStoriesV2 (first 1 MiB)"
+
+
+def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stories.shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    fails(tmp_path, capsys, "the disk is full")
+    assert server.requests == []
+
+
+def test_the_disk_filling_up_is_one_line(server, tmp_path, capsys, monkeypatch):
+    class Full(stories.Bar):
+        def show(self, have):
+            raise OSError(stories.errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stories, "Bar", Full)
+    fails(tmp_path, capsys, "the disk is full")
+
+
+def test_the_bar_is_for_terminals(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = stories.Bar("file", 0, 2_000_000)
+    bar.show(2_000_000)
+    bar.close()
+    err = capsys.readouterr().err
+    assert err.startswith("\rfile [########################] 2.0 of 2.0 MB | ") and "MB/s | 0:00 left" in err
+
+
+# == 3  generated stories =============================================================================================
+
+
+@pytest.fixture(scope="module")
+def many():
+    return list(itertools.islice(stories.generate(7), 10_000))
+
+
+def test_the_same_seed_tells_the_same_stories():
+    first, again, other = (list(itertools.islice(stories.generate(seed), 200)) for seed in (3, 3, 4))
+    assert first == again and not set(first) & set(other)
+
+
+def test_stories_do_not_depend_on_the_hash_seed_of_python():
+    code = "import stories; print(next(stories.generate(5)), stories.generator_version())"
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(stories.__file__).parent,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1 and told != {b""}
+
+
+def test_train_and_validation_share_no_story(many):
+    valid = set(itertools.islice(stories.generate(7, "valid"), 1_250))
+    assert len(valid) > 1_248 and not valid & set(many)
+    assert not any(map(stories.is_valid, many)) and all(map(stories.is_valid, valid))
+
+
+def test_hardly_any_story_comes_twice(many):
+    assert len(set(many)) >= len(many) - 2
+
+
+def test_every_plot_occurs(monkeypatch):
+    told = []
+    monkeypatch.setattr(stories, "tell", lambda _, plot, parts: told.append(plot) or f"Story {len(told)}.")
+    list(itertools.islice(stories.generate(0), 500))
+    assert len(stories.PLOTS) >= 8 and {plot.text for plot in told} == {plot.text for plot in stories.PLOTS.values()}
+
+
+def test_every_row_of_every_table_makes_good_stories():
+    random_ = random.Random(1).random
+    for plot, parts in stories.compiled().values():
+        for place, table in enumerate(plot.tables):
+            for row in table:
+                tables = [[row] if other == place else plot.tables[other] for other in range(len(plot.tables))]
+                for _ in range(6):
+                    story = stories.tell(random_, plot._replace(tables=tables), parts)
+                    assert mistakes(story) == [], story
+
+
+def test_common_beginnings_are_common(many):
+    assert sum(story.startswith("Once upon a time, there was a ") for story in many) > len(many) / 4
+    assert sum("named Lily." in story for story in many) > len(many) / 100
+    assert sum("One day, Lily found a" in story for story in many) > len(many) / 1000
+
+
+def test_stories_are_as_long_as_stories(many):
+    words = sorted(len(story.split()) for story in many)
+    assert words[0] >= 90 and words[-1] <= 260 and words[len(words) * 9 // 10] <= 220
+    assert {story.count("\n") + 1 for story in many} >= {1, 7, 8, 9, 10}
+
+
+def mistakes(story):
+    """What an editor would mark, as the names of the rules broken."""
+    spoken = story.replace("\n", " ")
+    sounds = re.findall(r"\b([Aa]n?) (\w+)", spoken)
+    rules = {
+        "placeholder": re.search(r"[{}<>\[\]|_]", story),
+        "doubled word": re.search(r"\b(?!had\b|la\b)(\w+) \1\b", spoken, re.IGNORECASE),
+        "spaces": re.search(r"  | [.,!?;]|^\s|\s$|\n\n| \n|\n ", story),
+        "full stop": re.search(r'[.,!?]{2}|[.!?,]"[.,]|[a-z]"(?: |$)(?=[A-Z]|$)', spoken.replace('"la, la, la"', "")),
+        "capital": re.search(r'(?:^|\n|[.!?] )"?[a-z]|said, "[a-z]', story),
+        "after speech": re.search(r',"(?! [a-zA-Z])', spoken)
+        or re.search(r'[.]" (?:said|asked|cried|she|he) ', spoken),
+        "quotes": story.count('"') % 2 or any(line.count('"') % 2 for line in story.split("\n")),
+        "end": not re.search(r'[.!?]"?$', story),
+        "a or an": any((article.lower() == "an") != vowel_sound(word) for article, word in sounds),
+        "ascii": not story.isascii(),
+        "I": re.search(r"\bi\b", story),
+    }
+    return [name for name, broken in rules.items() if broken]
+
+
+def vowel_sound(word):
+    return word[0].lower() in "aeiou" and not re.match(r"(?i)one\b|once\b|uni|use", word)
+
+
+def test_an_editor_finds_no_mistake(many):
+    for story in many[:3000]:
+        assert mistakes(story) == [], story
+
+
+@pytest.mark.parametrize(
+    "story, name",
+    [
+        ("Lily had a apple.", "a or an"),
+        ("Lily had an kite.", "a or an"),
+        ("Lily saw the the sea.", "doubled word"),
+        ("Lily saw {thing}.", "placeholder"),
+        ("Lily sat down. she slept.", "capital"),
+        ('"Look!" said Lily. "the sea."', "capital"),
+        ("Lily slept..", "full stop"),
+        ('Lily said, "Yes!".', "full stop"),
+        ('"Yes." said Lily.', "after speech"),
+        ('"Yes, said Lily.', "quotes"),
+        ("Lily  slept.", "spaces"),
+        ("Lily slept", "end"),
+    ],
+)
+def test_the_editor_would_find_them(story, name):
+    assert name in mistakes(story)
+
+
+def test_pronouns_agree_with_the_hero():
+    """With a cast of one sex, no word of the other sex may occur."""
+    random_ = random.Random(2).random
+    words = {"he": r"\b(he|him|his|himself|boy|dad|grandpa)\b", "she": r"\b(she|her|hers|herself|girl|mom|grandma)\b"}
+    others = (
+        r"(?i)\b(Mrs?|Miss|Captain|farmer|baker|keeper|man|lady|fireman|gardener|guard|mother|king|queen|dentist|"
+        r"doctor)\b"
+    )
+    told = {"he": 0, "she": 0}
+    for _ in range(80):
+        for plot, parts in stories.compiled().values():
+            sexes = []
+            story = tell_with(random_, plot, parts, sexes)
+            if len(set(sexes)) == 1 and not re.search(others, story):
+                told[sexes[0]] += 1
+                other = words["she" if sexes[0] == "he" else "he"]
+                if "dog" not in story:  # the dog next door is a he of his own
+                    assert not re.search(other, story, re.IGNORECASE), story
+    assert min(told.values()) > 50
+
+
+def tell_with(random_, plot, parts, sexes):
+    """A story, and the pronouns of its hero, friend and parent."""
+    real = stories.cast
+
+    def cast(*args):
+        words = real(*args)
+        sexes.extend(words[key] for key in ("he", "fhe", "phe"))
+        return words
+
+    stories.cast = cast
+    try:
+        return stories.tell(random_, plot, parts)
+    finally:
+        stories.cast = real
+
+
+def test_hero_and_friend_are_two():
+    random_ = random.Random(3).random
+    for _ in range(3000):
+        words = stories.cast(random_, True)
+        assert words["name"] != words["friend"]
+        assert words["kind"] in ("girl", "boy") or words["newfriend"] != f"{words['friend']} the {words['kind']}"
+
+
+def test_a_word_that_no_table_has_is_an_error():
+    plot = stories.Plot((), "")
+    with pytest.raises(KeyError):
+        stories.tell(random.Random(0).random, plot, stories.parse("{name} had a {nonsense}."))
+    with pytest.raises(ValueError):
+        stories.parse("an [open bracket")
+
+
+def test_an_unknown_split_is_an_error():
+    with pytest.raises(ValueError, match="expected 'train' or 'valid'"):
+        next(stories.generate(0, "test"))
+
+
+# == 4  generated files ===============================================================================================
+
+
+def test_generated_files_have_the_layout_of_the_data_set(tmp_path):
+    source = stories.write_generated(tmp_path, 100_000)
+    text = source.train.read_bytes().decode("ascii")
+    told = text.split(f"\n{stories.END}\n")
+    assert told.pop() == "" and len(told) == len(set(told)) and len(text) >= 100_000
+    assert told == list(dict.fromkeys(itertools.islice(stories.generate(0), len(told))))
+    assert not set(told) & set(source.valid.read_text().split(f"\n{stories.END}\n")[:-1])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
+    source = stories.write_generated(tmp_path, 100_000)
+    before = source.train.read_bytes()
+
+    def untouched(num_bytes, seed=0):
+        os.utime(source.train, (1, 1))
+        stories.write_generated(tmp_path, num_bytes, seed)
+        return source.train.stat().st_mtime == 1
+
+    assert untouched(100_000) and untouched(50_000)
+    assert not untouched(150_000) and source.train.read_bytes().startswith(before)
+    assert not untouched(1000, seed=1)
+    source.train.write_bytes(before[:-5])  # somebody cut it
+    assert not untouched(1000, seed=1)
+    monkeypatch.setitem(stories.CAST, "she", ["Lily", "Zora"])  # another generator
+    assert not untouched(1000, seed=1)
+    (tmp_path / "generated.json").write_text("{")
+    assert not untouched(1000, seed=1)
+    assert json.loads((tmp_path / "generated.json").read_text())["seed"] == 1
+
+
+def test_generating_is_fast_enough():
+    start = time.perf_counter()
+    size = sum(len(story) for story in itertools.islice(stories.generate(0), 3000))
+    assert size / (time.perf_counter() - start) > 1e6  # measured: 8e6; the margin is for a busy machine
+
+
+# == 5  the command line ==============================================================================================
+
+
+def test_show_prints_stories(capsys):
+    assert stories.main(["--show", "3", "--seed", "9"]) == 0
+    told = capsys.readouterr().out.split(f"\n{stories.END}\n")
+    assert told == [*itertools.islice(stories.generate(9), 3), ""]
+
+
+def test_download_names_the_files(server, tmp_path, capsys):
+    assert stories.main(["--download", "0.5", "--out", str(tmp_path)]) == 0
+    assert "TinyStoriesV2 (first 1 MiB): " in capsys.readouterr().out
+    server.mode = "missing"
+    assert stories.main(["--download", "2", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--show", "0"], ["--show", "x"], ["--download", "-1"], ["--download", "nan"], ["--nonsense"]]
+)
+def test_a_mistake_is_one_line_and_status_2(argv, capsys):
+    assert stories.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("stories.py: error: ") and err.count("\n") == 1
+
+
+def test_an_unwritable_folder_is_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert stories.main(["--download", "1", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("stories.py: error: ")
