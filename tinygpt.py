@@ -489,6 +489,11 @@ def spin(words, index, value, spins):
     return False
 
 
+def count_cores():
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Pool:
     """The threads that run tasks. One caller computes at a time; others wait for it.
 
@@ -498,7 +503,7 @@ class Pool:
 
     def __init__(self):
         self.lock, self.changed = threading.Lock(), threading.Condition()
-        self.threads, self.helpers = os.cpu_count() or 1, []
+        self.threads, self.helpers = count_cores(), []
 
     def resize(self, threads):
         """Use `threads` threads from now on; they start when there is work."""

@@ -1,0 +1,152 @@
+"""Tell stories with a trained model.
+
+    python sample.py --prompt "Lily found"
+
+Reads one checkpoint, which holds the model and its tokenizer, and prints the story token by token. Filters apply in
+this order: temperature, top-k, top-p. Text goes to stdout, everything else to stderr.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import bpe
+import tinygpt
+
+# == 1  the model ======================================================================================================
+
+
+def newest_checkpoint(folder=Path("runs")):
+    """The last checkpoint of the newest run; ValueError that says what to type where there is none."""
+    found = sorted(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no checkpoint in {folder}{'/'}; train a model first: python train.py --size 1m")
+    return found[-1]
+
+
+def load(path):
+    """(parameter views, configuration, tokenizer) of a checkpoint; ValueError if they do not fit together."""
+    checkpoint = tinygpt.load_checkpoint(path)
+    cfg, tokenizer = checkpoint.cfg, bpe.Tokenizer.from_json(checkpoint.tokenizer)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model V={cfg.vocab_size}")
+    return tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers), cfg, tokenizer
+
+
+def never_drawn(cfg, tokenizer):
+    """Ids that mean nothing to a reader: reserved specials, and rows of the model beyond the tokenizer."""
+    reserved = [i for name, i in tokenizer.specials.items() if name != bpe.END]
+    return [*reserved, *range(tokenizer.vocab_size, cfg.vocab_size)]
+
+
+def prompt_ids(prompt, cfg, tokenizer):
+    """The end of a story, then the prompt; of a prompt longer than the context its end, and a line that says so."""
+    ids = [tokenizer.end, *tokenizer.encode(prompt)]
+    if len(ids) > cfg.seq_len:
+        note(f"the prompt has {len(ids)} tokens, the context {cfg.seq_len}: only its end is read")
+        ids = ids[-cfg.seq_len :]
+    return ids
+
+
+# == 2  the story ======================================================================================================
+
+
+def note(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def tell(p, cfg, tokenizer, args, number):
+    """Print one story as it is drawn; returns (tokens, seconds)."""
+    decoding, decoder = tinygpt.Decoding(p, cfg, tinygpt.OPS[args.kernels]), bpe.Decoder(tokenizer)
+    filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    filters["banned"] = never_drawn(cfg, tokenizer)
+    ids = prompt_ids(args.prompt, cfg, tokenizer)
+    print(args.prompt, end="", flush=True)
+    start, count = time.monotonic(), 0
+    story = tinygpt.generate(decoding, ids, args.seed + number, tokenizer.end, args.max_new_tokens, **filters)
+    for token in story:
+        print(decoder.push(token), end="", flush=True)
+        count += 1
+    print(decoder.finish(), flush=True)
+    return count, time.monotonic() - start
+
+
+# == 3  command line ===================================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser():
+    parser = Parser(prog="sample.py", description="Tell stories with a trained model.")
+    add = parser.add_argument
+    add("--prompt", default="", help="how the story begins (default: nothing, a story from its beginning)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a .safetensors file of train.py (default: the newest run's last)",
+    )
+    add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy (default %(default)s)")
+    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (default %(default)s)")
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="the likeliest that have P; 1 is off (default %(default)s)",
+    )
+    add("--max-new-tokens", type=int, default=400, metavar="N", help="longest story, in tokens (default %(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="number of stories (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the first story; each next one has the next (default %(default)s)")
+    add(
+        "--kernels", choices=list(tinygpt.OPS), default="numba", help="numpy is the specification (default %(default)s)"
+    )
+    add("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+    return parser
+
+
+def check(args):
+    """ValueError for a number out of its range."""
+    for name, low, high in (
+        ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 0, 1), ("max_new_tokens", 0, 2**31),
+        ("num_samples", 1, 2**31), ("seed", 0, 2**63), ("threads", 1, 1024),
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; expected {low} to {high}")
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character still gets the story
+    try:
+        check(args)
+        if args.threads:
+            tinygpt.POOL.resize(args.threads)
+        path = args.checkpoint or newest_checkpoint()
+        p, cfg, tokenizer = load(path)
+        note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
+        for number in range(args.num_samples):
+            if number:
+                print("\n---\n")
+            count, seconds = tell(p, cfg, tokenizer, args, number)
+            note(f"[{count} tokens, {count / max(seconds, 1e-9):,.0f} tok/s, seed {args.seed + number}]")
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,837 @@
+"""Train a story-teller: batches of text, gradients added up, AdamW.
+
+    python train.py --size 1m                           # TinyStories, or generated stories when there is no network
+    python train.py --size 1m --data stories.txt --minutes 5
+
+Reads text or token files and writes runs/NAME/: log.jsonl, last.safetensors (model, moments, place: `--resume` goes on
+from it), best.safetensors (the model alone, at its best validation), loss.png. Read in order: 1 text to token files,
+2 batches, 3 AdamW, 4 evaluation, 5 the run, 6 settings and command line.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import bpe
+import tinygpt
+from tinygpt import OPS, POOL, SIZES, kernel
+
+RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
+TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
+
+
+# == 1  text to token files ============================================================================================
+
+
+class Data(NamedTuple):
+    tokenizer: bpe.Tokenizer
+    train: np.ndarray  # token ids, (M,)
+    valid: np.ndarray
+    name: str
+
+
+def prepare_data(args, seq_len, vocab_size):
+    """Text or token files -> `Data`. Text is encoded once and kept in data/tokens, under a key of what it depends on.
+
+    ValueError or OSError if something is missing, is not text, is of another tokenizer, or is too short.
+    """
+    tokenizer = bpe.Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    sources, valid_sources, name = list(args.data or ()), list(args.val_data or ()), " ".join(args.data or ())
+    if not sources:
+        sources, valid_sources, name = find_stories(args, seq_len)
+    if any(str(path).endswith(".bin") for path in sources):
+        if tokenizer is None:
+            raise ValueError("--data names a token file; say which tokenizer made it with --tokenizer FILE")
+        train = read_token_files(sources, tokenizer)
+        valid = read_token_files(valid_sources, tokenizer) if valid_sources else None
+    else:
+        folder = Path("data", "tokens", cache_key(sources, args.tokenizer, vocab_size))
+        folder.mkdir(parents=True, exist_ok=True)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(sources, folder, vocab_size, explicit=args.vocab_size is not None)
+        train = encode(sources, tokenizer, folder / "train.bin")
+        valid = None
+        if valid_sources:
+            key = cache_key(valid_sources, None, tokenizer.hash)
+            valid = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
+    if valid is None:
+        train, valid = hold_out(train, tokenizer)
+    for what, tokens in (("training", train), ("validation", valid)):
+        if len(tokens) < (seq_len if what == "training" else 2):
+            raise ValueError(
+                f"{name}: the {what} text has {len(tokens)} tokens, less than one window of T={seq_len}; "
+                f"use more text or --seq-len {max(1, 1 << (len(tokens) // 2).bit_length())}"
+            )
+    return Data(tokenizer, train, valid, name)
+
+
+def find_stories(args, seq_len):
+    """Training and validation files, and their name, where the command line names no data."""
+    try:
+        import stories
+    except ImportError:
+        raise ValueError("stories.py is not here, so name your text: --data FILE") from None
+    if args.steps:
+        tokens = args.steps * (args.batch_size or 8) * seq_len
+    else:  # as many as the machine could read if it did nothing else
+        tokens = 60 * (args.minutes or 5) * measure_peak() / tinygpt.flops_per_token(SIZES[args.size])
+    source = stories.get(Path("data"), int(4.2 * tokens) + (1 << 20))  # a token of 4096 entries is some 4 bytes
+    return [source.train], [source.valid], source.name
+
+
+def cache_key(sources, tokenizer_path, detail):
+    """A name for what is made of these files: changes when one of them does."""
+    parts = [bpe.PATTERN, RESERVED, detail]
+    for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
+        status = path.stat()
+        parts += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def train_tokenizer(sources, folder, vocab_size, explicit):
+    """The tokenizer of these texts: vocab_size entries, or fewer where the text gives fewer and none were asked for."""
+    path, fixed = folder / "tokenizer.json", 256 + 1 + RESERVED
+    if vocab_size < fixed:
+        raise ValueError(
+            f"--vocab-size {vocab_size} is below {fixed}: 256 bytes, the end of a story and {RESERVED} reserved tokens"
+        )
+    if not path.exists():
+        with Progress("learning the tokenizer", min(total_bytes(sources), TOKENIZER_BYTES)) as progress:
+            documents = first_bytes(bpe.documents(sources, progress), TOKENIZER_BYTES)
+            bpe.Tokenizer.from_merges(bpe.train(documents, vocab_size - fixed), RESERVED).save(path)
+    tokenizer = bpe.Tokenizer.load(path)
+    if tokenizer.vocab_size < vocab_size:
+        line = f"the text gives {tokenizer.vocab_size} tokens, fewer than {vocab_size}"
+        if explicit:
+            raise ValueError(f"--vocab-size {vocab_size}: {line}; try --vocab-size {tokenizer.vocab_size}")
+        note(f"{line}: the vocabulary has {tokenizer.vocab_size}")
+    return tokenizer
+
+
+def first_bytes(documents, limit):
+    for text in documents:
+        if limit <= 0:
+            return
+        limit -= len(text)
+        yield text
+
+
+def total_bytes(sources):
+    return sum(path.stat().st_size for path in bpe.text_files(sources))
+
+
+def encode(sources, tokenizer, path):
+    """The token file of these texts, made if it is not there or is not whole."""
+    try:
+        return bpe.read_tokens(path, tokenizer)[0]
+    except (OSError, ValueError):
+        with Progress("encoding", total_bytes(sources)) as progress:
+            bpe.write_tokens(bpe.documents(sources, progress), tokenizer, path)
+    return bpe.read_tokens(path, tokenizer)[0]
+
+
+def read_token_files(paths, tokenizer):
+    parts = [bpe.read_tokens(path, tokenizer)[0] for path in paths]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def hold_out(tokens, tokenizer):
+    """(training, validation): the last 2% of the stories, or of the bytes if there is one story."""
+    ends = np.flatnonzero(tokens == tokenizer.end)
+    if len(ends) > 1:
+        cut = ends[-1 - max(1, round(0.02 * len(ends)))] + 1
+    else:
+        cut = np.searchsorted(np.cumsum(byte_lengths(tokenizer)[tokens]), 0.98 * count_bytes(tokens, tokenizer))
+    return tokens[:cut], tokens[cut:]
+
+
+def byte_lengths(tokenizer):
+    """Bytes of text in each token, (V,): none in the end of a story."""
+    lengths = np.array([len(token) for token in tokenizer.vocab])
+    lengths[tokenizer.end] = 0
+    return lengths
+
+
+def count_bytes(tokens, tokenizer):
+    return int(np.bincount(tokens, minlength=tokenizer.vocab_size) @ byte_lengths(tokenizer))
+
+
+# == 2  batches ========================================================================================================
+#
+# The tokens of a file are targets, each once an epoch; the input of a target is the token before it, of the first one
+# the end of a story. An epoch cuts them into windows of T at an offset of its own and reads these in its own order.
+
+
+def window(tokens, begin, stop, T, end):
+    """Inputs, targets, weights, each (T,): the targets tokens[begin:stop], at most T, have weight 1; a window that
+    would reach beyond the text starts earlier, and its other targets have weight 0."""
+    start = max(0, min(begin, len(tokens) - T))
+    targets = np.asarray(tokens[start : start + T], np.int64)
+    inputs = np.concatenate([[tokens[start - 1] if start else end], targets[:-1]])
+    places = np.arange(start, start + T)
+    return inputs, targets, ((begin <= places) & (places < stop)).astype(np.float32)
+
+
+class Batches:
+    """The windows of all epochs, by number: a function of (seed, number) alone, so any of them can be had at once."""
+
+    def __init__(self, tokens, T, end, seed):
+        self.tokens, self.T, self.end, self.seed = tokens, T, end, seed
+        self.per_epoch = -(-len(tokens) // T) + 1  # the first and the last are partial; a last one may be empty
+        self.epoch = None
+
+    def get(self, first, count):
+        """Windows first .. first + count - 1 -> inputs, targets, weights (count, T)."""
+        rows = []
+        for number in range(first, first + count):
+            epoch, place = divmod(number, self.per_epoch)
+            if epoch != self.epoch:
+                rng = np.random.Generator(np.random.Philox(key=[self.seed, (1 << 32) + epoch]))
+                self.epoch, self.offset = epoch, int(rng.integers(1, self.T + 1))
+                self.order = rng.permutation(self.per_epoch)
+            stop = self.offset + int(self.order[place]) * self.T
+            stop, begin = min(stop, len(self.tokens)), max(0, stop - self.T)
+            rows.append(window(self.tokens, begin, stop, self.T, self.end))
+        return tuple(np.stack(column) for column in zip(*rows))
+
+
+# == 3  AdamW ==========================================================================================================
+#
+# Loshchilov & Hutter 2019, arXiv:1711.05101. g is the sum over the update's targets times `scale`, which divides by
+# their number and clips:  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+# p -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p), decay for matrices only.
+
+ADAM_EPS = 1e-8
+FLAT_BLOCK = 1 << 16  # elements of the flat buffers that a task owns
+
+
+@kernel
+def norm_kernel(task, slot, x, squares):
+    """squares[task] = the sum of squares of one block of x, in float64."""
+    total = 0.0
+    for i in range(task * FLAT_BLOCK, min((task + 1) * FLAT_BLOCK, x.size)):
+        total += np.float64(x[i]) * np.float64(x[i])
+    squares[task] = total
+
+
+@kernel
+def adamw_kernel(task, slot, p, g, m, v, decayed, scale, lr, decay, beta1, beta2, fix1, fix2, eps):
+    """One block of the update above; p[:decayed] decays; fix = 1 / (1 - beta^t). g is zero afterwards."""
+    number = p.dtype.type
+    scale, b1, b2, c1, c2 = number(scale), number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
+    rate, fix2, eps = number(lr * fix1), number(fix2), number(eps)
+    for part in range(2):
+        start, stop = task * FLAT_BLOCK, min((task + 1) * FLAT_BLOCK, p.size)
+        if part == 0:
+            stop, keep = min(stop, decayed), number(1 - lr * decay)
+        else:
+            start, keep = max(start, decayed), number(1)
+        for i in range(start, stop):
+            gradient = g[i] * scale
+            m[i] = b1 * m[i] + c1 * gradient
+            v[i] = b2 * v[i] + c2 * gradient * gradient
+            p[i] = keep * p[i] - rate * m[i] / (np.sqrt(v[i] * fix2) + eps)
+            g[i] = 0
+
+
+def adamw_spec(p, g, m, v, decayed, scale, lr, decay, beta1, beta2, t):
+    """The update above, in place, as the equations have it."""
+    gradient = g * scale
+    m[:] = beta1 * m + (1 - beta1) * gradient
+    v[:] = beta2 * v + (1 - beta2) * gradient * gradient
+    step = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + ADAM_EPS)
+    step[:decayed] += decay * p[:decayed]
+    p -= lr * step
+    g[:] = 0
+
+
+class State:
+    """What training changes: parameters, gradients, both moments (flat buffers) and the number of updates done."""
+
+    def __init__(self, cfg, parameters):
+        self.cfg, self.parameters, self.step = cfg, parameters, 0
+        self.p = tinygpt.views(tinygpt.layout(cfg), parameters, cfg.layers)
+        self.gradient, self.grads = tinygpt.zero_gradients(cfg, parameters.dtype)
+        self.m, self.v = np.zeros_like(parameters), np.zeros_like(parameters)
+        self.decayed = tinygpt.count_parameters(cfg)[1]
+
+    def norm(self):
+        """Of the gradient, in float64; the same for any number of threads."""
+        squares = np.empty(-(-self.gradient.size // FLAT_BLOCK))
+        POOL.run(norm_kernel, squares.size, self.gradient, squares)
+        return math.sqrt(float(squares.sum()))
+
+    def adamw(self, lr, scale, s):
+        self.step += 1
+        fix1, fix2 = 1 / (1 - s["beta1"] ** self.step), 1 / (1 - s["beta2"] ** self.step)
+        buffers = (self.parameters, self.gradient, self.m, self.v)
+        rates = (scale, lr, s["weight_decay"], s["beta1"], s["beta2"], fix1, fix2, ADAM_EPS)
+        POOL.run(adamw_kernel, -(-self.parameters.size // FLAT_BLOCK), *buffers, self.decayed, *rates)
+
+
+def learning_rate(step, s):
+    """Of update `step` (from 0): a straight warm-up, then half a cosine down to min_lr at the last one."""
+    if step < s["warmup_steps"]:
+        return s["lr"] * (step + 1) / s["warmup_steps"]
+    share = (step - s["warmup_steps"]) / max(1, s["steps"] - 1 - s["warmup_steps"])
+    return s["min_lr"] + (s["lr"] - s["min_lr"]) * (1 + math.cos(math.pi * min(1, share))) / 2
+
+
+def update(state, batch, ops, space, s, stopped=lambda: False):
+    """One update from batch = inputs, targets, weights (batch_size, T) -> loss (mean nats), norm of the gradient, lr.
+
+    Micro-batches only save memory: sums over targets are added up and divided once. FloatingPointError, before anything
+    is changed, if the loss or the norm is not finite. None if `stopped()` between two micro-batches.
+    """
+    total, nats_sum = float(batch[2].sum()), 0.0
+    for first in range(0, s["batch_size"], s["micro_batch_size"]):
+        if stopped():
+            return None
+        inputs, targets, weights = (rows[first : first + s["micro_batch_size"]] for rows in batch)
+        _, nats = tinygpt.loss_and_gradients(state.p, inputs, targets, weights, state.grads, state.cfg, ops, space)
+        for row in (nats * weights).sum(-1, dtype=np.float64):  # one sequence after the other, however they are cut
+            nats_sum += float(row)
+    tinygpt.join_tied(state.grads)
+    loss, norm, lr = nats_sum / max(1, total), state.norm() / max(1, total), learning_rate(state.step, s)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise FloatingPointError(f"loss is {loss:.4g} at step {state.step + 1} (lr {lr:.1e}, grad norm {norm:.4g})")
+    clip = min(1.0, s["grad_clip"] / norm) if s["grad_clip"] and norm else 1.0
+    state.adamw(lr, clip / max(1, total), s)
+    return loss, norm, lr
+
+
+# == 4  evaluation =====================================================================================================
+
+
+def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
+    """Nats per token over windows that stand end to end, each target once; over the first `limit` tokens if given."""
+    tokens = tokens[:limit]
+    T, total = min(cfg.seq_len, len(tokens)), 0.0
+    at_once = max(1, 2048 // T)
+    spaces = {}
+    for first in range(0, len(tokens), T * at_once):
+        begins = range(first, min(first + T * at_once, len(tokens)), T)
+        rows = [window(tokens, begin, min(begin + T, len(tokens)), T, end) for begin in begins]
+        inputs, targets, weights = (np.stack(column) for column in zip(*rows))
+        if ops is OPS["numba"] and len(rows) not in spaces:
+            spaces[len(rows)] = tinygpt.one_layer_space(cfg, len(rows), T, p["embed_w"].dtype)
+        _, nats = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, ops, spaces.get(len(rows)))
+        total += float((nats * weights).sum(dtype=np.float64))
+        if progress:
+            progress(min(first + T * at_once, len(tokens)))
+    return total / len(tokens)
+
+
+def bits_per_byte(nats, tokens, tokenizer):
+    """nats per token over `tokens` -> bits per byte of their text: the figure that compares across tokenizers."""
+    return nats * len(tokens) / math.log(2) / max(1, count_bytes(tokens, tokenizer))
+
+
+def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
+    """A story from the model as it is."""
+    banned = [i for name, i in tokenizer.specials.items() if name != bpe.END]
+    decoding = tinygpt.Decoding(state.p, state.cfg, ops)
+    ids = [tokenizer.end, *tokenizer.encode(prompt)][-state.cfg.seq_len :]
+    story = tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, temperature=0.8, banned=banned)
+    return prompt + tokenizer.decode(list(story))
+
+
+# == 5  the run ========================================================================================================
+
+
+def note(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar on a terminal, for what takes a while; nothing where stderr is a file."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start, self.shown = what, max(1, total), time.monotonic(), 0.0
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, done):
+        now = time.monotonic()
+        if now - self.shown > 0.1 and now - self.start > 0.5 and sys.stderr.isatty():
+            share = min(1.0, done / self.total)
+            left = (now - self.start) * (1 - share) / max(share, 1e-9)
+            bar = "#" * round(30 * share)
+            print(f"\r{self.what} [{bar:30s}] {share:4.0%}, {clock(left)} left ", end="", file=sys.stderr, flush=True)
+            self.shown = now
+
+    def __exit__(self, *_):
+        if self.shown:
+            print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a function that says whether Ctrl-C or SIGTERM came. The first asks; a second acts as it always did."""
+    asked, old = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        for name, handler in old.items():
+            signal.signal(name, handler)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not the main thread: nobody to ask
+            old[name] = signal.signal(name, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for name, handler in old.items():
+            signal.signal(name, handler)
+
+
+def measure_peak():
+    """The machine's float32 product in FLOP/s: NumPy's BLAS, the best of ten products of 1024 x 1024."""
+    a = np.ones((1024, 1024), np.float32)
+    best = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def plan_steps(args, state, batches, ops, space, s, started):
+    """How many updates fit --minutes: some are timed (the caller then starts afresh), evaluations and saves allowed."""
+    note("measuring the speed of this machine; the first time, kernels are compiled ...")
+    update(state, batches.get(0, s["batch_size"]), ops, space, s)
+    times, begin = [], time.monotonic()
+    while len(times) < 3 or time.monotonic() - begin < min(4.0, 0.6 * args.minutes):
+        start = time.monotonic()
+        update(state, batches.get(0, s["batch_size"]), ops, space, s)
+        times.append(time.monotonic() - start)
+    left = 60 * args.minutes - (time.monotonic() - started)
+    return max(1, int(left * (1 - OVERHEAD) / (sum(times) / len(times))))
+
+
+OVERHEAD = 0.05  # share of a timed run that evaluations, stories and checkpoints may take
+EVALUATED = 0.10  # tokens of a validation while training, for each token trained since the one before: 1/3 of the work
+
+
+class Run:
+    """The folder of a run: its log, its checkpoints, what the terminal shows."""
+
+    def __init__(self, folder, s, state, data, ops):
+        self.folder, self.s, self.state, self.data, self.ops = folder, s, state, data, ops
+        self.saved_at, self.save_seconds, self.best = -math.inf, 0.0, math.inf
+        self.losses = []
+        self.tokenizer_json = data.tokenizer.to_json()
+
+    def open_log(self, position):
+        """Go on at byte `position`; a fresh run has 0."""
+        self.log = open(self.folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
+        self.log.truncate(position)
+        self.log.seek(0, os.SEEK_END)
+
+    def write(self, **entry):
+        self.log.write(json.dumps(entry) + "\n")
+        self.log.flush()
+
+    def save(self):
+        """last.safetensors: the model, the moments, the settings, the place in the log."""
+        start = time.monotonic()
+        self.log.flush()
+        metadata = {"step": str(self.state.step), "settings": json.dumps(self.s), "best": repr(self.best)}
+        metadata["log_bytes"] = str(os.path.getsize(self.folder / "log.jsonl"))
+        extra = {"moment1": self.state.m, "moment2": self.state.v}
+        self.save_model("last.safetensors", extra, metadata)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def save_model(self, name, extra=None, metadata=None):
+        tinygpt.save_checkpoint(
+            self.folder / name, self.state.parameters, self.state.cfg, self.tokenizer_json, extra, metadata
+        )
+
+    def evaluate(self):
+        """Validation on the fixed beginning, the prompts' stories; keeps the best model."""
+        tokens, tokenizer = self.data.valid[: self.s["eval_tokens"]], self.data.tokenizer
+        nats = evaluate(self.state.p, self.state.cfg, tokens, tokenizer.end, self.ops)
+        bits = bits_per_byte(nats, tokens, tokenizer)
+        stories = [tell(self.state, tokenizer, self.ops, prompt, self.s["seed"]) for prompt in self.s["prompts"]]
+        self.write(step=self.state.step, val_nats=nats, val_bits_per_byte=bits, stories=stories)
+        note(f"step {self.state.step} | validation {nats:.4f} nats/token, {bits:.4f} bits/byte (first {len(tokens):,})")
+        for story in stories:
+            say(story)
+        if bits < self.best:
+            self.best = bits
+            self.save_model("best.safetensors")
+
+    def finish(self):
+        """The last figures: every validation token once, the loss curve, what to type next."""
+        valid, tokenizer, state = self.data.valid, self.data.tokenizer, self.state
+        seconds = len(valid) / max(1.0, 2.5 * self.speed)
+        note(f"scoring all {len(valid):,} validation tokens, about {clock(seconds)} ...")
+        with Progress("validation", len(valid)) as progress:
+            nats = evaluate(state.p, state.cfg, valid, tokenizer.end, self.ops, progress=progress)
+        bits = bits_per_byte(nats, valid, tokenizer)
+        self.write(step=state.step, final_val_nats=nats, final_val_bits_per_byte=bits, tokens=len(valid))
+        say(f"validation, every token: {nats:.4f} nats/token, {bits:.4f} bits/byte")
+        draw_curve(self.folder)
+        path = self.folder / "last.safetensors"
+        note(f"a story:   {command('sample.py', '--checkpoint', path, '--prompt', 'Lily found')}")
+
+
+def say(text):
+    """To stdout; what the console cannot encode is replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def command(*words):
+    return shlex.join(["python", *map(str, words)])
+
+
+def draw_curve(folder):
+    """The loss curve of a run's log: in the terminal, and as loss.png where matplotlib is installed."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    steps = [e["step"] for e in entries if "loss" in e]
+    losses = [e["loss"] for e in entries if "loss" in e]
+    if len(steps) < 2:
+        return
+    note(terminal_curve(steps, losses))
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return note("for the curve as a picture: pip install matplotlib")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each update")
+    smooth = np.convolve(losses, np.ones(max(1, len(losses) // 50)) / max(1, len(losses) // 50), "valid")
+    axes.plot(steps[len(steps) - len(smooth) :], smooth, color="C0", label="training, mean")
+    valid = [(e["step"], e["val_nats"]) for e in entries if "val_nats" in e]
+    axes.plot(*zip(*valid), "o-", color="C1", label="validation") if valid else None
+    axes.set(xlabel="update", ylabel="nats per token")
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+    note(f"loss curve: {folder / 'loss.png'}")
+
+
+def terminal_curve(steps, losses, width=64, height=10):
+    """A curve in characters: each column the mean of its share of the updates."""
+    columns = [float(np.mean(part)) for part in np.array_split(np.array(losses), min(width, len(losses)))]
+    top, bottom = max(columns), min(columns)
+    places = [round((height - 1) * (top - c) / max(top - bottom, 1e-9)) for c in columns]
+    lines = []
+    for row in range(height):
+        label = f"{top - (top - bottom) * row / (height - 1):6.2f} |"
+        lines.append(label + "".join("*" if place == row else " " for place in places))
+    lines.append(" " * 7 + "+" + "-" * len(columns))
+    lines.append(f"{'loss':>6s}  update {steps[0]} to {steps[-1]}")
+    return "\n".join(lines)
+
+
+def train(run, batches, space, peak):
+    """Updates until s["steps"]; True if it got there, False if it was asked to stop. Both leave a checkpoint."""
+    s, state = run.s, run.state
+    flops, tokens_per_update = tinygpt.flops_per_token(state.cfg), s["batch_size"] * state.cfg.seq_len
+    started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
+    note("first update; a kernel that is used for the first time on this machine is compiled ...")
+    with stop_signals() as stopped:
+        if run.saved_at == -math.inf:
+            run.save()
+        while state.step < s["steps"] and not stopped():
+            before = time.monotonic()
+            batch = batches.get(state.step * s["batch_size"], s["batch_size"])
+            result = update(state, batch, run.ops, space, s, stopped)
+            if result is None:
+                break
+            loss, norm, lr = result
+            now = time.monotonic()
+            speed = tokens_per_update / (now - before)  # of the first update it says how long compiling took
+            run.speed = speed if state.step <= first + 2 else 0.95 * run.speed + 0.05 * speed
+            seconds = round(now - started, 3)
+            run.write(
+                step=state.step, loss=loss, lr=lr, norm=norm, tokens=state.step * tokens_per_update, seconds=seconds
+            )
+            last = state.step == s["steps"]
+            if now - shown > 2 or last or state.step == first + 1:
+                shown, left = now, (now - started) / (state.step - first) * (s["steps"] - state.step)
+                share = f"{run.speed * flops / peak:.0%} of peak"
+                note(
+                    f"step {state.step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {run.speed:,.0f} tok/s | "
+                    f"{share} | {clock(left)} left"
+                )
+            if state.step % s["eval_every"] == 0 or last:
+                run.evaluate()
+            if now - run.saved_at > max(s["save_every"], 20 * run.save_seconds) or last:
+                run.save()
+        if state.step < s["steps"]:
+            run.save()
+    return state.step == s["steps"]
+
+
+# == 6  settings and command line ======================================================================================
+
+RECIPES = {  # learning rate, sequences per update: small updates win where there is little time
+    "700k": (4e-3, 8),
+    "1m": (3e-3, 8),
+    "8m": (1.5e-3, 8),
+    "28m": (1e-3, 8),
+}
+
+
+def in_range(kind, low, high, open_low=False):
+    """An argparse type: a number of this kind from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            above = f"above {low}" if open_low else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {above}, at most {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+COUNT, RATE = in_range(int, 1, 2**31 - 1), in_range(float, 0, 1e3, open_low=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser():
+    parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
+    add = parser.add_argument_group("what").add_argument
+    add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
+    add("--data", nargs="+", metavar="FILE", help="training text, .jsonl, token files or folders; default TinyStories")
+    add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training stories")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
+    add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
+    add("--seq-len", type=COUNT, metavar="T", help="tokens in a window (default that of the size)")
+    add = parser.add_argument_group("how long (default --minutes 5)").add_mutually_exclusive_group().add_argument
+    add("--steps", type=COUNT, metavar="N", help="updates")
+    add("--epochs", type=in_range(float, 0, 1e6, True), metavar="E", help="passes over the training text")
+    add("--minutes", type=in_range(float, 0, 1e6, True), metavar="M", help="from the start to the end of training")
+    add = parser.add_argument_group("how").add_argument
+    add("--batch-size", type=COUNT, metavar="N", help="sequences per update (default that of the size)")
+    add("--micro-batch-size", type=COUNT, metavar="N", help="sequences at a time: memory only, same result")
+    add("--lr", type=RATE, help="the highest learning rate (default that of the size)")
+    add("--min-lr", type=in_range(float, 0, 1e3), help="the last learning rate (default a tenth of --lr)")
+    add("--warmup-steps", type=in_range(int, 0, 2**31 - 1), metavar="N", help="updates of rising rate; 0 for none")
+    add("--weight-decay", type=in_range(float, 0, 10), default=0.1, help="of matrices; 0 is off (default %(default)s)")
+    add("--beta1", type=in_range(float, 0, 0.9999), default=0.9, help="decay of AdamW's mean (default %(default)s)")
+    add("--beta2", type=in_range(float, 0, 0.99999), default=0.95, help="of its mean square (default %(default)s)")
+    add("--grad-clip", type=in_range(float, 0, 1e9), default=1.0, help="largest norm; 0 is off (default %(default)s)")
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of weights and data order (default %(default)s)")
+    add("--kernels", choices=list(OPS), default="numba", help="numpy is the specification, slow (default %(default)s)")
+    add("--threads", type=COUNT, metavar="N", help="same result with any number (default all cores)")
+    add = parser.add_argument_group("the run").add_argument
+    add("--out", type=Path, metavar="FOLDER", help="of the run (default runs/SIZE, runs/SIZE-2, ...)")
+    add("--resume", action="store_true", help="go on with the run in --out (default the newest) under its own settings")
+    add("--eval-every", type=COUNT, metavar="N", help="updates between validations (default a tenth of the run)")
+    add("--save-every", type=in_range(float, 0, 1e6), default=20.0, metavar="S", help="seconds between checkpoints")
+    add("--prompt", action="append", metavar="TEXT", help="a story told from it at each validation (repeatable)")
+    return parser
+
+
+def new_folder(args):
+    """The folder of a fresh run, made; ValueError where a run is, OSError where it cannot be written."""
+    if args.out is not None:
+        folder = args.out
+        if (folder / "log.jsonl").exists():
+            raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        Path("runs").mkdir(exist_ok=True)
+        for number in range(1, 10**6):
+            folder = Path("runs", args.size if number == 1 else f"{args.size}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+    (folder / "log.jsonl").touch()
+    return folder
+
+
+def resolve(args, cfg, data, source):
+    """The settings of a run: all that its result depends on, and nothing of the machine."""
+    lr, batch_size = RECIPES[args.size]
+    lr, batch_size = args.lr or lr, args.batch_size or batch_size
+    fits = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    micro = args.micro_batch_size or max(n for n in fits if n == 1 or n * cfg.seq_len <= 4096)
+    if micro not in fits:
+        near = sorted({max([n for n in fits if n < micro], default=1), min([n for n in fits if n > micro], default=1)})
+        options = " or ".join(map(str, near))
+        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
+    s = {
+        "size": args.size, "lr": lr, "min_lr": lr / 10 if args.min_lr is None else args.min_lr,
+        "batch_size": batch_size, "micro_batch_size": micro, "weight_decay": args.weight_decay, "beta1": args.beta1,
+        "beta2": args.beta2, "grad_clip": args.grad_clip, "seed": args.seed, "kernels": args.kernels,
+        "save_every": args.save_every, "prompts": args.prompt or [], "data": data.name, "data_files": source,
+        "train_tokens": len(data.train), "warmup_steps": args.warmup_steps or 0, "steps": args.steps or 1,
+    }  # fmt: skip
+    if s["min_lr"] > lr:
+        raise ValueError(f"--min-lr {s['min_lr']} is above --lr {lr}")
+    return s
+
+
+def plan(args, s, batches, steps):
+    """What follows from the number of updates, into the settings."""
+    s["steps"] = steps
+    s["warmup_steps"] = min(100, steps // 10) if args.warmup_steps is None else args.warmup_steps
+    s["eval_every"] = args.eval_every or max(1, steps // 10)
+    trained = s["eval_every"] * s["batch_size"] * batches.T
+    s["eval_tokens"] = max(4 * batches.T, int(EVALUATED * trained))
+
+
+def describe(cfg, s, data, folder):
+    """The first lines: what will be trained, on what, how."""
+    total, _, inner = tinygpt.count_parameters(cfg)
+    per_update = s["batch_size"] * cfg.seq_len
+    workspace = tinygpt.workspace_layout(cfg, s["micro_batch_size"], cfg.seq_len)[-1]
+    memory = 4 * (4 * total + cfg.vocab_size * cfg.width + workspace.offset + math.prod(workspace.shape))
+    note(
+        f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
+        f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
+        f"          {', '.join(f'{name} {value}' for name, value in asdict(cfg).items())}\n"
+        f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation; "
+        f"ln V = {math.log(cfg.vocab_size):.2f}\n"
+        f"training  {s['steps']:,} updates of {s['batch_size']} x {cfg.seq_len} tokens ({s['steps'] * per_update:,}: "
+        f"{s['steps'] * per_update / len(data.train):.2f} epochs), {s['micro_batch_size']} sequences at a time\n"
+        f"          lr {s['lr']:g} to {s['min_lr']:g} after {s['warmup_steps']} updates of warm-up, "
+        f"weight decay {s['weight_decay']:g}, betas {s['beta1']:g} {s['beta2']:g}, clip {s['grad_clip']:g}, "
+        f"seed {s['seed']}\n"
+        f"machine   {s['kernels']} kernels, {POOL.threads} threads, about {memory / 2**20:,.0f} MiB for the tensors\n"
+        f"run       {folder}"
+    )
+
+
+def repeat_command(args, s, cfg):
+    words = ["--size", s["size"], "--seq-len", cfg.seq_len, "--steps", s["steps"], "--kernels", s["kernels"]]
+    for name in ("data", "val_data"):
+        words += [f"--{name.replace('_', '-')}", *getattr(args, name)] if getattr(args, name) else []
+    words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--vocab-size", cfg.vocab_size]
+    for name in ("batch_size", "micro_batch_size", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"):
+        words += [f"--{name.replace('_', '-')}", s[name]]
+    words += ["--grad-clip", s["grad_clip"], "--seed", s["seed"], "--eval-every", s["eval_every"]]
+    return command("train.py", *words, *(word for prompt in s["prompts"] for word in ("--prompt", prompt)))
+
+
+def newest_run():
+    """The folder in runs/ whose checkpoint is the newest."""
+    found = sorted(Path("runs").glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError("there is no run to go on with in runs/; start one with python train.py --size 1m")
+    return found[-1].parent
+
+
+def begin(args, started):
+    """A fresh run, ready to train: (Run, Batches, workspace)."""
+    args.size = args.size or "1m"
+    ops, base = OPS[args.kernels], SIZES[args.size]
+    seq_len = args.seq_len or base.seq_len
+    folder = new_folder(args)
+    try:
+        data = prepare_data(args, seq_len, args.vocab_size or base.vocab_size)
+        cfg = replace(base, vocab_size=data.tokenizer.vocab_size, seq_len=seq_len, position_rows=seq_len)
+        s = resolve(args, cfg, data, [args.data, args.val_data, args.tokenizer])
+    except BaseException:  # nothing has begun: leave no empty run behind
+        (folder / "log.jsonl").unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+    batches = Batches(data.train, seq_len, data.tokenizer.end, args.seed)
+    space = make_space(cfg, s)
+    steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
+    if not steps:
+        trial = State(cfg, tinygpt.init_parameters(cfg, args.seed))
+        steps = plan_steps(args, trial, batches, ops, space, s, started)
+        del trial
+    plan(args, s, batches, steps)
+    run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, ops)
+    run.open_log(0)
+    run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
+    return run, batches, space
+
+
+def go_on(args):
+    """The run of --resume, as it was at its last checkpoint: (Run, Batches, workspace)."""
+    folder = args.out or newest_run()
+    path = folder / "last.safetensors"
+    checkpoint = tinygpt.load_checkpoint(path)
+    cfg = checkpoint.cfg
+    try:
+        s, step = json.loads(checkpoint.metadata["settings"]), int(checkpoint.metadata["step"])
+        position, best = int(checkpoint.metadata["log_bytes"]), float(checkpoint.metadata["best"])
+        moments = checkpoint.extra["moment1"], checkpoint.extra["moment2"]
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} holds a model but no run to go on with") from None
+    if step >= s["steps"]:
+        raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates")
+    args.data, args.val_data, args.tokenizer = s["data_files"]
+    args.size, args.steps, args.batch_size = s["size"], s["steps"], s["batch_size"]
+    data = prepare_data(args, cfg.seq_len, cfg.vocab_size)
+    if data.tokenizer.to_json() != checkpoint.tokenizer or len(data.train) != s["train_tokens"]:
+        raise ValueError(f"the data of {folder} have changed since it began; start another run")
+    state = State(cfg, checkpoint.parameters)
+    state.step, state.m[:], state.v[:] = step, *moments
+    run = Run(folder, s, state, data, OPS[s["kernels"]])
+    run.best, run.saved_at = best, time.monotonic()
+    run.open_log(position)
+    return run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)
+
+
+def make_space(cfg, s):
+    if s["kernels"] == "numpy":
+        return None
+    return tinygpt.workspace(cfg, s["micro_batch_size"], cfg.seq_len, np.float32)
+
+
+def main(argv=None):
+    started, parser = time.monotonic(), make_parser()
+    args = parser.parse_args(argv)
+    run = None
+    if not (args.steps or args.epochs or args.minutes):
+        args.minutes = 5.0
+    if args.threads:
+        POOL.resize(args.threads)
+    try:
+        run, batches, space = go_on(args) if args.resume else begin(args, started)
+        describe(run.state.cfg, run.s, run.data, run.folder)
+        if train(run, batches, space, measure_peak()):
+            run.finish()
+            return 0
+        note(f"stopped at update {run.state.step} of {run.s['steps']}, saved")
+        note(f"to go on:  {command('train.py', '--resume', '--out', run.folder)}")
+        note(f"a story:   {command('sample.py', '--checkpoint', run.folder / 'last.safetensors')}")
+        return 130
+    except FloatingPointError as error:
+        step = tinygpt.load_checkpoint(run.folder / "last.safetensors").metadata["step"]
+        parser.error(f"{error}; last good checkpoint: {run.folder / 'last.safetensors'}, step {step}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        note("left at once" + (f"; the last checkpoint is in {run.folder}" if run else ""))
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
