@@ -143,7 +143,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print()
         return 130
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
         parser.error(str(error))
     return 0
 

@@ -595,7 +595,8 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # elements of scratch that a product needs
+PACKED_A = 16 * TILE_ROWS  # rows of a transposed `a` that are copied at a time
+PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4 + DEPTH * PACKED_A  # scratch, in elements
 
 
 def register_tile(rows, vectors):
@@ -753,6 +754,7 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
     lanes = VECTOR_BYTES // size
     edge = panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
+    panel_a = edge + TILE_ROWS * VECTOR_BYTES
     j = 0
     while j < N:
         left = (N - j) // lanes
@@ -765,7 +767,12 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
                 b_step = vectors * VECTOR_BYTES
                 copy_rows(b_at, b_k, panel, b_step, depth, width, size, zero)
                 b_at = panel
-            if left > 0:
+            if left > 0 and a_row == size and M >= PACK_ROWS:  # a transposed: its columns stand in far-off rows
+                for i in range(0, M, PACKED_A):
+                    rows, step = min(PACKED_A, M - i), PACKED_A * size
+                    copy_rows(a_at + i * size, a_k, panel_a, step, depth, rows, size, zero)
+                    sweep(panel_a, size, step, b_at, b_step, c_at + i * c_row, c_row, rows, vectors, depth, more, zero)
+            elif left > 0:
                 sweep(a_at, a_row, a_k, b_at, b_step, c_at, c_row, M, vectors, depth, more, zero)
             else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
                 for i in range(0, M, TILE_ROWS):
@@ -1037,12 +1044,13 @@ ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a
 SCORE_BLOCK = 8 * TILE_ROWS  # query rows whose scores, or rows whose logits, stand in a thread's cache
 HIDDEN_BLOCK = 256  # columns of the MLP's hidden layer that exist at a time outside `space`
 HEAD_ROWS = 512  # rows whose logits exist at a time
+HEAD_COLUMNS = 64  # of the transposed embedding that stand together: columns of a row of 2^n bytes are far apart
 
 
 def workspace_layout(cfg, B, T):
     """The kernels' buffers, a table like that of the parameters: what backward needs, layer by layer, then scratch."""
     C, F, L, H, V, S = cfg.width, cfg.hidden, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
-    transposed = max(C * V, 3 * C * C, C * F)
+    transposed = max(C * blocks(V, HEAD_COLUMNS) * HEAD_COLUMNS, 3 * C * C, C * F)
     scratch = PANEL_SIZE + max(ROW_BLOCK * (C + HIDDEN_BLOCK), 2 * S * (cfg.head_width + SCORE_BLOCK))
     rows = [  # name, shape, layered
         ("norm1", (2, B, T), True),  # mean, rstd
@@ -1380,21 +1388,32 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
 
 
 @kernel
-def head_kernel(task, slot, first, x, norm_w, norm_b, eps, embed_w, embed_w_T, targets, weights, T, backward, *buffers):
-    """Block first + task of SCORE_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
+def head_panels_kernel(task, slot, embed_w, panels):
+    """panels (blocks, C, HEAD_COLUMNS) = embed_w (V, C)^T, HEAD_COLUMNS columns at a time."""
+    first = task * HEAD_COLUMNS
+    for c in range(embed_w.shape[1]):
+        for v in range(min(HEAD_COLUMNS, embed_w.shape[0] - first)):
+            panels[task, c, v] = embed_w[first + v, c]
+
+
+@kernel
+def head_kernel(task, slot, earlier, x, norm_w, norm_b, eps, embed_w, panels, targets, weights, T, backward, *buffers):
+    """Block earlier + task of SCORE_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
 
     buffers: logits (HEAD_ROWS, V), nats (N,), dx, n (N, C), sums (blocks, 2, C), scratch.
     """
     logits, nats, dx, n, sums, scratch = buffers
-    start, stop = block_rows(first + task, T, SCORE_BLOCK)
-    top = start - block_rows(first, T, SCORE_BLOCK)[0]  # the row of `logits` that is row `start`
+    start, stop = block_rows(earlier + task, T, SCORE_BLOCK)
+    top = start - block_rows(earlier, T, SCORE_BLOCK)[0]  # the row of `logits` that is row `start`
     (rows, C), V = (stop - start, x.shape[1]), embed_w.shape[0]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
-    dn, stats = rest[: rows * C].reshape(rows, C), rest[rows * C : rows * C + 2 * rows].reshape(2, rows)
-    zeros = rest[rows * (C + 2) : rows * (C + 2) + C]
-    norm_rows(x[start:stop], norm_w, norm_b, eps, stats[0], stats[1], n[start:stop])
+    dn, stats = rest[: rows * C].reshape(rows, C), rest[rows * C : rows * (C + 2)].reshape(2, rows)
+    mean, rstd = stats[0], stats[1]
+    norm_rows(x[start:stop], norm_w, norm_b, eps, mean, rstd, n[start:stop])
     block = logits[top : top + rows, :V]
-    product(n[start:stop], embed_w_T, block, False, panel)
+    for v in range(0, V, HEAD_COLUMNS):
+        columns = block[:, v : v + HEAD_COLUMNS]
+        product(n[start:stop], panels[v // HEAD_COLUMNS, :, : columns.shape[1]], columns, False, panel)
     for i in range(rows):
         target, weight = targets[start + i], weights[start + i]
         score = block[i, target]
@@ -1402,12 +1421,11 @@ def head_kernel(task, slot, first, x, norm_w, norm_b, eps, embed_w, embed_w_T, t
         block[i, target] -= weight
     if backward:
         product(block, embed_w, dn, False, panel)
-        for c in range(C):
-            zeros[c] = 0
-        set_rows(zeros, dx, start, stop, 0, C)
-        norm_rows_backward(
-            dn, x[start:stop], norm_w, norm_b, stats[0], stats[1], dx[start:stop], n[start:stop], sums[first + task]
-        )
+        for i in range(start, stop):
+            for c in range(C):
+                dx[i, c] = 0
+        dx_rows, dw_db = dx[start:stop], sums[earlier + task]
+        norm_rows_backward(dn, x[start:stop], norm_w, norm_b, mean, rstd, dx_rows, n[start:stop], dw_db)
 
 
 @kernel
@@ -1432,10 +1450,12 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     embed_w, sums, scratch = p["embed_w"], s["head_sums"], s["scratch"]
-    embed_w_T = transpose(embed_w, s["transposed"][: C * V].reshape(C, V))
+    count = blocks(V, HEAD_COLUMNS)
+    panels = s["transposed"][: count * C * HEAD_COLUMNS].reshape(count, C, HEAD_COLUMNS)
+    POOL.run(head_panels_kernel, count, embed_w, panels)
     flat_targets = np.ascontiguousarray(targets, np.int64).reshape(-1)
     flat_weights = np.ascontiguousarray(weights, x.dtype).reshape(-1)
-    inputs = (x_NC, p["norm_w"], p["norm_b"], cfg.norm_eps, embed_w, embed_w_T, flat_targets, flat_weights, T)
+    inputs = (x_NC, p["norm_w"], p["norm_b"], cfg.norm_eps, embed_w, panels, flat_targets, flat_weights, T)
     outputs = (s["logits"], nats.reshape(-1), dx.reshape(-1, C), n, sums, scratch)
     at_once = max(1, HEAD_ROWS // SCORE_BLOCK)
     for first in range(0, len(sums), at_once):

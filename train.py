@@ -84,10 +84,14 @@ def find_stories(args, seq_len):
     except ImportError:
         raise ValueError("stories.py is not here, so name your text: --data FILE") from None
     if args.steps:
-        tokens = args.steps * (args.batch_size or 8) * seq_len
-    else:  # as many as the machine could read if it did nothing else
-        tokens = 60 * (args.minutes or 5) * measure_peak() / tinygpt.flops_per_token(SIZES[args.size])
-    source = stories.get(Path("data"), int(4.2 * tokens) + (1 << 20))  # a token of 4096 entries is some 4 bytes
+        tokens = args.steps * (args.batch_size or RECIPES[args.size][1]) * seq_len
+    else:  # as many as fit the time at 60% of the machine's peak: fewer are read
+        seconds = 60 * (args.minutes or 5) if not args.epochs else 300
+        tokens = 0.6 * seconds * measure_peak() / tinygpt.flops_per_token(SIZES[args.size])
+    size = (
+        16 * 2**20 * math.ceil(4.2 * tokens / (16 * 2**20))
+    )  # some 4 bytes a token; in steps, so that it seldom changes
+    source = stories.get(Path("data"), size)
     return [source.train], [source.valid], source.name
 
 
@@ -826,7 +830,9 @@ def main(argv=None):
     except FloatingPointError as error:
         step = tinygpt.load_checkpoint(run.folder / "last.safetensors").metadata["step"]
         parser.error(f"{error}; last good checkpoint: {run.folder / 'last.safetensors'}, step {step}")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         note("left at once" + (f"; the last checkpoint is in {run.folder}" if run else ""))

@@ -1,0 +1,199 @@
+"""Training speed beside what a user would pick instead: the same model, the same step, in PyTorch.
+
+    pip install torch && python benchmarks/train_speed.py            # every shape, PyTorch eager
+    python benchmarks/train_speed.py --size 1m --modes eager compile bf16 compile-bf16 --rounds 5
+
+A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape (weights tied, tanh GELU, no dropout).
+Ours and theirs take turns in one run, so that a machine whose speed drifts treats both alike; medians and their ratio.
+Each side runs in a process of its own, whose threads sleep while the other one's turn lasts.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BATCH = {"700k": 32, "1m": 32, "8m": 8, "28m": 4}  # sequences per update
+MODES = ("eager", "compile", "bf16", "compile-bf16")
+
+
+# == 1  ours ===========================================================================================================
+
+
+def our_step(size, threads):
+    """A function that takes one step, and the number of parameters."""
+    import tinygpt
+    import train
+
+    if threads:
+        tinygpt.POOL.resize(threads)
+    cfg, batch = tinygpt.SIZES[size], BATCH[size]
+    micro = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * cfg.seq_len <= 4096))
+    s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
+    s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
+    state = train.State(cfg, tinygpt.init_parameters(cfg, 0))
+    space = tinygpt.workspace(cfg, micro, cfg.seq_len, np.float32)
+    rng, weights = np.random.default_rng(0), np.ones((batch, cfg.seq_len), np.float32)
+
+    def step():
+        tokens = rng.integers(0, cfg.vocab_size, (batch, cfg.seq_len + 1))
+        train.update(state, (tokens[:, :-1], tokens[:, 1:], weights), tinygpt.OPS["numba"], space, s)
+
+    return step, tinygpt.count_parameters(cfg)[0]
+
+
+# == 2  theirs =========================================================================================================
+
+
+def their_step(size, mode, threads):
+    """The same in PyTorch: eager or compiled, float32 or bf16 autocast."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    import tinygpt
+
+    cfg, batch = tinygpt.SIZES[size], BATCH[size]
+    C, T, H = cfg.width, cfg.seq_len, cfg.heads
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+            self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+            self.up, self.down = nn.Linear(C, cfg.hidden), nn.Linear(cfg.hidden, C)
+
+        def forward(self, x):
+            q, k, v = self.qkv(self.norm1(x)).view(-1, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
+            o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(o.transpose(1, 2).reshape(x.shape))
+            return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.position = nn.Embedding(cfg.vocab_size, C), nn.Embedding(T, C)
+            self.layers, self.norm = nn.Sequential(*(Layer() for _ in range(cfg.layers))), nn.LayerNorm(C)
+
+        def forward(self, tokens, targets):
+            x = self.norm(self.layers(self.embed(tokens) + self.position.weight))
+            logits = x @ self.embed.weight.T
+            return functional.cross_entropy(logits.view(-1, cfg.vocab_size).float(), targets.reshape(-1))
+
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    call = torch.compile(model) if "compile" in mode else model
+
+    def step():
+        tokens = torch.randint(0, cfg.vocab_size, (batch, T + 1))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in mode):
+            loss = call(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+# == 3  side by side ===================================================================================================
+
+
+def serve(side, size, threads):
+    """The worker: a line in, `steps` steps, a line out with the seconds of each and the peak memory in MiB."""
+    step, parameters = our_step(size, threads) if side == "ours" else their_step(size, side, threads)
+    step(), step()
+    print(json.dumps({"parameters": parameters}), flush=True)
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        print(json.dumps({"times": times, "memory": peak_memory()}), flush=True)
+
+
+def peak_memory():
+    """Of this process, in MiB; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+class Side:
+    """One side in a process of its own."""
+
+    def __init__(self, name, size, threads):
+        words = [sys.executable, __file__, "--serve", name, "--size", size, "--threads", str(threads)]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.times, first = [], self.process.stdout.readline()
+        if not first:
+            raise SystemExit(f"train_speed.py: {name} did not start; PyTorch is needed: pip install torch")
+        self.parameters = json.loads(first)["parameters"]
+
+    def turn(self, steps):
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        self.times += answer["times"]
+        self.memory = answer["memory"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(size, modes, rounds, threads):
+    import tinygpt
+
+    cfg = tinygpt.SIZES[size]
+    tokens, sides = BATCH[size] * cfg.seq_len, {name: Side(name, size, threads) for name in ("ours", *modes)}
+    for side in sides.values():
+        side.turn(1)
+        side.times.clear()
+    for _ in range(rounds):
+        for side in sides.values():
+            side.turn(max(1, math.ceil(2e11 / (tinygpt.flops_per_token(cfg) * tokens))))
+    speeds = {name: tokens / statistics.median(side.times) for name, side in sides.items()}
+    gflops = speeds["ours"] * tinygpt.flops_per_token(cfg) / 1e9
+    cells = [f"{size:>5s}", f"{sides['ours'].parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:6.0f}"]
+    cells += [f"{speeds[mode]:9,.0f} {speeds['ours'] / speeds[mode]:5.2f}x" for mode in modes]
+    cells += [f"{sides['ours'].memory:7,.0f}", f"{min(sides[mode].memory for mode in modes):7,.0f}" if modes else ""]
+    for side in sides.values():
+        side.close()
+    return " | ".join(cells)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tokens per second of a training step, ours beside PyTorch's.")
+    parser.add_argument("--size", nargs="+", choices=list(BATCH), default=list(BATCH), help="shapes to measure")
+    parser.add_argument(
+        "--modes", nargs="*", choices=MODES, default=["eager"], help="ways to run PyTorch; none: ours alone"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of each side; 0 is all cores (default)")
+    parser.add_argument("--serve", metavar="SIDE", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(args.serve, args.size[0], args.threads)
+    theirs = " | ".join(f"{mode:>9s} ratio " for mode in args.modes)
+    print(f" size |  params |      ours | GFLOP/s | {theirs} | MiB ours | MiB theirs", flush=True)
+    for size in args.size:
+        print(measure(size, args.modes, args.rounds, args.threads), flush=True)
+
+
+if __name__ == "__main__":
+    main()
