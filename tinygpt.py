@@ -430,6 +430,7 @@ def backward(dx, caches, p, g, cfg, ops, space=None):
 
 def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, space=None):
     """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients)."""
+    check_tokens(targets, 0, cfg)
     x, caches = forward(p, tokens, cfg, ops, space=space)
     loss, nats, dx = ops["head_loss"](x, targets, weights, p, g, cfg, space)
     if g is not None:
@@ -740,7 +741,7 @@ def copy_rows(source, step, to, to_step, rows, width, size, zero):
     """`rows` rows of `width` elements from one address and row stride to another."""
     whole = width * size - width * size % VECTOR_BYTES
     for r in range(rows):
-        if whole == TILE_VECTORS * VECTOR_BYTES:
+        if width * size == TILE_VECTORS * VECTOR_BYTES:
             move_wide(to + r * to_step, source + r * step)
         else:
             for at in range(0, whole, VECTOR_BYTES):
@@ -880,7 +881,9 @@ def exp(x):
     return math.exp(x)
 
 
-@overload(exp, jit_options={"error_model": "numpy", "fastmath": FASTMATH})
+@overload(
+    exp, jit_options={"error_model": "numpy", "fastmath": {"contract"}}
+)  # reordered, ln 2 would lose its low part
 def exp_by_type(x):
     f, u, i = np.float32, np.uint32, np.int32
     ln2_high, ln2_low = f(0.693359375), f(-2.12194440e-4)  # their sum is ln 2; the first times k is exact
@@ -1094,6 +1097,14 @@ def workspace(cfg, B, T, dtype):
     return space
 
 
+def scratch_of(space):
+    """The threads' scratch (threads, size); ValueError if there are more threads than when it was made."""
+    if len(space["scratch"]) < POOL.threads:
+        made = len(space["scratch"])
+        raise ValueError(f"workspace has scratch for {made} threads, the pool has {POOL.threads}; make another")
+    return space["scratch"]
+
+
 def layer_space(space, cfg, x):
     return space or workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
 
@@ -1276,7 +1287,7 @@ def attention_layer_forward_kernels(x, p, cfg, past=None, space=None):
     H, D, tasks = cfg.heads, cfg.head_width, B * blocks(T, ROW_BLOCK)
     s = layer_space(space, cfg, x)
     x_NC, stats = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1)
-    qkv, o, y, scratch = s["qkv"], s["o"], s["attended"], s["scratch"]
+    qkv, o, y, scratch = s["qkv"], s["o"], s["attended"], scratch_of(s)
     norm_w, norm_b = p["norm1_w"], p["norm1_b"]
     qkv_NM = qkv.reshape(-1, 3 * C)
     POOL.run(
@@ -1296,7 +1307,7 @@ def attention_layer_forward_kernels(x, p, cfg, past=None, space=None):
 def attention_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
     x_NC, s = cache
     B, T, C = dy.shape
-    H, D, tasks, scratch = cfg.heads, cfg.head_width, B * blocks(T, ROW_BLOCK), s["scratch"]
+    H, D, tasks, scratch = cfg.heads, cfg.head_width, B * blocks(T, ROW_BLOCK), scratch_of(s)
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
     do, dqkv, o_NC, n = s["do"], s["dqkv"], s["o"].reshape(-1, C), s["n"].reshape(-1, C)
 
@@ -1319,7 +1330,7 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
 def norm_backward_kernels(dy_NC, dlinear, w_T, x_NC, norm_w, norm_b, stats, T, dx, s):
     """dx (B, T, C) = dy + norm_backward(dlinear w^T)."""
     stats, dx_NC, n = stats.reshape(2, -1), dx.reshape(x_NC.shape), s["n"].reshape(x_NC.shape)
-    tail = (w_T, x_NC, norm_w, norm_b, stats, T, dx_NC, n, s["sums"], s["scratch"])
+    tail = (w_T, x_NC, norm_w, norm_b, stats, T, dx_NC, n, s["sums"], scratch_of(s))
     POOL.run(linear_norm_backward_kernel, len(s["sums"]), dy_NC, dlinear, *tail)
     return dx
 
@@ -1363,7 +1374,7 @@ def mlp_layer_forward_kernels(x, p, cfg, space=None):
     s = layer_space(space, cfg, x)
     x_NC, stats, h, y = np.ascontiguousarray(x).reshape(-1, C), s["norm2"].reshape(2, -1), s["h"], s["mixed"]
     weights = (p["up_w"], p["up_b"], p["down_w"], p["down_b"])
-    outputs = (stats, h.reshape(-1, cfg.hidden), y.reshape(-1, C), s["scratch"])
+    outputs = (stats, h.reshape(-1, cfg.hidden), y.reshape(-1, C), scratch_of(s))
     tasks = B * blocks(T, ROW_BLOCK)
     POOL.run(mlp_kernel, tasks, x_NC, p["norm2_w"], p["norm2_b"], cfg.norm_eps, *weights, T, *outputs)
     return y, (x_NC, s)
@@ -1371,7 +1382,7 @@ def mlp_layer_forward_kernels(x, p, cfg, space=None):
 
 def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
     x_NC, s = cache
-    (B, T, C), F, scratch = dy.shape, cfg.hidden, s["scratch"]
+    (B, T, C), F, scratch = dy.shape, cfg.hidden, scratch_of(s)
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
     h, a, dh, n = (s[name].reshape(B * T, -1) for name in ("h", "a", "dh", "n"))
     down_w_T = transpose(p["down_w"], s["transposed"][: C * F].reshape(C, F))
@@ -1439,7 +1450,7 @@ def head_logits_kernels(x, p, cfg, space=None):
     n, _ = layernorm_forward(x, p["norm_w"], p["norm_b"], cfg.norm_eps)  # a row or a few
     logits_T = np.empty((cfg.vocab_size, len(x)), x.dtype)
     provide_product(x.dtype.name)
-    scratch = space["scratch"] if space else np.empty((POOL.threads, PANEL_SIZE), x.dtype)
+    scratch = scratch_of(space) if space else np.empty((POOL.threads, PANEL_SIZE), x.dtype)
     tasks = blocks(cfg.vocab_size, 960)
     POOL.run(head_logits_kernel, tasks, np.ascontiguousarray(n.T), p["embed_w"], logits_T, scratch)
     return logits_T.T
@@ -1449,7 +1460,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     (B, T, C), V = x.shape, cfg.vocab_size
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
-    embed_w, sums, scratch = p["embed_w"], s["head_sums"], s["scratch"]
+    embed_w, sums, scratch = p["embed_w"], s["head_sums"], scratch_of(s)
     count = blocks(V, HEAD_COLUMNS)
     panels = s["transposed"][: count * C * HEAD_COLUMNS].reshape(count, C, HEAD_COLUMNS)
     POOL.run(head_panels_kernel, count, embed_w, panels)
@@ -1536,11 +1547,11 @@ class Decoding:
     def feed(self, ids):
         """Append token ids (at least one) -> logits (V,) of what follows them."""
         start, new = len(self.window), list(ids)
-        self.window += new
-        if len(self.window) > self.cfg.seq_len:
-            start, new = 0, self.window[-max(1, self.cfg.seq_len // 2) :]
-            self.window = new[:]
+        if start + len(new) > self.cfg.seq_len:
+            start, new = 0, (self.window + new)[-max(1, self.cfg.seq_len // 2) :]
         tokens = np.array([new], np.int64)  # (1, T)
+        check_tokens(tokens, start, self.cfg)
+        self.window = self.window[:start] + new
         space = self.one_token if len(new) == 1 else one_layer_space(self.cfg, 1, len(new), self.kv.dtype)
         x, _ = forward(self.p, tokens, self.cfg, self.ops, (self.kv, start), space)
         return self.ops["head_logits"](x[:, -1], self.p, self.cfg, space)[0]
@@ -1563,7 +1574,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
     if top_p < 1:  # the fewest likeliest tokens that together have top_p: at least one
         order = np.argsort(-p, kind="stable")
         before = np.cumsum(p[order]) - p[order]
-        p[order[before >= top_p]] = 0
+        p[order[1:][before[1:] >= top_p]] = 0
     return p / p.sum()
 
 
@@ -1593,12 +1604,16 @@ def write_aside(path, chunks):
     """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed."""
     path = Path(path)
     aside = path.with_name(path.name + ".part")
-    with open(aside, "wb") as f:
-        for chunk in chunks:
-            f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as f:
+            for chunk in chunks:
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)  # a full disk is not kept full
+        raise
     if os.name == "posix":  # the folder's entry as well
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -1636,12 +1651,16 @@ def read_safetensors(path):
         header = json.loads(data[8:start])
         metadata = header.pop("__metadata__", {})
         rows = [(name, DTYPES[t["dtype"]], tuple(t["shape"]), *t["data_offsets"]) for name, t in header.items()]
+        whole = all(type(n) is int and 0 <= n < 2**48 for row in rows for n in (*row[2], *row[3:]))
+        fits = whole and all(len(row) == 5 and len(row[2]) <= 8 for row in rows)
+        if not fits or not all(type(text) is str for text in metadata.values()):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         refuse("its header is not that of a .safetensors file of float32 or float64 tensors")
     tensors, expected = {}, 0
-    for name, dtype, shape, begin, end in sorted(rows, key=lambda row: row[3]):
-        if begin != expected or not all(type(n) is int and n >= 0 for n in shape):
-            refuse(f"tensor {name} has shape {shape} at byte {begin}; expected it at byte {expected}")
+    for name, dtype, shape, begin, end in sorted(rows, key=lambda row: row[3:]):
+        if begin != expected:
+            refuse(f"tensor {name} starts at byte {begin}; expected {expected}")
         expected = begin + math.prod(shape) * dtype.itemsize
         if end != expected or start + end > len(data):
             refuse(f"it is cut short (tensor {name} ends at byte {start + expected}, the file at {len(data)})")

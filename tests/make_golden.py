@@ -1,6 +1,7 @@
 """Write the small files in tests/golden, from what other implementations compute. Not run by the tests.
 
     python tests/make_golden.py gpt2_bpe vocab.json merges.txt      (needs `tokenizers`; GPT-2's two published files)
+    python tests/make_golden.py tiny_model                          (needs `torch`)
 
 Each function below writes tests/golden/NAME.json; its arguments are those of the command line.
 """
@@ -77,7 +78,36 @@ def gpt2_bpe(vocab_json, merges_txt):
     return {"vocab": {string: vocab[string] for string in strings}, "merges": merges, "texts": texts}
 
 
-GOLDENS = {"gpt2_bpe": gpt2_bpe}
+def tiny_model():
+    """What PyTorch makes in float64 of a tiny model whose parameters, in the order of these names, are
+    scale * sin(1), scale * sin(2), ... Nothing of tinygpt.py is used."""
+    import torch
+    from test_torch import torch_model
+
+    T, L, V, C, F, P = 5, 3, 11, 6, 7, 8
+    config = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=3, hidden=F, position_rows=P, norm_eps=1e-5)
+    shapes = dict(embed_w=(V, C), position_w=(P, C), qkv_w=(L, C, 3 * C), out_w=(L, C, C), up_w=(L, C, F))
+    shapes |= dict(down_w=(L, F, C), norm1_w=(L, C), norm1_b=(L, C), qkv_b=(L, 3 * C), out_b=(L, C))
+    shapes |= dict(norm2_w=(L, C), norm2_b=(L, C), up_b=(L, F), down_b=(L, C), norm_w=(C,), norm_b=(C,))
+    scale, first, parameters = 0.3, 1, {}
+    for name, shape in shapes.items():
+        count = torch.Size(shape).numel()
+        values = scale * torch.sin(torch.arange(first, first + count, dtype=torch.float64))
+        parameters[name] = values.reshape(shape).requires_grad_()
+        first += count
+    tokens = torch.tensor([[3, 1, 3, 0, 10], [1, 1, 7, 2, 9]])
+    targets = torch.tensor([[1, 3, 0, 10, 4], [1, 7, 2, 9, 8]])
+    weights = torch.tensor([[1.0, 0.5, 0.0, 2.0, 1.0], [0.25, 1.0, 3.0, 0.0, 1.5]], dtype=torch.float64)
+    loss, nats, logits = torch_model(parameters, tokens, targets, weights, config)
+    loss.backward()
+    outputs = {"loss": loss.item(), "nats": nats.tolist(), "logits": logits.tolist()}
+    gradients = {name: p.grad.flatten().tolist() for name, p in parameters.items()}
+    inputs = {"config": config, "scale": scale}
+    inputs |= {"tokens": tokens.tolist(), "targets": targets.tolist(), "weights": weights.tolist()}
+    return inputs | outputs | {"gradients": gradients}
+
+
+GOLDENS = {"gpt2_bpe": gpt2_bpe, "tiny_model": tiny_model}
 
 
 def main(argv):

@@ -1,0 +1,238 @@
+"""Decoding: the cache against a forward of everything, the filters against their definition, draws against chance."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import random_parameters, relative, tiny_config
+
+import tinygpt
+from tinygpt import OPS, Decoding, generate, probabilities
+
+every_table = pytest.mark.parametrize("table", OPS)
+CFG = tiny_config(seq_len=23, position_rows=24)  # its newer half: 11
+TEXT = np.random.default_rng(7).integers(0, CFG.vocab_size, 200).tolist()
+
+
+def fresh_logits(p, ids, table="numpy"):
+    """(T, V): what a forward of all ids at once says follows each of them."""
+    x, _ = tinygpt.forward(p, np.array([ids]), CFG, OPS[table])
+    return OPS[table]["head_logits"](x[0], p, CFG)
+
+
+def pieces(ids, *sizes):
+    start = 0
+    for size in sizes:
+        yield ids[start : start + size]
+        start += size
+
+
+# -- the cache
+
+
+@every_table
+@pytest.mark.parametrize("sizes", [[1] * 23, [23], [5, 1, 1, 9, 1, 6], [1, 22], [22, 1]], ids=str)
+def test_cached_logits_are_those_of_a_full_forward(sizes, table):
+    _, p = random_parameters(CFG)
+    expected, decoding, fed = fresh_logits(p, TEXT[:23]), Decoding(p, CFG, OPS[table]), 0
+    for ids in pieces(TEXT, *sizes):
+        logits = decoding.feed(ids)
+        fed += len(ids)
+        assert logits.shape == (CFG.vocab_size,)
+        assert relative(logits, expected[fed - 1]) < 1e-12
+    assert decoding.window == TEXT[:23]
+
+
+@every_table
+def test_a_text_goes_on_past_the_window_with_its_newer_half(table):
+    _, p = random_parameters(CFG)
+    decoding, window = Decoding(p, CFG, OPS[table]), []
+    for ids in pieces(TEXT, *[1] * 60, 7, 5, 11, 12, 1, 23, 1, 1, 3):
+        logits = decoding.feed(ids)
+        window += ids
+        if len(window) > 23:
+            window = window[-11:]
+        assert decoding.window == window
+        assert relative(logits, fresh_logits(p, window)[-1]) < 1e-12
+
+
+@every_table
+@pytest.mark.parametrize("length", [24, 46, 150])
+def test_a_text_longer_than_the_window_keeps_its_end(length, table):
+    _, p = random_parameters(CFG)
+    decoding = Decoding(p, CFG, OPS[table])
+    logits = decoding.feed(TEXT[:length])
+    assert decoding.window == TEXT[length - 11 : length]
+    assert relative(logits, fresh_logits(p, decoding.window)[-1]) < 1e-12
+
+
+@every_table
+def test_a_window_of_one_token_goes_on(table):
+    cfg = tiny_config(seq_len=1)
+    _, p = random_parameters(cfg)
+    decoding = Decoding(p, cfg, OPS[table])
+    once = [decoding.feed([token]).copy() for token in (3, 5, 3)]
+    assert np.array_equal(once[0], once[2]) and not np.array_equal(once[0], once[1])
+
+
+@every_table
+def test_logits_have_the_models_dtype_and_are_the_callers_to_keep(table):
+    _, p = random_parameters(CFG, dtype=np.float32)
+    decoding = Decoding(p, CFG, OPS[table])
+    first = decoding.feed(TEXT[:3])
+    kept = first.copy()
+    decoding.feed(TEXT[3:4])
+    assert first.dtype == np.float32 and np.array_equal(first, kept)
+
+
+@every_table
+def test_a_token_that_is_refused_leaves_the_text_as_it_was(table):
+    _, p = random_parameters(CFG)
+    decoding = Decoding(p, CFG, OPS[table])
+    decoding.feed(TEXT[:3])
+    with pytest.raises(ValueError, match="token id 11"):
+        decoding.feed([11])
+    assert relative(decoding.feed(TEXT[3:4]), fresh_logits(p, TEXT[:4])[-1]) < 1e-12
+
+
+# -- probabilities
+
+
+def slow_probabilities(logits, temperature, top_k, top_p, banned):
+    """Word for word: temperature, then top-k, then the fewest likeliest tokens that have top_p, at least one."""
+    allowed = [i for i in range(len(logits)) if i not in banned]
+    ranked = sorted(allowed, key=lambda i: (-logits[i], i))
+    if temperature == 0:
+        return [float(i == ranked[0]) for i in range(len(logits))]
+    if top_k > 0:
+        ranked = ranked[:top_k]
+    odds = {i: math.exp((logits[i] - logits[ranked[0]]) / temperature) for i in ranked}
+    total, kept, together = math.fsum(odds.values()), [], 0.0
+    for i in ranked:
+        if kept and together >= top_p:
+            break
+        kept.append(i)
+        together += odds[i] / total
+    total = math.fsum(odds[i] for i in kept)
+    return [odds[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 11, 50])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.35, 1e-9])
+def test_probabilities_are_what_their_definition_says(temperature, top_k, top_p):
+    rng = np.random.default_rng(0)
+    for banned in ((), (4,), (0, 10, 5)):
+        logits = 3 * rng.standard_normal(11)
+        before = logits.copy()
+        p = probabilities(logits, temperature, top_k, top_p, banned)
+        assert p == pytest.approx(slow_probabilities(logits, temperature, top_k, top_p, banned), rel=1e-12, abs=1e-15)
+        assert p.dtype == np.float64 and p.sum() == pytest.approx(1, abs=1e-15)
+        assert np.array_equal(logits, before)
+
+
+def test_filters_apply_in_the_order_temperature_top_k_top_p():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    # temperature before top-p: at 0.5 the odds are 16 : 9 : 4 : 1, and the first two have 25/30 > 0.8
+    assert probabilities(logits, temperature=0.5, top_p=0.8) == pytest.approx([16 / 25, 9 / 25, 0, 0])
+    # top-k before top-p: of the three that are left the first two have 7/9 > 0.75; of all four they have 0.7
+    assert probabilities(logits, top_k=3, top_p=0.75) == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert probabilities(logits, top_p=0.75) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-300, 0.2])
+def test_top_p_always_keeps_the_likeliest(top_p):
+    assert probabilities(np.array([0.0, 2.0, 1.0]), top_p=top_p).tolist() == [0, 1, 0]
+
+
+def test_of_equally_likely_tokens_the_first_are_kept():
+    assert probabilities(np.zeros(5), top_k=2).tolist() == [0.5, 0.5, 0, 0, 0]
+    assert probabilities(np.zeros(4), top_p=0.5).tolist() == [0.5, 0.5, 0, 0]
+    assert probabilities(np.zeros(5), temperature=0).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_banned_tokens_get_nothing_even_when_they_are_likeliest():
+    logits = np.array([1.0, 90.0, 2.0, 80.0])
+    for filters in (dict(), dict(temperature=0), dict(top_k=1), dict(top_p=0.5), dict(top_k=2, top_p=0.99)):
+        p = probabilities(logits, banned=[1, 3], **filters)
+        assert p[1] == p[3] == 0 and p.sum() == pytest.approx(1)
+
+
+def test_probabilities_bear_huge_logits_and_cold_temperatures():
+    assert probabilities(np.float32([3e38, -3e38, 3e38])) == pytest.approx([0.5, 0, 0.5])
+    assert probabilities(np.array([1.0, 1.001, 0.5]), temperature=1e-6).tolist() == [0, 1, 0]
+    assert probabilities(np.array([1.0, 2.0]), temperature=1e9) == pytest.approx([0.5, 0.5])
+
+
+# -- draws
+
+
+def quantile(df):
+    """Chi-square's 0.9999 quantile (Wilson & Hilferty 1931): exceeded by chance once in 10,000 seeds."""
+    return df * (1 - 2 / (9 * df) + 3.719 * math.sqrt(2 / (9 * df))) ** 3
+
+
+@pytest.mark.parametrize(
+    "filters", [dict(), dict(temperature=0.7, top_k=6), dict(top_p=0.8, banned=(2,)), dict(top_k=2)], ids=str
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tokens_are_drawn_as_often_as_the_filtered_probabilities_say(seed, filters):
+    logits = np.random.default_rng(5).standard_normal(11)
+    p, count = probabilities(logits, **filters), 20_000
+    drawn = list(generate(SimpleNamespace(feed=lambda ids: logits), [0], seed, -1, count, **filters))
+    found, possible = np.bincount(drawn, minlength=11), p > 0
+    assert len(drawn) == count and not found[~possible].any()
+    chi_square = ((found - count * p)[possible] ** 2 / (count * p[possible])).sum()
+    assert chi_square < quantile(possible.sum() - 1)
+    # the same test would notice a slightly different distribution
+    other = np.where(possible, p + 0.02 / possible.sum(), 0) / 1.02
+    assert ((found - count * other)[possible] ** 2 / (count * other[possible])).sum() > chi_square
+
+
+def test_the_chi_square_above_notices_a_temperature_that_is_slightly_off():
+    logits = np.random.default_rng(5).standard_normal(11)
+    expected = 20_000 * probabilities(logits)
+    drawn = list(generate(SimpleNamespace(feed=lambda ids: logits), [0], 0, -1, 20_000, temperature=0.9))
+    assert ((np.bincount(drawn, minlength=11) - expected) ** 2 / expected).sum() > quantile(10)
+
+
+@every_table
+def test_generate_repeats_itself_for_a_seed_and_differs_between_seeds(table):
+    _, p = random_parameters(CFG, dtype=np.float32)
+    told = [tuple(generate(Decoding(p, CFG, OPS[table]), TEXT[:3], seed, -1, 50)) for seed in (0, 0, 1, 2)]
+    assert told[0] == told[1]
+    assert len(set(told)) == 3
+    assert all(len(ids) == 50 and set(ids) <= set(range(11)) and type(ids[0]) is int for ids in told)
+
+
+def test_both_tables_tell_the_same_story():
+    _, p = random_parameters(CFG)
+    told = [list(generate(Decoding(p, CFG, ops), TEXT[:3], 3, -1, 60, temperature=0.8)) for ops in OPS.values()]
+    assert told[0] == told[1]
+
+
+def test_generate_ends_at_the_stop_token_and_does_not_yield_it():
+    script = iter([4, 2, 7, 9, 1])
+    fed = []
+
+    def feed(ids):
+        fed.append(list(ids))
+        return np.where(np.arange(11) == next(script), 0.0, -math.inf)
+
+    assert list(generate(SimpleNamespace(feed=feed), [5, 6], 0, 9, 100)) == [4, 2, 7]
+    assert fed == [[5, 6], [4], [2], [7]]
+
+
+def test_generate_counts_to_its_limit():
+    decoding = SimpleNamespace(feed=lambda ids: np.zeros(3))
+    assert len(list(generate(decoding, [0], 0, -1, 7))) == 7
+    assert list(generate(decoding, [0], 0, -1, 0)) == []
+
+
+def test_greedy_generation_takes_the_likeliest_each_time():
+    _, p = random_parameters(CFG)
+    ids = TEXT[:3]
+    for token in generate(Decoding(p, CFG, OPS["numpy"]), TEXT[:3], 0, -1, 20, temperature=0):
+        assert token == fresh_logits(p, ids)[-1].argmax()
+        ids = [*ids, token]

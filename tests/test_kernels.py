@@ -1,0 +1,554 @@
+"""Part II of tinygpt.py: kernels against the specification at every border of their blocks, bytes that do not depend on
+threads or micro-batches, and the parts that kernels are made of."""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from conftest import random_batch, random_parameters, relative, tiny_config
+from llvmlite import binding
+
+import tinygpt
+from tinygpt import OPS, POOL
+
+LANES = {np.float32: 16, np.float64: 8}  # elements of a vector
+both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def around(*borders):
+    """One below, at and one above each."""
+    return sorted({n + d for n in borders for d in (-1, 0, 1) if n + d > 0})
+
+
+# -- kernels against the specification
+
+
+def run_model(cfg, table, B, T, dtype, space=False, seed=0):
+    """name -> array: the loss, the nats, what the head reads, and the gradient of every parameter tensor."""
+    flat, p = random_parameters(cfg, seed, np.float32)  # values that float32 has, whatever the dtype
+    flat = flat.astype(dtype)
+    p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
+    tokens, targets, weights = random_batch(cfg, B, T, seed, np.float32)
+    gradient, g = tinygpt.zero_gradients(cfg, dtype)
+    buffers = tinygpt.workspace(cfg, B, T, np.dtype(dtype)) if space else None
+    batch = (tokens, targets, weights.astype(dtype))
+    loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, OPS[table], buffers)
+    results = {"loss": np.array(loss), "nats": nats.copy()}
+    tinygpt.join_tied(g)
+    results["x"] = tinygpt.forward(p, tokens, cfg, OPS[table], space=buffers)[0].copy()
+    for t in tinygpt.layout(cfg):
+        results[t.name] = gradient[t.offset : t.offset + math.prod(t.shape)]
+    return results
+
+
+def assert_kernels_agree(cfg, B, T, space=False):
+    """In float64 to rounding; in float32, whose vectors end elsewhere, to what shows a wrong or missing term."""
+    exact = run_model(cfg, "numpy", B, T, np.float64)
+    for dtype, limit in ((np.float64, 1e-12), (np.float32, 2e-5)):
+        kernels = run_model(cfg, "numba", B, T, dtype, space)
+        for name in exact:
+            assert relative(kernels[name], exact[name]) < limit, (name, dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(),
+        dict(width=97, heads=1, layers=1),
+        dict(width=64, heads=4, hidden=256, vocab_size=300, seq_len=60, position_rows=60, layers=1),
+        dict(width=48, hidden=192, vocab_size=211, seq_len=97, position_rows=97),
+    ],
+    ids=lambda shape: f"width {shape.get('width', 12)}",
+)
+def test_kernels_in_float32_err_at_most_four_times_as_much_as_the_spec(shape):
+    cfg, squares = tiny_config(**shape), {"numpy": {}, "numba": {}, "floor": {}}
+    for seed in range(6):  # one draw may flatter either
+        exact = run_model(cfg, "numpy", 2, cfg.seq_len, np.float64, seed=seed)
+        errors = {"floor": {name: 2.0**-24 * np.linalg.norm(x) for name, x in exact.items()}}  # half a unit in the last
+        for table in ("numpy", "numba"):
+            found = run_model(cfg, table, 2, cfg.seq_len, np.float32, seed=seed)
+            assert all(x.dtype == np.float32 for name, x in found.items() if name != "loss")
+            errors[table] = {name: np.linalg.norm(found[name] - exact[name]) for name in exact}
+        for table, by_name in errors.items():
+            for name, error in by_name.items():
+                squares[table][name] = squares[table].get(name, 0.0) + error**2
+    del squares["numba"]["loss"]  # a single number, which luck may round well; its nats are compared
+    for name, error in squares["numba"].items():
+        assert error <= 4**2 * max(squares["numpy"][name], squares["floor"][name]), name
+
+
+TILE_COLUMNS = tuple(tinygpt.TILE_VECTORS * lanes for lanes in LANES.values())
+C_BORDERS = around(32, tinygpt.GRADIENT_COLUMNS, tinygpt.GRADIENT_ROWS, tinygpt.DEPTH)
+F_BORDERS = around(tinygpt.DEPTH, tinygpt.HIDDEN_BLOCK)
+T_BORDERS = around(
+    *(tinygpt.TILE_ROWS, tinygpt.PACK_ROWS, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK, tinygpt.PACKED_A, tinygpt.DEPTH),
+    *(*TILE_COLUMNS, 2 * tinygpt.ROW_BLOCK),
+)
+V_BORDERS = around(*LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, tinygpt.HEAD_COLUMNS)
+HEAD_BORDERS = around(tinygpt.HEAD_ROWS // tinygpt.SCORE_BLOCK * tinygpt.SCORE_BLOCK, tinygpt.HEAD_ROWS)
+
+
+@pytest.mark.parametrize("T", T_BORDERS)
+def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_positions(T):
+    assert_kernels_agree(tiny_config(seq_len=T, position_rows=T), 2, T)
+
+
+@pytest.mark.parametrize("C", C_BORDERS)
+def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_columns(C):
+    assert_kernels_agree(tiny_config(width=C, heads=1, layers=1), 2, 5)
+
+
+@pytest.mark.parametrize("F", F_BORDERS)
+def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_hidden_columns(F):
+    assert_kernels_agree(tiny_config(hidden=F), 2, 5)
+
+
+@pytest.mark.parametrize("V", V_BORDERS)
+def test_kernels_agree_with_the_spec_at_the_borders_of_vectors_of_logits(V):
+    assert_kernels_agree(tiny_config(vocab_size=V), 2, 5)
+
+
+@pytest.mark.parametrize("T", HEAD_BORDERS)
+def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_logits(T):
+    assert_kernels_agree(tiny_config(seq_len=T, position_rows=T, layers=1), 1, T, space=True)
+
+
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 43), (5, 101), (7, 2), (2, 257)])
+def test_kernels_agree_with_the_spec_in_a_workspace(B, T):
+    assert_kernels_agree(tiny_config(seq_len=T + 2, position_rows=T + 3, width=36, hidden=70), B, T, space=True)
+
+
+@both_dtypes
+@pytest.mark.parametrize("V", around(960, 1920))
+def test_kernels_give_the_logits_of_the_spec(V, dtype):
+    cfg = tiny_config(vocab_size=V)
+    _, p = random_parameters(cfg, dtype=dtype)
+    for rows in (1, 3, 17):
+        x = np.random.default_rng(rows).standard_normal((rows, cfg.width)).astype(dtype)
+        found, expected = (OPS[table]["head_logits"](x, p, cfg) for table in ("numba", "numpy"))
+        assert found.dtype == dtype and relative(found, expected) < (1e-12 if dtype == np.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("start, T", [(0, 1), (0, 50), (1, 1), (47, 1), (48, 50), (97, 4), (5, 96)])
+def test_kernels_attend_to_a_past_as_the_spec_does(start, T):
+    cfg = tiny_config(seq_len=101, position_rows=101)
+    _, p = random_parameters(cfg)
+    rng = np.random.default_rng(0)
+    kept = rng.standard_normal((cfg.layers, 2, 101, 2, cfg.heads, cfg.head_width))
+    tokens = rng.integers(0, cfg.vocab_size, (2, T))
+    results = []
+    for table in OPS:
+        kv = kept.copy()
+        results.append((tinygpt.forward(p, tokens, cfg, OPS[table], (kv, start))[0], kv))
+    for (x, kv), (y, other) in zip(results[1:], results[:-1]):
+        assert relative(x, y) < 1e-12 and relative(kv, other) < 1e-12
+        assert np.array_equal(kv[:, :, :start], kept[:, :, :start])
+        assert np.array_equal(kv[:, :, start + T :], kept[:, :, start + T :])
+
+
+# -- bytes
+
+BYTES = tiny_config(vocab_size=53, seq_len=101, width=24, hidden=40, position_rows=103)  # no multiple of ROW_BLOCK
+
+
+def test_any_number_of_threads_gives_the_same_bytes(pool):
+    results = []
+    for threads in (1, 2, 3):
+        pool.resize(threads)
+        results.append({name: x.tobytes() for name, x in run_model(BYTES, "numba", 4, 101, np.float32, True).items()})
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_workspace_changes_no_byte():
+    with_space, without = (run_model(BYTES, "numba", 4, 101, np.float32, space) for space in (True, False))
+    assert {n: x.tobytes() for n, x in with_space.items()} == {n: x.tobytes() for n, x in without.items()}
+
+
+@pytest.mark.parametrize("T", [101, 96, 5])
+def test_micro_batches_of_any_size_give_the_same_bytes(T):
+    _, p = random_parameters(BYTES, dtype=np.float32)
+    batch = random_batch(BYTES, 4, T, dtype=np.float32)
+    results = set()
+    for size in (1, 2, 4):
+        gradient, g = tinygpt.zero_gradients(BYTES)
+        space = tinygpt.workspace(BYTES, size, T, np.float32)
+        nats = []
+        for b in range(0, 4, size):
+            part = (a[b : b + size] for a in batch)
+            nats.append(tinygpt.loss_and_gradients(p, *part, g, BYTES, OPS["numba"], space)[1].tobytes())
+        tinygpt.join_tied(g)
+        results.add((gradient.tobytes(), b"".join(nats)))
+    assert len(results) == 1
+
+
+def test_micro_batches_of_the_spec_agree_to_rounding():
+    _, p = random_parameters(BYTES)
+    batch = random_batch(BYTES, 4, 5)
+    results = []
+    for size in (4, 1, 2):
+        gradient, g = tinygpt.zero_gradients(BYTES, np.float64)
+        for b in range(0, 4, size):
+            tinygpt.loss_and_gradients(p, *(a[b : b + size] for a in batch), g, BYTES, OPS["numpy"])
+        tinygpt.join_tied(g)
+        results.append(gradient)
+    assert relative(results[1], results[0]) < 1e-12 and relative(results[2], results[0]) < 1e-12
+
+
+def test_a_sequence_has_the_same_bytes_alone_in_a_batch_and_as_the_beginning_of_a_longer_one():
+    _, p = random_parameters(BYTES, dtype=np.float32)
+    tokens = random_batch(BYTES, 4, 101)[0]
+    together = tinygpt.forward(p, tokens, BYTES, OPS["numba"])[0].copy()
+    for b in range(4):
+        assert tinygpt.forward(p, tokens[b : b + 1], BYTES, OPS["numba"])[0].tobytes() == together[b].tobytes()
+    for T in (1, 5, 47, 48, 60, 96, 97):
+        shorter = tinygpt.forward(p, tokens[:, :T], BYTES, OPS["numba"])[0]
+        assert shorter.tobytes() == together[:, :T].tobytes()
+
+
+def test_a_second_run_in_the_same_buffers_gives_the_same_bytes():
+    _, p = random_parameters(BYTES, dtype=np.float32)
+    space = tinygpt.workspace(BYTES, 2, 101, np.float32)
+    results = []
+    for seed in (0, 1, 0):
+        gradient, g = tinygpt.zero_gradients(BYTES)
+        batch = random_batch(BYTES, 2, 101, seed, np.float32)
+        loss, _ = tinygpt.loss_and_gradients(p, *batch, g, BYTES, OPS["numba"], space)
+        results.append((loss, gradient.tobytes()))
+    assert results[0] == results[2] != results[1]
+
+
+# -- threads
+
+
+@pytest.fixture(params=[1, 2, 3])
+def own_pool(request):
+    pool = tinygpt.Pool()
+    pool.resize(request.param)
+    yield pool
+    pool.resize(1)
+
+
+def square(task, slot, out):
+    out[task] += task * task
+
+
+def assert_squares(pool, count=40):
+    out = np.zeros(count)
+    pool.run(square, count, out)
+    assert np.array_equal(out, np.arange(count) ** 2)
+
+
+def test_each_task_runs_once_on_a_slot_of_the_pool(own_pool):
+    for count in (0, 1, 2, 7, 100):
+        seen = []
+        own_pool.run(lambda task, slot: seen.append((task, slot)), count)  # noqa: B023
+        assert sorted(task for task, _ in seen) == list(range(count))
+        assert all(0 <= slot < own_pool.threads for _, slot in seen)
+
+
+def test_an_error_in_a_task_reaches_the_caller_and_the_pool_goes_on(own_pool):
+    def fail(task, slot):
+        if task == 5:
+            raise KeyError("task five")
+
+    for _ in range(3):
+        with pytest.raises(KeyError, match="task five"):
+            own_pool.run(fail, 9)
+        assert_squares(own_pool)
+
+
+def test_an_error_in_every_task_reaches_the_caller_once(own_pool):
+    def fail(task, slot):
+        raise ValueError(f"task {task}")
+
+    with pytest.raises(ValueError, match="task"):
+        own_pool.run(fail, 9)
+    assert_squares(own_pool)
+
+
+def test_helpers_that_went_to_sleep_wake_up(own_pool):
+    assert_squares(own_pool)
+    for _ in range(3):
+        time.sleep(0.15)  # SPINS looks take about a millisecond
+        assert_squares(own_pool)
+
+
+def test_a_pool_can_be_resized_while_idle(own_pool):
+    before = threading.active_count()
+    for threads in (2, 1, 3, 3, 1):
+        own_pool.resize(threads)
+        assert_squares(own_pool)
+        assert_squares(own_pool)
+    assert threading.active_count() <= before  # helpers of the old sizes have ended
+
+
+def test_two_callers_at_once_both_get_right_results():
+    expected = [run_model(BYTES, "numba", 2, 101, np.float32, seed=seed) for seed in range(2)]
+    found, errors = [[], []], []
+
+    def call(seed):
+        try:
+            for _ in range(4):
+                found[seed].append(run_model(BYTES, "numba", 2, 101, np.float32, seed=seed))
+        except BaseException as error:
+            errors.append(error)
+
+    callers = [threading.Thread(target=call, args=(seed,)) for seed in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not errors
+    for seed in range(2):
+        for results in found[seed]:
+            assert all(results[name].tobytes() == x.tobytes() for name, x in expected[seed].items())
+
+
+# -- matrix products
+
+
+def guarded(rng, rows, columns, dtype, guard):
+    """A (rows, columns) view, its rows apart and neither aligned nor at an end of its array; `guard` all around it."""
+    whole = np.full((rows + 2, columns + 37), guard, dtype)
+    whole[1:-1, 3 : 3 + columns] = rng.standard_normal((rows, columns))
+    return whole, whole[1:-1, 3 : 3 + columns]
+
+
+def call_product(a, b, c, add):
+    """tinygpt.product, compiled once by itself."""
+    panel = np.full(tinygpt.PANEL_SIZE, np.nan, c.dtype)
+    strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
+    tinygpt.provide_product(c.dtype.name).ctypes(*strides, *c.shape, a.shape[1], int(add), panel.ctypes.data)
+
+
+def check_product(M, K, N, dtype, seed, transposed, add, product=call_product):
+    rng = np.random.default_rng(seed)
+    # NaN around a and b: what is read from there shows. In c a number, which must still be there.
+    a = guarded(rng, K, M, dtype, np.nan)[1].T if transposed else guarded(rng, M, K, dtype, np.nan)[1]
+    b = guarded(rng, K, N, dtype, np.nan)[1]
+    whole, c = guarded(rng, M, N, dtype, 1234.5)
+    before, old = whole.copy(), c.astype(np.float64)
+    if not add:
+        c[:] = np.nan  # must not be read
+    product(a, b, c, add)
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    expected = wide_a @ wide_b + (old if add else 0)
+    bound = (K + 2) * np.finfo(dtype).eps * (np.abs(wide_a) @ np.abs(wide_b) + (np.abs(old) if add else 0))
+    assert (np.abs(c - expected) <= bound).all(), (M, K, N, dtype, transposed, add)
+    c[:] = before[1:-1, 3 : 3 + N]
+    assert np.array_equal(whole, before), f"{(M, K, N, dtype)}: written beside c"
+
+
+def check_products():
+    """Shapes at the borders of tiles, vectors, panels and packing, then any."""
+    seed = 0
+    for dtype, lanes in LANES.items():
+        rows = around(1, tinygpt.TILE_ROWS, 2 * tinygpt.TILE_ROWS, tinygpt.PACK_ROWS)
+        depths = around(1, tinygpt.DEPTH, 2 * tinygpt.DEPTH)
+        columns = around(1, lanes, 2 * lanes, tinygpt.TILE_VECTORS * lanes, (tinygpt.TILE_VECTORS + 2) * lanes)
+        rng = np.random.default_rng(0)
+        shapes = [(m, k, n) for m in rows for n in columns for k in (1, 5, 130)]
+        shapes += [(m, k, 2 * lanes + 3) for m in (1, 7, 40) for k in depths]
+        shapes += [(m, k, 70) for m in around(lanes, *TILE_COLUMNS, tinygpt.PACKED_A) for k in (1, 5, 9, 130)]
+        shapes += [tuple(int(x) for x in rng.integers(1, 300, 3)) for _ in range(30)]
+        for shape in shapes:
+            for transposed in (False, True):
+                seed += 1
+                check_product(*shape, dtype, seed, transposed, add=seed // 2 % 2 == 0)
+
+
+def test_product_is_that_of_numpy_and_touches_nothing_beside_it():
+    check_products()
+
+
+@both_dtypes
+def test_product_takes_any_strides_of_a(dtype):
+    rng = np.random.default_rng(0)
+    x, b = rng.standard_normal((90, 40)).astype(dtype), rng.standard_normal((20, 19)).astype(dtype)
+    views = [x[::2, ::2], x[::-1, ::-2][:45], x.T[:, ::4][:, :20], np.broadcast_to(x[:1, :20], (33, 20))]
+    views += [np.broadcast_to(x[:33, :1], (33, 20))]
+    for a in views:
+        a = a[:, :20]
+        c = np.zeros((len(a), 19), dtype)
+        call_product(a, b[: a.shape[1]], c, False)
+        assert relative(c, a @ b[: a.shape[1]]) < 100 * np.finfo(dtype).eps
+
+
+@both_dtypes
+def test_product_as_kernels_call_it_is_the_same(dtype):
+    tinygpt.provide_product(np.dtype(dtype).name)
+    matrix = numba.from_dtype(np.dtype(dtype))[:, :]
+
+    @numba.njit([(matrix, matrix, matrix, numba.boolean, matrix)])
+    def jitted(a, b, c, add, panel):
+        tinygpt.product(a, b, c, add, panel[0])
+
+    def product(a, b, c, add):
+        jitted(a, b, c, add, np.empty((1, tinygpt.PANEL_SIZE), dtype))
+
+    for seed in range(4):
+        check_product(13, 130, 75, dtype, seed, seed > 1, seed % 2 == 1, product)
+
+
+@both_dtypes
+@pytest.mark.parametrize("K, M, N", [(1, 1, 1), (95, 63, 7), (96, 64, 128), (97, 65, 129), (200, 130, 300)])
+def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
+    tinygpt.provide_product(np.dtype(dtype).name)
+    rng = np.random.default_rng(0)
+    x, dy, dw = (rng.standard_normal(shape).astype(dtype) for shape in ((N, K), (N, M), (K, M)))
+    db, scratch = rng.standard_normal(M).astype(dtype), np.empty((POOL.threads, tinygpt.PANEL_SIZE), dtype)
+    expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
+    in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
+    tinygpt.weight_gradient(x, dy, dw, db, scratch)
+    limit = 100 * np.finfo(dtype).eps
+    assert relative(dw, expected_dw) < limit and relative(db, expected_db) < limit
+    for rows in (slice(0, half), slice(half, N)):
+        if x[rows].size:
+            tinygpt.weight_gradient(x[rows], dy[rows], in_two_dw, in_two_db, scratch)
+    assert in_two_dw.tobytes() == dw.tobytes() and in_two_db.tobytes() == db.tobytes()
+
+
+AVX2 = "+64bit,+aes,+avx,+avx2,+bmi,+bmi2,+cmov,+cx16,+f16c,+fma,+fsgsbase,+fxsr,+lzcnt,+mmx,+movbe,+pclmul,+popcnt,"
+AVX2 += "+rdrnd,+sahf,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3,+xsave,+xsaveopt"
+FEATURES = binding.get_host_cpu_features() if platform.machine().lower() in ("x86_64", "amd64") else {}
+needs_avx2 = pytest.mark.skipif(not (FEATURES.get("avx2") and FEATURES.get("fma")), reason="no AVX2 on this machine")
+
+
+def run_for_avx2(statements, tmp_path):
+    """In a Python of its own whose Numba compiles for a machine with 16 registers of 256 bits."""
+    here = Path(__file__).resolve().parent
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2}
+    environment |= {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join((str(here), str(here.parent)))}
+    code = f"import tinygpt, test_kernels\nassert tinygpt.TILE_VECTORS == 1\n{statements}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_avx2
+def test_product_is_that_of_numpy_with_the_tiles_of_avx2(tmp_path):
+    run_for_avx2("test_kernels.check_products()", tmp_path)
+
+
+@pytest.mark.slow
+@needs_avx2
+def test_kernels_agree_with_the_spec_with_the_tiles_of_avx2(tmp_path):
+    run_for_avx2(
+        "from conftest import tiny_config\n"
+        "for T in test_kernels.T_BORDERS:\n"
+        "    test_kernels.assert_kernels_agree(tiny_config(seq_len=T, position_rows=T), 2, T, True)\n"
+        "for V in test_kernels.V_BORDERS:\n"
+        "    test_kernels.assert_kernels_agree(tiny_config(vocab_size=V, width=36, hidden=259), 2, 5)\n"
+        "assert tinygpt.main(['check']) == 0\n",
+        tmp_path,
+    )
+
+
+# -- rows
+
+
+@tinygpt.part
+def exp_of_each(x, y):
+    for i in range(x.size):
+        y[i] = tinygpt.exp(x[i])
+
+
+@tinygpt.part
+def maximum_of(x, count):
+    return tinygpt.maximum(x, count)
+
+
+def jitted_exp(x):
+    y = np.empty_like(x)
+    exp_of_each(x, y)
+    return y
+
+
+def test_exp_is_within_two_parts_in_ten_million_over_its_whole_range():
+    x = np.linspace(-87, 88, 1_000_003).astype(np.float32)
+    x[:3] = -87, 0, 88
+    y, expected = jitted_exp(x), np.exp(x.astype(np.float64))
+    assert y.dtype == np.float32 and y[1] == 1
+    assert (np.abs(y - expected) / expected).max() < 2e-7
+    x = np.linspace(-700, 700, 1001)
+    assert (np.abs(jitted_exp(x) / np.exp(x) - 1)).max() < 1e-15
+
+
+def test_exp_is_held_at_its_ends_and_nan_stays_nan():
+    for repeat in (1, 3, 40):  # alone, in the rest of a loop, in its vectors
+        low, high = (
+            np.repeat(np.float32([-87.5, -1e4, -math.inf]), repeat),
+            np.repeat(np.float32([89, 1e30, math.inf]), repeat),
+        )
+        assert (jitted_exp(low) == jitted_exp(np.float32([-87]))[0]).all()
+        assert (jitted_exp(high) == jitted_exp(np.float32([88]))[0]).all()
+        for dtype in LANES:
+            nan = np.array([math.nan, -math.nan], dtype).repeat(repeat)
+            assert np.isnan(jitted_exp(nan)).all()
+
+
+@both_dtypes
+def test_maximum_finds_the_largest_of_any_count_anywhere(dtype):
+    rng = np.random.default_rng(0)
+    largest = np.finfo(dtype).max
+    for count in (*range(1, 40), 63, 64, 65, 200):
+        for at in {0, count // 2, count - 1}:
+            for low, top in (
+                (-3, 2),
+                (-9, -4),
+                (-largest, -1e-38),
+                (-math.inf, -largest),
+                (0.0, 1e-44),
+                (-1, math.inf),
+            ):
+                x = np.full(count + 5, math.inf, dtype)  # beyond count: not looked at
+                x[:count] = low * rng.uniform(0.9, 1, count) if math.isfinite(low) else low
+                x[at] = top
+                assert maximum_of(x, count) == dtype(top)
+
+
+@both_dtypes
+def test_a_row_of_softmax_is_that_of_numpy(dtype):
+    rng = np.random.default_rng(0)
+    for S in (1, 7, 16, 33, 100):
+        for visible in {1, S // 2 + 1, S}:
+            scores = (4 * rng.standard_normal(S)).astype(dtype)
+            seen = scores[:visible].astype(np.float64)
+            lse = tinygpt.softmax_row(scores, visible, dtype(0.5))
+            limit = 20 * np.finfo(dtype).eps
+            assert relative(lse, np.log(np.exp(seen).sum())) < limit
+            assert relative(scores[:visible], 0.5 * np.exp(seen) / np.exp(seen).sum()) < limit
+            assert (scores[visible:] == 0).all()
+
+
+@both_dtypes
+def test_a_row_of_softmax_bears_huge_and_equal_scores(dtype):
+    large = float(np.finfo(dtype).max) / 4
+    for value in (0.0, large, -large, 1e-30):
+        scores = np.full(21, value, dtype)
+        lse = tinygpt.softmax_row(scores, 20, dtype(1))
+        assert scores[:20] == pytest.approx(0.05, rel=1e-6) and scores[20] == 0
+        assert lse == pytest.approx(value + math.log(20))
+    scores = np.array([-large, large, 0, large, -math.inf], dtype)
+    assert math.isfinite(tinygpt.softmax_row(scores, 5, dtype(1)))
+    assert scores == pytest.approx([0, 0.5, 0, 0.5, 0], abs=1e-30)
+
+
+@both_dtypes
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_a_row_of_softmax_shows_a_nan(nan, dtype):
+    for S in (1, 5, 16, 50):
+        for at in {0, S // 2, S - 1}:
+            scores = np.linspace(-2, 2, S).astype(dtype)
+            scores[at] = nan
+            assert math.isnan(tinygpt.softmax_row(scores, S, dtype(1)))
+            assert np.isnan(scores).all()
+    scores = np.array([1, math.inf, 0], dtype)
+    assert math.isnan(tinygpt.softmax_row(scores, 3, dtype(1)))
