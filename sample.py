@@ -113,11 +113,13 @@ def check(args):
     """ValueError for a number out of its range."""
     for name, low, high in (
         ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 0, 1), ("max_new_tokens", 0, 2**31),
-        ("num_samples", 1, 2**31), ("seed", 0, 2**63), ("threads", 1, 1024),
+        ("num_samples", 1, 2**31), ("seed", 0, 2**63 - 1), ("threads", 1, 1024),
     ):  # fmt: skip
-        value = getattr(args, name)
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; expected {low} to {high}")
+            raise ValueError(f"{flag} {value} is out of range; expected {low} to {high}")
+        if flag == "--top-p" and value == 0:
+            raise ValueError("--top-p 0 keeps no token; for the likeliest one use --temperature 0")
 
 
 def main(argv=None):

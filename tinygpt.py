@@ -1566,7 +1566,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
     logits[list(banned)] = -math.inf
     if temperature == 0:
         return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
-    logits = (logits - logits.max()) / temperature
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is right
+        logits = (logits - logits.max()) / temperature
     if top_k and top_k < len(logits):
         logits[np.argsort(-logits, kind="stable")[top_k:]] = -math.inf
     p = np.exp(logits)

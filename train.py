@@ -40,6 +40,7 @@ class Data(NamedTuple):
     train: np.ndarray  # token ids, (M,)
     valid: np.ndarray
     name: str
+    files: list  # token files of the two, each a list of paths; none for validation: held out
 
 
 def prepare_data(args, seq_len, vocab_size):
@@ -48,33 +49,45 @@ def prepare_data(args, seq_len, vocab_size):
     ValueError or OSError if something is missing, is not text, is of another tokenizer, or is too short.
     """
     tokenizer = bpe.Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    sources, valid_sources, name = list(args.data or ()), list(args.val_data or ()), " ".join(args.data or ())
+    if tokenizer and args.vocab_size:
+        raise ValueError("--tokenizer brings its own vocabulary; leave out --vocab-size")
+    sources, valid_sources, name = args.data, args.val_data or [], " ".join(args.data or ())
     if not sources:
         sources, valid_sources, name = find_stories(args, seq_len)
-    if any(str(path).endswith(".bin") for path in sources):
-        if tokenizer is None:
+    folder = Path("data", "tokens", cache_key(sources, args.tokenizer, vocab_size))
+    if tokenizer is None:
+        if are_token_files(sources):
             raise ValueError("--data names a token file; say which tokenizer made it with --tokenizer FILE")
-        train = read_token_files(sources, tokenizer)
-        valid = read_token_files(valid_sources, tokenizer) if valid_sources else None
-    else:
-        folder = Path("data", "tokens", cache_key(sources, args.tokenizer, vocab_size))
-        folder.mkdir(parents=True, exist_ok=True)
-        if tokenizer is None:
-            tokenizer = train_tokenizer(sources, folder, vocab_size, explicit=args.vocab_size is not None)
-        train = encode(sources, tokenizer, folder / "train.bin")
-        valid = None
-        if valid_sources:
-            key = cache_key(valid_sources, None, tokenizer.hash)
-            valid = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
+        tokenizer = train_tokenizer(sources, folder, vocab_size, explicit=args.vocab_size is not None)
+    files = [encode(sources, tokenizer, folder / "train.bin"), []]
+    if valid_sources:
+        key = cache_key(valid_sources, None, tokenizer.hash)
+        files[1] = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
+    return read_data(tokenizer, files, name, seq_len)
+
+
+def read_data(tokenizer, files, name, seq_len):
+    """`Data` of token files; ValueError or OSError if one is missing, damaged, of another tokenizer, or too short."""
+    train, valid = (read_token_files(paths, tokenizer) if paths else None for paths in files)
     if valid is None:
         train, valid = hold_out(train, tokenizer)
-    for what, tokens in (("training", train), ("validation", valid)):
-        if len(tokens) < (seq_len if what == "training" else 2):
+    for what, tokens, least in (("training", train, seq_len), ("validation", valid, 2)):
+        if len(tokens) < least:
             raise ValueError(
                 f"{name}: the {what} text has {len(tokens)} tokens, less than one window of T={seq_len}; "
                 f"use more text or --seq-len {max(1, 1 << (len(tokens) // 2).bit_length())}"
             )
-    return Data(tokenizer, train, valid, name)
+    return Data(tokenizer, train, valid, name, files)
+
+
+def are_token_files(paths):
+    """Whether these are token files; ValueError for a mixture with text."""
+    bins = [str(path).endswith(".bin") for path in paths]
+    if any(bins) and not all(bins):
+        raise ValueError(
+            f"{paths[bins.index(False)]} is text beside token files; encode it first: python bpe.py encode"
+        )
+    return all(bins)
 
 
 def find_stories(args, seq_len):
@@ -92,7 +105,7 @@ def find_stories(args, seq_len):
         16 * 2**20 * math.ceil(4.2 * tokens / (16 * 2**20))
     )  # some 4 bytes a token; in steps, so that it seldom changes
     source = stories.get(Path("data"), size)
-    return [source.train], [source.valid], source.name
+    return [str(source.train)], [str(source.valid)], source.name
 
 
 def cache_key(sources, tokenizer_path, detail):
@@ -111,11 +124,14 @@ def train_tokenizer(sources, folder, vocab_size, explicit):
         raise ValueError(
             f"--vocab-size {vocab_size} is below {fixed}: 256 bytes, the end of a story and {RESERVED} reserved tokens"
         )
-    if not path.exists():
+    try:
+        tokenizer = bpe.Tokenizer.load(path)
+    except (OSError, ValueError):
+        folder.mkdir(parents=True, exist_ok=True)
         with Progress("learning the tokenizer", min(total_bytes(sources), TOKENIZER_BYTES)) as progress:
             documents = first_bytes(bpe.documents(sources, progress), TOKENIZER_BYTES)
             bpe.Tokenizer.from_merges(bpe.train(documents, vocab_size - fixed), RESERVED).save(path)
-    tokenizer = bpe.Tokenizer.load(path)
+        tokenizer = bpe.Tokenizer.load(path)
     if tokenizer.vocab_size < vocab_size:
         line = f"the text gives {tokenizer.vocab_size} tokens, fewer than {vocab_size}"
         if explicit:
@@ -137,13 +153,16 @@ def total_bytes(sources):
 
 
 def encode(sources, tokenizer, path):
-    """The token file of these texts, made if it is not there or is not whole."""
+    """The token files of these sources: themselves, or one made of their text if it is not there or not whole."""
+    if are_token_files(sources):
+        return [str(source) for source in sources]
     try:
-        return bpe.read_tokens(path, tokenizer)[0]
+        bpe.read_tokens(path, tokenizer)
     except (OSError, ValueError):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with Progress("encoding", total_bytes(sources)) as progress:
             bpe.write_tokens(bpe.documents(sources, progress), tokenizer, path)
-    return bpe.read_tokens(path, tokenizer)[0]
+    return [str(path)]
 
 
 def read_token_files(paths, tokenizer):
@@ -453,9 +472,16 @@ class Run:
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
 
+    def finite(self, x):
+        """x; FloatingPointError if a number of it is not finite."""
+        if not np.isfinite(x).all():
+            raise FloatingPointError(f"the model is not finite at step {self.state.step}")
+        return x
+
     def save(self):
         """last.safetensors: the model, the moments, the settings, the place in the log."""
         start = time.monotonic()
+        self.finite(self.state.parameters)
         self.log.flush()
         metadata = {"step": str(self.state.step), "settings": json.dumps(self.s), "best": repr(self.best)}
         metadata["log_bytes"] = str(os.path.getsize(self.folder / "log.jsonl"))
@@ -472,7 +498,7 @@ class Run:
     def evaluate(self):
         """Validation on the fixed beginning, the prompts' stories; keeps the best model."""
         tokens, tokenizer = self.data.valid[: self.s["eval_tokens"]], self.data.tokenizer
-        nats = evaluate(self.state.p, self.state.cfg, tokens, tokenizer.end, self.ops)
+        nats = self.finite(evaluate(self.state.p, self.state.cfg, tokens, tokenizer.end, self.ops))
         bits = bits_per_byte(nats, tokens, tokenizer)
         stories = [tell(self.state, tokenizer, self.ops, prompt, self.s["seed"]) for prompt in self.s["prompts"]]
         self.write(step=self.state.step, val_nats=nats, val_bits_per_byte=bits, stories=stories)
@@ -489,10 +515,10 @@ class Run:
         seconds = len(valid) / max(1.0, 2.5 * self.speed)
         note(f"scoring all {len(valid):,} validation tokens, about {clock(seconds)} ...")
         with Progress("validation", len(valid)) as progress:
-            nats = evaluate(state.p, state.cfg, valid, tokenizer.end, self.ops, progress=progress)
+            nats = self.finite(evaluate(state.p, state.cfg, valid, tokenizer.end, self.ops, progress=progress))
         bits = bits_per_byte(nats, valid, tokenizer)
         self.write(step=state.step, final_val_nats=nats, final_val_bits_per_byte=bits, tokens=len(valid))
-        say(f"validation, every token: {nats:.4f} nats/token, {bits:.4f} bits/byte")
+        note(f"validation, every token: {nats:.4f} nats/token, {bits:.4f} bits/byte")
         draw_curve(self.folder)
         path = self.folder / "last.safetensors"
         note(f"a story:   {command('sample.py', '--checkpoint', path, '--prompt', 'Lily found')}")
@@ -614,7 +640,7 @@ def in_range(kind, low, high, open_low=False):
     return convert
 
 
-COUNT, RATE = in_range(int, 1, 2**31 - 1), in_range(float, 0, 1e3, open_low=True)
+COUNT, RATE, SOME = in_range(int, 1, 2**31 - 1), in_range(float, 0, 1e3, open_low=True), in_range(int, 1, 2**16)
 
 
 class Parser(argparse.ArgumentParser):
@@ -636,8 +662,8 @@ def make_parser():
     add("--epochs", type=in_range(float, 0, 1e6, True), metavar="E", help="passes over the training text")
     add("--minutes", type=in_range(float, 0, 1e6, True), metavar="M", help="from the start to the end of training")
     add = parser.add_argument_group("how").add_argument
-    add("--batch-size", type=COUNT, metavar="N", help="sequences per update (default that of the size)")
-    add("--micro-batch-size", type=COUNT, metavar="N", help="sequences at a time: memory only, same result")
+    add("--batch-size", type=SOME, metavar="N", help="sequences per update (default that of the size)")
+    add("--micro-batch-size", type=SOME, metavar="N", help="sequences at a time: memory only, same result")
     add("--lr", type=RATE, help="the highest learning rate (default that of the size)")
     add("--min-lr", type=in_range(float, 0, 1e3), help="the last learning rate (default a tenth of --lr)")
     add("--warmup-steps", type=in_range(int, 0, 2**31 - 1), metavar="N", help="updates of rising rate; 0 for none")
@@ -647,7 +673,7 @@ def make_parser():
     add("--grad-clip", type=in_range(float, 0, 1e9), default=1.0, help="largest norm; 0 is off (default %(default)s)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of weights and data order (default %(default)s)")
     add("--kernels", choices=list(OPS), default="numba", help="numpy is the specification, slow (default %(default)s)")
-    add("--threads", type=COUNT, metavar="N", help="same result with any number (default all cores)")
+    add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="FOLDER", help="of the run (default runs/SIZE, runs/SIZE-2, ...)")
     add("--resume", action="store_true", help="go on with the run in --out (default the newest) under its own settings")
@@ -658,42 +684,39 @@ def make_parser():
 
 
 def new_folder(args):
-    """The folder of a fresh run, made; ValueError where a run is, OSError where it cannot be written."""
+    """(folder of a fresh run, whether it was made); ValueError where a run is, OSError where it cannot be written."""
     if args.out is not None:
-        folder = args.out
+        folder, made = args.out, not args.out.exists()
         if (folder / "log.jsonl").exists():
             raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
         folder.mkdir(parents=True, exist_ok=True)
     else:
         Path("runs").mkdir(exist_ok=True)
         for number in range(1, 10**6):
-            folder = Path("runs", args.size if number == 1 else f"{args.size}-{number}")
+            folder, made = Path("runs", args.size if number == 1 else f"{args.size}-{number}"), True
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
     (folder / "log.jsonl").touch()
-    return folder
+    return folder, made
 
 
-def resolve(args, cfg, data, source):
-    """The settings of a run: all that its result depends on, and nothing of the machine."""
+def resolve(args, seq_len):
+    """The settings that the command line decides; `plan` and the data add theirs. ValueError if two do not fit."""
     lr, batch_size = RECIPES[args.size]
     lr, batch_size = args.lr or lr, args.batch_size or batch_size
     fits = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-    micro = args.micro_batch_size or max(n for n in fits if n == 1 or n * cfg.seq_len <= 4096)
+    micro = args.micro_batch_size or max(n for n in fits if n == 1 or n * seq_len <= 4096)
     if micro not in fits:
         near = sorted({max([n for n in fits if n < micro], default=1), min([n for n in fits if n > micro], default=1)})
         options = " or ".join(map(str, near))
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
-    s = {
-        "size": args.size, "lr": lr, "min_lr": lr / 10 if args.min_lr is None else args.min_lr,
-        "batch_size": batch_size, "micro_batch_size": micro, "weight_decay": args.weight_decay, "beta1": args.beta1,
-        "beta2": args.beta2, "grad_clip": args.grad_clip, "seed": args.seed, "kernels": args.kernels,
-        "save_every": args.save_every, "prompts": args.prompt or [], "data": data.name, "data_files": source,
-        "train_tokens": len(data.train), "warmup_steps": args.warmup_steps or 0, "steps": args.steps or 1,
-    }  # fmt: skip
-    if s["min_lr"] > lr:
-        raise ValueError(f"--min-lr {s['min_lr']} is above --lr {lr}")
+    min_lr = lr / 10 if args.min_lr is None else args.min_lr
+    if min_lr > lr:
+        raise ValueError(f"--min-lr {min_lr} is above --lr {lr}")
+    s = {"lr": lr, "min_lr": min_lr, "batch_size": batch_size, "micro_batch_size": micro, "prompts": args.prompt or []}
+    for name in ("size", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "kernels", "save_every"):
+        s[name] = getattr(args, name)
     return s
 
 
@@ -736,7 +759,7 @@ def repeat_command(args, s, cfg):
     for name in ("batch_size", "micro_batch_size", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"):
         words += [f"--{name.replace('_', '-')}", s[name]]
     words += ["--grad-clip", s["grad_clip"], "--seed", s["seed"], "--eval-every", s["eval_every"]]
-    return command("train.py", *words, *(word for prompt in s["prompts"] for word in ("--prompt", prompt)))
+    return command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
 def newest_run():
@@ -748,28 +771,33 @@ def newest_run():
 
 
 def begin(args, started):
-    """A fresh run, ready to train: (Run, Batches, workspace)."""
+    """A fresh run, ready to train: (Run, Batches, workspace). If it cannot begin it leaves no folder behind."""
     args.size = args.size or "1m"
-    ops, base = OPS[args.kernels], SIZES[args.size]
-    seq_len = args.seq_len or base.seq_len
-    folder = new_folder(args)
+    folder, made = new_folder(args)
     try:
-        data = prepare_data(args, seq_len, args.vocab_size or base.vocab_size)
-        cfg = replace(base, vocab_size=data.tokenizer.vocab_size, seq_len=seq_len, position_rows=seq_len)
-        s = resolve(args, cfg, data, [args.data, args.val_data, args.tokenizer])
-    except BaseException:  # nothing has begun: leave no empty run behind
+        return begin_in(folder, args, started)
+    except BaseException:
         (folder / "log.jsonl").unlink()
-        with contextlib.suppress(OSError):
+        if made:
             folder.rmdir()
         raise
-    batches = Batches(data.train, seq_len, data.tokenizer.end, args.seed)
-    space = make_space(cfg, s)
+
+
+def begin_in(folder, args, started):
+    base, ops = SIZES[args.size], OPS[args.kernels]
+    seq_len = args.seq_len or base.seq_len
+    s = resolve(args, seq_len)
+    data = prepare_data(args, seq_len, args.vocab_size or base.vocab_size)
+    for prompt in s["prompts"]:
+        data.tokenizer.encode(prompt)  # refused now, not at the first validation
+    cfg = replace(base, vocab_size=data.tokenizer.vocab_size, seq_len=seq_len, position_rows=seq_len)
+    batches, space = Batches(data.train, seq_len, data.tokenizer.end, args.seed), make_space(cfg, s)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
-        trial = State(cfg, tinygpt.init_parameters(cfg, args.seed))
-        steps = plan_steps(args, trial, batches, ops, space, s, started)
-        del trial
+        plan(args, s, batches, 1)
+        steps = plan_steps(args, State(cfg, tinygpt.init_parameters(cfg, args.seed)), batches, ops, space, s, started)
     plan(args, s, batches, steps)
+    s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
     run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, ops)
     run.open_log(0)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
@@ -778,6 +806,9 @@ def begin(args, started):
 
 def go_on(args):
     """The run of --resume, as it was at its last checkpoint: (Run, Batches, workspace)."""
+    for name in ("size", "data", "val_data", "tokenizer", "vocab_size", "seq_len", "steps", "epochs", "minutes", "lr"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--resume goes on under the run's own settings; leave out --{name.replace('_', '-')}")
     folder = args.out or newest_run()
     path = folder / "last.safetensors"
     checkpoint = tinygpt.load_checkpoint(path)
@@ -790,10 +821,8 @@ def go_on(args):
         raise ValueError(f"{path} holds a model but no run to go on with") from None
     if step >= s["steps"]:
         raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates")
-    args.data, args.val_data, args.tokenizer = s["data_files"]
-    args.size, args.steps, args.batch_size = s["size"], s["steps"], s["batch_size"]
-    data = prepare_data(args, cfg.seq_len, cfg.vocab_size)
-    if data.tokenizer.to_json() != checkpoint.tokenizer or len(data.train) != s["train_tokens"]:
+    data = read_data(bpe.Tokenizer.from_json(checkpoint.tokenizer), s["files"], s["data"], cfg.seq_len)
+    if len(data.train) != s["train_tokens"]:
         raise ValueError(f"the data of {folder} have changed since it began; start another run")
     state = State(cfg, checkpoint.parameters)
     state.step, state.m[:], state.v[:] = step, *moments
@@ -813,7 +842,7 @@ def main(argv=None):
     started, parser = time.monotonic(), make_parser()
     args = parser.parse_args(argv)
     run = None
-    if not (args.steps or args.epochs or args.minutes):
+    if not (args.steps or args.epochs or args.minutes or args.resume):
         args.minutes = 5.0
     if args.threads:
         POOL.resize(args.threads)
@@ -828,8 +857,10 @@ def main(argv=None):
         note(f"a story:   {command('sample.py', '--checkpoint', run.folder / 'last.safetensors')}")
         return 130
     except FloatingPointError as error:
-        step = tinygpt.load_checkpoint(run.folder / "last.safetensors").metadata["step"]
-        parser.error(f"{error}; last good checkpoint: {run.folder / 'last.safetensors'}, step {step}")
+        if run is None:
+            parser.error(f"{error}, while the speed was measured; try a lower --lr")
+        path = run.folder / "last.safetensors"
+        parser.error(f"{error}; last good checkpoint: {path}, step {tinygpt.load_checkpoint(path).metadata['step']}")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValueError as error:

@@ -1,0 +1,88 @@
+"""The four files alone: what they do in an empty folder, and what importing them must not do."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import write_stories
+
+FILES = ("bpe.py", "tinygpt.py", "train.py", "sample.py")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A folder with the four files and nothing else but kernels that are compiled already, which only save time."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in FILES:
+        shutil.copy2(ROOT / name, folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    (folder / "__pycache__").mkdir()
+    for path in (ROOT / "__pycache__").glob("*.nb[ci]"):
+        shutil.copy2(path, folder / "__pycache__")
+    return folder
+
+
+def python(folder, *words):
+    """Status, stdout and stderr of a fresh interpreter in `folder` that finds modules there alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, *map(str, words)]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_four_files_alone_train_on_a_text_and_tell_a_story(alone, tmp_path):
+    text = write_stories(tmp_path / "stories.txt")
+    shape = ["--size", "700k", "--seq-len", 32, "--vocab-size", 300, "--batch-size", 2]
+    status, _, err = python(alone, "train.py", *shape, "--data", text, "--steps", 3, "--threads", 1)
+    assert status == 0, err
+    assert "step 3 | loss " in err
+    status, out, err = python(alone, "sample.py", "--prompt", "Lily found", "--max-new-tokens", 10)
+    assert status == 0, err
+    assert out.startswith("Lily found") and len(out) > len("Lily found\n")
+
+
+def test_without_data_one_line_says_that_stories_are_missing(alone):
+    runs = sorted(alone.glob("runs/*"))
+    status, out, err = python(alone, "train.py", "--steps", 1)
+    assert status == 2 and not out
+    assert len(err.splitlines()) == 1 and err.startswith("train.py: error: stories.py ") and "--data" in err
+    assert sorted(alone.glob("runs/*")) == runs
+
+
+# Numba itself tries with a temporary file, without a name or text, whether its cache can be written.
+IMPORT = """
+import os, sys, threading
+import numba, numpy, regex
+from numba.core import event
+written = []
+def watch(name, args):
+    if name == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if not (isinstance(args[0], str) and "__pycache__" in args[0]):
+            written.append(args[0])
+    if name in ("socket.connect", "subprocess.Popen"):
+        written.append(name)
+sys.addaudithook(watch)
+random_state = numpy.random.get_state()[1].tobytes()
+with event.install_recorder("numba:compile") as compiled:
+    import MODULE
+assert not compiled.buffer, compiled.buffer
+assert not written, written
+assert threading.active_count() == 1, threading.enumerate()
+loaded = {"torch", "matplotlib", "tokenizers", "stories"} & set(sys.modules)
+assert not loaded, loaded
+assert numpy.random.get_state()[1].tobytes() == random_state
+"""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_importing_does_no_work(alone, name):
+    before = {path: path.stat().st_mtime_ns for path in alone.rglob("*") if path.is_file()}
+    status, out, err = python(alone, "-c", IMPORT.replace("MODULE", name.removesuffix(".py")))
+    assert status == 0, err
+    assert not out and not err
+    assert {path: path.stat().st_mtime_ns for path in alone.rglob("*") if path.is_file()} == before

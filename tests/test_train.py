@@ -1,0 +1,1057 @@
+"""train.py: data, AdamW, updates, whole runs of a tiny model, and every misuse that should end in one line."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import bpe
+import stories
+import tinygpt
+import train
+
+TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
+RECIPE = (1e-2, 4)  # learning rate, sequences per update
+SETTINGS = dict(lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=8, batch_size=4, micro_batch_size=4, grad_clip=1.0)
+SETTINGS |= dict(weight_decay=0.1, beta1=0.9, beta2=0.95)
+
+
+# == tools =============================================================================================================
+
+
+def write_stories(path, seed=0, count=60):
+    """A text file of generated stories -> its path."""
+    text = "".join(f"{story}\n{bpe.END}\n" for story in islice(stories.generate(seed), count))
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+@contextlib.contextmanager
+def workshop(folder):
+    """Work in `folder`, offline, with a tiny size, one thread, no matplotlib, and a peak that nobody measures."""
+    threads = tinygpt.POOL.threads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setitem(tinygpt.SIZES, "tiny", TINY)
+        patch.setitem(train.RECIPES, "tiny", RECIPE)
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setattr(train, "measure_peak", lambda: 1e11)
+        tinygpt.POOL.resize(1)
+        try:
+            yield folder
+        finally:
+            tinygpt.POOL.resize(threads)
+
+
+def invoke(main, *words):
+    """main(words) -> status, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as leave:
+            status = leave.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def trained(*words):
+    """A run that must succeed -> stdout, stderr."""
+    status, out, err = invoke(train.main, "--size", "tiny", *words)
+    assert status == 0, err
+    return out, err
+
+
+def refusal(main, program, *words):
+    """The message of a run that must end with status 2 and exactly one line that says why."""
+    status, _, err = invoke(main, *words)
+    assert status == 2, err
+    lines = err.splitlines()
+    assert [line.startswith(f"{program}: error: ") for line in lines].count(True) == 1, err
+    assert lines[-1].startswith(f"{program}: error: ") and "Traceback" not in err, err
+    return lines[-1].removeprefix(f"{program}: error: ")
+
+
+def read_log(folder="runs/tiny"):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def losses(folder="runs/tiny"):
+    return {e["step"]: e["loss"] for e in read_log(folder) if "loss" in e}
+
+
+def model_bytes(folder="runs/tiny"):
+    """All that training has changed: parameters and both moments of the last checkpoint, and the best one whole."""
+    last = tinygpt.load_checkpoint(Path(folder, "last.safetensors"))
+    moments = [last.extra[name].tobytes() for name in ("moment1", "moment2")]
+    return last.parameters.tobytes(), *moments, Path(folder, "best.safetensors").read_bytes()
+
+
+def interrupt_at(monkeypatch, step, interrupt):
+    """Call interrupt() in the middle of the update after `step`: when one of its micro-batches is done."""
+    real, here = tinygpt.loss_and_gradients, []
+
+    def wrapped(p, tokens, targets, weights, g, *rest):
+        result = real(p, tokens, targets, weights, g, *rest)
+        if g is not None:
+            here.append(1)
+            if len(here) == 2 * step + 1:  # runs that are interrupted have two micro-batches
+                interrupt()
+        return result
+
+    monkeypatch.setattr(tinygpt, "loss_and_gradients", wrapped)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_stories(tmp_path_factory.mktemp("text") / "stories.txt")
+
+
+@pytest.fixture
+def place(tmp_path):
+    with workshop(tmp_path):
+        yield tmp_path
+
+
+PLAIN = ("--steps", 12, "--eval-every", 5, "--micro-batch-size", 2)
+LONG = (*PLAIN, "--seed", 3, "--prompt", "Lily", "--prompt", "Zo\u00eb")
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """An uninterrupted run of 12 updates: its folder, and what it printed."""
+    with workshop(tmp_path_factory.mktemp("finished")) as folder:
+        out, err = trained("--data", text, *LONG)
+    return SimpleNamespace(folder=folder / "runs" / "tiny", out=out, err=err)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text):
+    return bpe.Tokenizer.from_merges(bpe.train(bpe.documents([text]), 35))
+
+
+def prepare(*words, seq_len=TINY.seq_len):
+    return train.prepare_data(train.make_parser().parse_args([str(word) for word in words]), seq_len, TINY.vocab_size)
+
+
+# == 1  text to token files ============================================================================================
+
+
+def test_tokens_decode_to_the_stories_and_count_their_bytes(place, text):
+    data = prepare("--data", text)
+    told = [story.strip() for story in text.read_text("utf-8").split(bpe.END) if story.strip()]
+    tokens = np.concatenate([data.train, data.valid])
+    assert data.tokenizer.decode(tokens).split(bpe.END) == [*told, ""]
+    assert train.count_bytes(tokens, data.tokenizer) == sum(len(story.encode()) for story in told)
+
+
+def test_count_bytes_counts_bytes_and_not_characters(tokenizer):
+    story = "Zo\u00eb \u65e5\u672c \U0001f600"
+    tokens = np.array([*tokenizer.encode(story), tokenizer.end])
+    assert train.count_bytes(tokens, tokenizer) == len(story.encode())
+
+
+@pytest.mark.parametrize("count", [2, 3, 49, 50, 100, 149])
+def test_hold_out_takes_two_percent_of_the_stories_whole(tokenizer, count):
+    told = [tokenizer.encode(story) + [tokenizer.end] for story in islice(stories.generate(1), count)]
+    tokens = np.concatenate(told)
+    kept, held = train.hold_out(tokens, tokenizer)
+    assert np.array_equal(np.concatenate([kept, held]), tokens)
+    assert kept[-1] == held[-1] == tokenizer.end
+    assert np.count_nonzero(held == tokenizer.end) == max(1, round(count / 50))
+
+
+def test_hold_out_cuts_one_document_by_bytes(tokenizer):
+    story = " ".join(islice(stories.generate(1), 30))
+    tokens = np.array([*tokenizer.encode(story), tokenizer.end])
+    kept, held = train.hold_out(tokens, tokenizer)
+    assert np.array_equal(np.concatenate([kept, held]), tokens)
+    longest = max(map(len, tokenizer.vocab))
+    assert abs(train.count_bytes(kept, tokenizer) - 0.98 * len(story.encode())) <= longest
+
+
+def test_bits_per_byte_divides_by_the_bytes_of_the_text(tokenizer):
+    story = "Zo\u00eb saw a cat."
+    tokens = np.array([*tokenizer.encode(story), tokenizer.end])
+    bits = train.bits_per_byte(2.0 * math.log(2), tokens, tokenizer)
+    assert bits == pytest.approx(2.0 * len(tokens) / len(story.encode()), rel=1e-12)
+
+
+def token_files():
+    return {path: path.stat().st_mtime_ns for path in Path("data", "tokens").rglob("*") if path.is_file()}
+
+
+def test_a_second_run_takes_the_encoded_text_as_it_is(place, text):
+    first, files = prepare("--data", text, "--val-data", text), token_files()
+    second = prepare("--data", text, "--val-data", text)
+    assert files and token_files() == files
+    assert np.array_equal(first.train, second.train) and np.array_equal(first.valid, second.valid)
+
+
+def test_a_text_that_changed_is_encoded_again(place):
+    path = write_stories(place / "s.txt", seed=1)
+    before = prepare("--data", path)
+    write_stories(path, seed=2)
+    after = prepare("--data", path)
+    tokens = np.concatenate([after.train, after.valid])
+    assert after.tokenizer.decode(tokens).startswith(next(stories.generate(2)))
+    assert not after.tokenizer.decode(tokens).startswith(before.tokenizer.decode(before.train[:50]))
+
+
+@pytest.mark.parametrize("left", [0, 101, -2])
+def test_an_encoded_text_that_was_cut_short_is_made_again(place, text, left):
+    whole = np.array(prepare("--data", text).train)
+    (path,) = Path("data", "tokens").rglob("train.bin")
+    path.write_bytes(path.read_bytes()[:left])
+    assert np.array_equal(prepare("--data", text).train, whole)
+
+
+def test_an_encoded_text_without_its_description_is_made_again(place, text):
+    whole = np.array(prepare("--data", text).train)
+    (path,) = Path("data", "tokens").rglob("train.bin.json")
+    path.unlink()
+    assert np.array_equal(prepare("--data", text).train, whole)
+
+
+def test_token_files_of_a_tokenizer_train_as_their_text_does(place, text, tokenizer):
+    tokenizer.save(place / "t.json")
+    bpe.write_tokens(bpe.documents([text]), tokenizer, place / "t.bin")
+    trained("--data", text, "--tokenizer", "t.json", "--steps", 2)
+    trained("--data", "t.bin", "--tokenizer", "t.json", "--steps", 2)
+    assert model_bytes() == model_bytes("runs/tiny-2")
+
+
+def test_several_files_and_folders_are_one_text(place):
+    (place / "books").mkdir()
+    one, two = write_stories(place / "books" / "a.txt", 1), write_stories(place / "books" / "b.txt", 2)
+    both, folder = prepare("--data", one, two), prepare("--data", place / "books")
+    assert np.array_equal(both.train, folder.train) and np.array_equal(both.valid, folder.valid)
+
+
+def test_a_vocabulary_that_comes_from_the_size_is_an_upper_bound(place):
+    (place / "s.txt").write_text("the cat sat. " * 40, encoding="utf-8")
+    out, err = trained("--data", "s.txt", "--steps", 1)
+    cfg = tinygpt.load_checkpoint("runs/tiny/last.safetensors").cfg
+    assert 265 <= cfg.vocab_size < TINY.vocab_size
+    assert f"the vocabulary has {cfg.vocab_size}" in err
+
+
+def test_without_data_it_trains_on_generated_stories_and_says_so(place, monkeypatch):
+    real, asked = stories.write_generated, []
+    monkeypatch.setattr(stories, "write_generated", lambda folder, size: asked.append(size) or real(folder, 50_000))
+    monkeypatch.setattr(stories, "VALID_BYTES", 5000)
+    out, err = trained("--steps", 1)
+    assert sum("going on with generated stories" in line for line in err.splitlines()) == 1
+    assert read_log()[0]["settings"]["data"].startswith("generated stories")
+    assert asked[0] >= RECIPE[1] * TINY.seq_len
+
+
+# == 2  batches ========================================================================================================
+
+T, END = 7, 10**6
+LENGTHS = [T, T + 1, 2 * T - 1, 2 * T, 2 * T + 1, 3 * T - 1, 3 * T, 5 * T + 3]
+
+
+@pytest.mark.parametrize("M", LENGTHS)
+def test_each_token_is_a_target_once_an_epoch_after_the_token_before_it(M):
+    tokens = np.arange(M, dtype=np.uint16)  # each its own position
+    for seed in range(12):
+        batches = train.Batches(tokens, T, END, seed)
+        for epoch in range(3):
+            inputs, targets, weights = batches.get(epoch * batches.per_epoch, batches.per_epoch)
+            assert inputs.shape == targets.shape == weights.shape == (batches.per_epoch, T)
+            assert set(np.unique(weights)) <= {0, 1}
+            assert sorted(targets[weights == 1]) == list(range(M))
+            assert np.array_equal(inputs, np.where(targets == 0, END, targets - 1))
+
+
+def test_windows_have_the_dtypes_that_the_kernels_take():
+    inputs, targets, weights = train.Batches(np.arange(40, dtype=np.uint16), T, END, 0).get(0, 3)
+    assert (inputs.dtype, targets.dtype, weights.dtype) == (np.int64, np.int64, np.float32)
+
+
+def test_a_window_near_the_end_starts_earlier_and_does_not_count_twice():
+    inputs, targets, weights = train.window(np.arange(20), 17, 20, T, END)
+    assert targets.tolist() == [13, 14, 15, 16, 17, 18, 19]
+    assert inputs.tolist() == [12, 13, 14, 15, 16, 17, 18]
+    assert weights.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("M", [T, 5 * T + 3])
+def test_any_window_by_number_is_that_of_a_walk_from_the_start(M):
+    tokens, count = np.arange(M), 4 * (M // T + 2)
+    walk = train.Batches(tokens, T, END, 5)
+    steps = [walk.get(number, 1) for number in range(count)]
+    for number in reversed(range(count - 2)):
+        found = train.Batches(tokens, T, END, 5).get(number, 3)  # also across the border of an epoch
+        for column, parts in zip(found, zip(*steps[number : number + 3])):
+            assert np.array_equal(column, np.concatenate(parts))
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_where_they_cut():
+    tokens = np.arange(40 * T)
+
+    def starts(seed, epoch):
+        batches = train.Batches(tokens, T, END, seed)
+        _, targets, _ = batches.get(epoch * batches.per_epoch, batches.per_epoch)
+        return tuple(targets[:, 0])
+
+    seen = [starts(seed, epoch) for seed in range(4) for epoch in range(4)]
+    assert len(set(seen)) == len(seen)
+    assert len({tuple(sorted(s)) for s in seen}) > 4  # not only the order
+    assert starts(2, 3) == starts(2, 3)
+
+
+# == 3  AdamW ==========================================================================================================
+
+SIZE, DECAYED = 2 * train.FLAT_BLOCK + 1001, train.FLAT_BLOCK + 77  # the border lies inside a block
+
+
+def adamw_run(dtype, step, drawn=None):
+    """p, m, v after five updates by step(p, g, m, v, t), of values that `drawn` can hold; g must be 0 after each."""
+    rng = np.random.default_rng(3)
+    p = rng.standard_normal(SIZE).astype(drawn or dtype).astype(dtype)
+    m, v = np.zeros(SIZE, dtype), np.zeros(SIZE, dtype)
+    for t in range(1, 6):
+        g = rng.standard_normal(SIZE) * 10.0 ** rng.integers(-6, 2, SIZE)
+        g = g.astype(drawn or dtype).astype(dtype)
+        step(p, g, m, v, t)
+        assert not g.any()
+    assert p.dtype == m.dtype == v.dtype == dtype
+    return p, m, v
+
+
+SCALE, LR, DECAY, BETA1, BETA2 = 0.37, 3e-2, 0.2, 0.9, 0.95
+
+
+def by_kernel(p, g, m, v, t):
+    fixes = 1 / (1 - BETA1**t), 1 / (1 - BETA2**t)
+    rates = (DECAYED, SCALE, LR, DECAY, BETA1, BETA2, *fixes, train.ADAM_EPS)
+    tinygpt.POOL.run(train.adamw_kernel, -(-SIZE // train.FLAT_BLOCK), p, g, m, v, *rates)
+
+
+def by_spec(p, g, m, v, t):
+    train.adamw_spec(p, g, m, v, DECAYED, SCALE, LR, DECAY, BETA1, BETA2, t)
+
+
+def test_adamw_kernel_is_the_spec_in_float64():
+    for found, expected in zip(adamw_run(np.float64, by_kernel), adamw_run(np.float64, by_spec)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_adamw_kernel_in_float32_is_as_near_as_the_spec():
+    exact = adamw_run(np.float64, by_spec, drawn=np.float32)
+    for spec, kernel, true in zip(adamw_run(np.float32, by_spec), adamw_run(np.float32, by_kernel), exact):
+        error = np.abs(spec - true).max()
+        assert error < 1e-4 * np.abs(true).max()
+        assert np.abs(kernel - true).max() <= 4 * error
+
+
+@pytest.mark.parametrize("step", [by_spec, by_kernel])
+def test_adamw_is_that_of_torch(step):
+    torch = pytest.importorskip("torch")
+    parts = []
+
+    def by_torch(p, g, m, v, t):
+        if t == 1:
+            parts[:] = [torch.tensor(p[:DECAYED]), torch.tensor(p[DECAYED:])]
+            groups = [{"params": [parts[0]], "weight_decay": DECAY}, {"params": [parts[1]], "weight_decay": 0.0}]
+            parts.append(torch.optim.AdamW(groups, lr=LR, betas=(BETA1, BETA2), eps=train.ADAM_EPS))
+        parts[0].grad, parts[1].grad = torch.tensor(SCALE * g[:DECAYED]), torch.tensor(SCALE * g[DECAYED:])
+        parts[2].step()
+        p[:], g[:] = torch.cat(parts[:2]).numpy(), 0
+
+    found, expected = adamw_run(np.float64, step)[0], adamw_run(np.float64, by_torch)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def fresh(dtype=np.float32, seed=0):
+    return train.State(TINY, tinygpt.init_parameters(TINY, seed, dtype))
+
+
+def test_only_matrices_decay():
+    state = fresh(np.float64)
+    state.parameters += 1
+    before = state.parameters.copy()
+    state.adamw(0.5, 1.0, SETTINGS)
+    old = tinygpt.views(tinygpt.layout(TINY), before, TINY.layers)
+    matrices = {"embed_w", "position_w", "qkv_w", "out_w", "up_w", "down_w"}
+    pairs = [(old, state.p), *zip(old["layers"], state.p["layers"])]
+    seen = set()
+    for one, other in pairs:
+        for name in set(one) - {"layers"}:
+            factor = 1 - 0.5 * SETTINGS["weight_decay"] if name in matrices else 1
+            np.testing.assert_allclose(other[name], factor * one[name], rtol=1e-12)
+            seen.add(name)
+    assert matrices < seen
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_norm_is_that_of_numpy(pool, threads):
+    pool.resize(threads)
+    state = fresh()
+    state.gradient[:] = np.random.default_rng(0).standard_normal(state.gradient.size)
+    exact = float(np.linalg.norm(state.gradient.astype(np.float64)))
+    assert state.norm() == pytest.approx(exact, rel=1e-12)
+    state.gradient[0] = np.inf
+    assert state.norm() == math.inf
+
+
+def test_learning_rate_warms_up_then_falls_by_half_a_cosine():
+    s = dict(lr=0.4, min_lr=0.1, warmup_steps=4, steps=15)
+    rates = [train.learning_rate(step, s) for step in range(15)]
+    assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=1e-12)
+    assert rates[4] == max(rates) == pytest.approx(0.4, rel=1e-12)
+    assert rates[9] == pytest.approx(0.25, rel=1e-12)  # half-way between 4 and 14
+    assert rates[14] == pytest.approx(0.1, rel=1e-12)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (2, 5), (3, 3), (4, 0)])
+def test_learning_rate_stays_in_its_range_in_short_runs(steps, warmup):
+    s = dict(lr=0.4, min_lr=0.1, warmup_steps=warmup, steps=steps)
+    assert all(0 < train.learning_rate(step, s) <= 0.4 * (1 + 1e-12) for step in range(steps))
+
+
+# == update ============================================================================================================
+
+
+def random_batch(count=4, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, TINY.vocab_size, (count, TINY.seq_len + 1))
+    weights = (rng.random((count, TINY.seq_len)) > 0.3).astype(np.float32)
+    return tokens[:, :-1], tokens[:, 1:], weights
+
+
+def updates(micro, kernels="numba", dtype=np.float32, count=3, **changes):
+    s = SETTINGS | dict(micro_batch_size=micro) | changes
+    state = fresh(dtype)
+    space = tinygpt.workspace(TINY, micro, TINY.seq_len, dtype) if kernels == "numba" else None
+    results = [train.update(state, random_batch(seed=i), tinygpt.OPS[kernels], space, s) for i in range(count)]
+    assert state.step == count
+    return state, results
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_change_no_byte(micro):
+    (whole, results), (cut, same) = updates(4), updates(micro)
+    assert same == results
+    for name in ("parameters", "m", "v"):
+        assert getattr(cut, name).tobytes() == getattr(whole, name).tobytes(), name
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_change_nothing_that_counts_with_numpy(micro):
+    (whole, results), (cut, same) = updates(4, "numpy", np.float64), updates(micro, "numpy", np.float64)
+    np.testing.assert_allclose(same, results, rtol=1e-12)
+    np.testing.assert_allclose(cut.parameters, whole.parameters, rtol=1e-6, atol=1e-9)
+
+
+def test_numba_updates_as_numpy_does():
+    (one, results), (other, same) = updates(2, "numpy", np.float64), updates(2, "numba", np.float64)
+    np.testing.assert_allclose(same, results, rtol=1e-10)
+    np.testing.assert_allclose(one.parameters, other.parameters, rtol=1e-6, atol=1e-9)
+
+
+def test_loss_is_the_mean_over_the_targets_that_count():
+    inputs, targets, weights = random_batch()
+    p, ops = fresh(np.float64).p, tinygpt.OPS["numpy"]
+    _, nats = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, TINY, ops)
+    _, [(loss, _, lr)] = updates(2, "numba", np.float64, count=1)
+    assert loss == pytest.approx(float((nats * weights).sum() / weights.sum()), rel=1e-10)
+    assert lr == train.learning_rate(0, SETTINGS)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    _, [(_, norm, _)] = updates(4, count=1)
+    for clip, expected in ((norm / 3, norm / 3), (norm * 3, norm), (0.0, norm)):
+        state, [(_, same, _)] = updates(4, count=1, grad_clip=clip)
+        assert same == norm
+        used = np.linalg.norm(state.m.astype(np.float64)) / (1 - SETTINGS["beta1"])
+        assert used == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_changes_nothing():
+    for bad in (math.nan, math.inf):
+        state = fresh()
+        state.p["norm_b"][3] = bad
+        before = [x.tobytes() for x in (state.parameters, state.m, state.v)]
+        space = tinygpt.workspace(TINY, 4, TINY.seq_len, np.float32)
+        with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="at step 1 "):
+            train.update(state, random_batch(), tinygpt.OPS["numba"], space, SETTINGS)
+        assert [x.tobytes() for x in (state.parameters, state.m, state.v)] == before and state.step == 0
+
+
+def test_a_gradient_that_is_infinite_changes_nothing(monkeypatch):
+    state, real = fresh(), tinygpt.join_tied
+
+    def overflow(grads):
+        real(grads)
+        grads["norm_b"][0] = np.inf
+
+    monkeypatch.setattr(tinygpt, "join_tied", overflow)
+    before = state.parameters.tobytes()
+    space = tinygpt.workspace(TINY, 4, TINY.seq_len, np.float32)
+    with pytest.raises(FloatingPointError, match="grad norm inf"):
+        train.update(state, random_batch(), tinygpt.OPS["numba"], space, SETTINGS)
+    assert state.parameters.tobytes() == before and state.step == 0
+
+
+# == 4  evaluation =====================================================================================================
+
+
+@pytest.mark.parametrize("M", [2, T - 1, T, T + 1, 3 * T - 1, 3 * T, 2048 + 3 * T + 1])
+def test_validation_scores_each_token_once(monkeypatch, M):
+    seen = []
+
+    def score(p, inputs, targets, weights, g, cfg, ops, space=None):
+        assert g is None and np.array_equal(inputs, np.where(targets == 0, END, targets - 1))
+        seen.extend(targets[weights == 1])
+        return 0.0, targets.astype(np.float64)
+
+    monkeypatch.setattr(tinygpt, "loss_and_gradients", score)
+    cfg = SimpleNamespace(seq_len=T)
+    mean = train.evaluate({}, cfg, np.arange(M), END, tinygpt.OPS["numpy"])
+    assert sorted(seen) == list(range(M))
+    assert mean == pytest.approx((M - 1) / 2, rel=1e-12)
+
+
+def test_validation_is_the_mean_nats_of_the_spec(tokenizer):
+    tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, 3 * TINY.seq_len + 5)
+    flat = tinygpt.init_parameters(TINY, 0, np.float64)
+    p = tinygpt.views(tinygpt.layout(TINY), flat, TINY.layers)
+    total = 0.0
+    for start in range(0, len(tokens), TINY.seq_len):  # windows end to end, the last one shorter
+        targets = tokens[start : start + TINY.seq_len][None]
+        inputs = np.concatenate([[tokenizer.end if start == 0 else tokens[start - 1]], targets[0, :-1]])[None]
+        ones = np.ones(targets.shape)
+        if targets.shape[1] == TINY.seq_len:
+            total += tinygpt.loss_and_gradients(p, inputs, targets, ones, None, TINY, tinygpt.OPS["numpy"])[0]
+    whole = 3 * TINY.seq_len
+    for ops in (tinygpt.OPS["numpy"], tinygpt.OPS["numba"]):
+        found = train.evaluate(p, TINY, tokens, tokenizer.end, ops, limit=whole)
+        assert found == pytest.approx(total / whole, rel=1e-10)
+
+
+# == 5  runs ===========================================================================================================
+
+
+def test_the_same_seed_and_settings_give_the_same_bytes_with_any_number_of_threads(place, text, finished):
+    trained("--data", text, *LONG, "--threads", 2)
+    assert model_bytes() == model_bytes(finished.folder)
+    assert losses() == losses(finished.folder)
+
+
+def test_another_seed_gives_another_model(place, text, finished):
+    trained("--data", text, *PLAIN, "--seed", 4)
+    assert model_bytes()[0] != model_bytes(finished.folder)[0]
+
+
+def test_how_often_is_validated_and_saved_changes_no_byte(place, text, finished):
+    trained("--data", text, *PLAIN, "--seed", 3, "--eval-every", 1, "--save-every", 0)
+    assert model_bytes()[:3] == model_bytes(finished.folder)[:3]
+
+
+def test_micro_batches_change_no_byte_of_a_run(place, text, finished):
+    trained("--data", text, *LONG, "--micro-batch-size", 1)
+    assert model_bytes() == model_bytes(finished.folder)
+
+
+def test_numpy_trains_the_same_model(place, text, finished):
+    trained("--data", text, *LONG, "--kernels", "numpy")
+    found, expected = losses(), losses(finished.folder)
+    assert found.keys() == expected.keys()
+    assert max(abs(found[step] - expected[step]) for step in found) < 1e-4
+
+
+def test_training_learns(place, text):
+    trained("--data", text, "--steps", 300, "--batch-size", 8)
+    found = losses()
+    assert found[1] == pytest.approx(math.log(TINY.vocab_size), rel=0.02)
+    assert np.mean([found[step] for step in range(291, 301)]) < 0.7 * math.log(TINY.vocab_size)
+    assert min(e["val_nats"] for e in read_log() if "val_nats" in e) < 0.7 * math.log(TINY.vocab_size)
+
+
+def test_the_log_has_settings_then_each_update_once_then_the_last_validation(finished):
+    first, *entries = read_log(finished.folder)
+    assert first["config"]["seq_len"] == TINY.seq_len and first["settings"]["steps"] == 12
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 13))
+    assert [e["step"] for e in entries if "val_nats" in e] == [5, 10, 12]
+    assert entries[-1]["final_val_bits_per_byte"] > 0
+    assert all(0 < e["lr"] <= RECIPE[0] * (1 + 1e-12) and e["norm"] > 0 for e in entries if "loss" in e)
+
+
+def test_the_logged_command_repeats_the_run_to_the_byte(place, finished):
+    program, script, *words = shlex.split(read_log(finished.folder)[0]["command"])
+    assert (program, script) == ("python", "train.py")
+    status, out, err = invoke(train.main, *words)
+    assert status == 0, err
+    assert model_bytes() == model_bytes(finished.folder)
+    assert out == finished.out
+
+
+def test_the_logged_command_keeps_a_prompt_that_begins_with_a_dash(place, text):
+    trained("--data", text, "--steps", 1, "--prompt=-Lily")
+    words = shlex.split(read_log()[0]["command"])[2:]
+    assert invoke(train.main, *words)[0] == 0
+    assert model_bytes() == model_bytes("runs/tiny-2")
+
+
+def test_best_is_the_model_alone_at_its_best_validation(place, text, monkeypatch):
+    figures = iter([3.0, 2.0, 2.5, 2.2])  # of updates 2, 4, 6, and of all validation tokens
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(figures))
+    kept = {}
+    monkeypatch.setattr(
+        train, "tell", lambda state, *_: kept.setdefault(state.step, state.parameters.tobytes()).hex()[:8]
+    )
+    trained("--data", text, "--steps", 6, "--eval-every", 2, "--prompt", "Lily")
+    best = tinygpt.load_checkpoint("runs/tiny/best.safetensors")
+    assert best.parameters.tobytes() == kept[4] and not best.extra
+    assert tinygpt.load_checkpoint("runs/tiny/last.safetensors").parameters.tobytes() == kept[6]
+
+
+def test_a_run_that_goes_on_remembers_its_best_validation(place, text, monkeypatch):
+    figures = iter([2.0, 3.0, 2.5, 2.2])
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(figures))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        words = ["--steps", 6, "--eval-every", 2, "--micro-batch-size", 2]
+        assert invoke(train.main, "--size", "tiny", "--data", text, *words)[0] == 130
+    assert invoke(train.main, "--resume")[0] == 0
+    first, *others = [e["step"] for e in read_log() if "val_nats" in e]
+    assert (first, others) == (2, [4, 6])
+    best, last = (tinygpt.load_checkpoint(f"runs/tiny/{name}.safetensors") for name in ("best", "last"))
+    assert float(last.metadata["best"]) == min(e["val_bits_per_byte"] for e in read_log() if "val_nats" in e)
+    assert best.parameters.tobytes() != last.parameters.tobytes()
+
+
+def test_validation_while_training_reads_a_fixed_beginning_and_then_every_token(place, text, monkeypatch):
+    seen, real = [], train.evaluate
+
+    def spy(p, cfg, tokens, *rest, **more):
+        seen.append(np.array(tokens))
+        return real(p, cfg, tokens, *rest, **more)
+
+    monkeypatch.setattr(train, "evaluate", spy)
+    trained("--data", text, "--steps", 6, "--eval-every", 2)
+    *short, whole = seen
+    assert len(short) == 3 and len(short[0]) < len(whole) == len(prepare("--data", text).valid)
+    assert all(np.array_equal(tokens, whole[: len(short[0])]) for tokens in short)
+
+
+def test_stories_stand_on_stdout_at_each_validation(finished):
+    told = [story for e in read_log(finished.folder) for story in e.get("stories", ())]
+    assert len(told) == 6  # two prompts, three validations
+    assert all(story.startswith(("Lily", "Zo\u00eb")[i % 2]) for i, story in enumerate(told))
+    assert finished.out.startswith("".join(f"{story}\n" for story in told))
+
+
+def test_statistics_go_to_stderr_alone(finished):
+    told = [story for e in read_log(finished.folder) for story in e.get("stories", ())]
+    assert finished.out == "".join(f"{story}\n" for story in told)
+
+
+def test_stderr_shows_settings_progress_and_what_to_type_next(finished):
+    settings, progress = (
+        ("ln V = 5.70", "parameters", "12 updates of 4 x 32 tokens", "seed 3"),
+        ("step 12 | loss ", "peak |"),
+    )
+    for piece in (*settings, *progress):
+        assert piece in finished.err, piece
+    line = next(line for line in finished.err.splitlines() if line.startswith("a story:"))
+    words = shlex.split(line.removeprefix("a story:"))
+    assert words[:4] == ["python", "sample.py", "--checkpoint", str(Path("runs", "tiny", "last.safetensors"))]
+
+
+def test_a_console_without_a_character_gets_a_question_mark(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    train.say("Zo\u00eb \u65e5")
+    assert raw.getvalue().rstrip() == "Zo\u00eb ?".encode("cp1252")
+
+
+def test_a_second_run_has_a_folder_of_its_own(place, text):
+    before = None
+    for name in ("tiny", "tiny-2", "tiny-3"):
+        trained("--data", text, "--steps", 1)
+        assert Path("runs", name, "last.safetensors").exists()
+        before = before or model_bytes()
+        assert model_bytes() == before
+
+
+def test_out_that_holds_a_run_is_refused_and_left_as_it_was(place, text):
+    trained("--data", text, "--steps", 1, "--out", "mine")
+    files = {path: path.read_bytes() for path in Path("mine").iterdir()}
+    message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--steps", 1, "--out", "mine")
+    assert "mine" in message and "--resume" in message
+    assert {path: path.read_bytes() for path in Path("mine").iterdir()} == files
+
+
+# == interrupted runs ==================================================================================================
+
+
+def shown(err, what):
+    """The words after `what` in stderr: a command to type."""
+    line = next(line for line in err.splitlines() if line.startswith(what))
+    return shlex.split(line.removeprefix(what))
+
+
+@pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGINT", 5), ("SIGTERM", 7), ("SIGTERM", 11)])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(place, text, finished, name, step):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, step, lambda: signal.raise_signal(getattr(signal, name)))
+        status, first, err = invoke(train.main, "--size", "tiny", "--data", text, *LONG)
+    assert status == 130
+    assert f"stopped at update {step} of 12" in err
+    assert shown(err, "to go on:") == ["python", "train.py", "--resume", "--out", str(Path("runs", "tiny"))]
+    last = str(Path("runs", "tiny", "last.safetensors"))
+    assert shown(err, "a story:") == ["python", "sample.py", "--checkpoint", last]
+    assert tinygpt.load_checkpoint(last).metadata["step"] == str(step)
+    status, then, err = invoke(train.main, *shown(err, "to go on:")[2:])
+    assert status == 0, err
+    assert model_bytes() == model_bytes(finished.folder)
+    assert losses() == losses(finished.folder)
+    assert [e["step"] for e in read_log() if "loss" in e] == list(range(1, 13))
+    assert [e for e in read_log() if "val_nats" in e] == [e for e in read_log(finished.folder) if "val_nats" in e]
+    assert first + then == finished.out
+
+
+def test_signals_are_as_before_when_a_run_is_over(place, text):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    trained("--data", text, "--steps", 1)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class Crash(Exception):
+    pass
+
+
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint_to_the_same_bytes(place, text, finished):
+    def crash():
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 8, crash)
+        with pytest.raises(Crash):
+            invoke(train.main, "--size", "tiny", "--data", text, *LONG)
+    kept = int(tinygpt.load_checkpoint("runs/tiny/last.safetensors").metadata["step"])
+    assert kept < 8 == max(losses())  # the log is ahead of the checkpoint
+    status, _, err = invoke(train.main, "--resume")
+    assert status == 0, err
+    assert model_bytes() == model_bytes(finished.folder)
+    assert [e["step"] for e in read_log() if "loss" in e] == list(range(1, 13))
+
+
+def test_a_run_is_stopped_twice_and_still_the_same(place, text, finished):
+    words = ["--size", "tiny", "--data", text, *LONG]
+    for step in (3, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+            assert invoke(train.main, *words)[0] == 130
+        words = ["--resume"]
+    assert invoke(train.main, "--resume")[0] == 0
+    assert model_bytes() == model_bytes(finished.folder)
+
+
+@pytest.fixture
+def stopped(place, text):
+    """A run in runs/tiny that was stopped after two updates; its text is place / s.txt."""
+    shutil.copy2(text, "s.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert invoke(train.main, "--size", "tiny", "--data", "s.txt", *LONG)[0] == 130
+    return Path("runs", "tiny")
+
+
+def test_resume_of_a_finished_run_says_that_it_is(place, finished):
+    message = refusal(train.main, "train.py", "--resume", "--out", finished.folder)
+    assert "finished" in message and "12 of 12" in message
+
+
+def test_resume_without_a_run_says_what_to_type(place):
+    assert "python train.py" in refusal(train.main, "train.py", "--resume")
+    assert "nowhere" in refusal(train.main, "train.py", "--resume", "--out", "nowhere")
+    assert not Path("nowhere").exists()
+
+
+def test_resume_takes_the_newest_run(stopped, text):
+    trained("--data", text, "--steps", 1)
+    os.utime(stopped / "last.safetensors", (time.time() + 10,) * 2)
+    assert invoke(train.main, "--resume")[0] == 0
+    assert max(losses(stopped)) == 12
+
+
+def test_resume_reads_the_tokens_of_its_run_though_the_text_has_changed(stopped, finished):
+    write_stories(Path("s.txt"), seed=9, count=50)
+    assert invoke(train.main, "--resume")[0] == 0
+    assert model_bytes() == model_bytes(finished.folder)
+
+
+def test_resume_says_which_tokens_are_gone(stopped):
+    (gone,) = Path("data", "tokens").glob("*/train.bin")
+    gone.unlink()
+    assert str(gone) in refusal(train.main, "train.py", "--resume")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "cut", "foreign", "model alone"])
+def test_resume_refuses_what_is_no_checkpoint_of_a_run(stopped, damage):
+    path = stopped / "last.safetensors"
+    whole, log = path.read_bytes(), (stopped / "log.jsonl").read_bytes()
+    if damage == "foreign":
+        tinygpt.write_safetensors(path, {"w": np.zeros(3, np.float32)}, {"format": "pt"})
+    elif damage == "model alone":
+        c = tinygpt.load_checkpoint(path)
+        tinygpt.save_checkpoint(path, c.parameters, c.cfg, c.tokenizer)
+    else:
+        path.write_bytes({"garbage": b"no checkpoint at all" * 99, "empty": b"", "cut": whole[:-100]}[damage])
+    assert str(path) in refusal(train.main, "train.py", "--resume")
+    assert (stopped / "log.jsonl").read_bytes() == log
+
+
+def test_a_number_that_is_none_names_the_step_and_the_last_good_checkpoint(place, text, finished, monkeypatch):
+    real, calls = tinygpt.loss_and_gradients, []
+
+    def poisoned(p, tokens, targets, weights, g, *rest):
+        loss, nats = real(p, tokens, targets, weights, g, *rest)
+        if g is not None:
+            calls.append(1)
+        return loss, nats * (math.nan if len(calls) == 7 else 1)  # the first half of the fourth update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tinygpt, "loss_and_gradients", poisoned)
+        message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, *LONG)
+    last = tinygpt.load_checkpoint("runs/tiny/last.safetensors")
+    assert "loss is nan at step 4 " in message
+    assert f"{Path('runs', 'tiny', 'last.safetensors')}, step {last.metadata['step']}" in message
+    assert np.isfinite(last.parameters).all()
+    assert invoke(train.main, "--resume")[0] == 0
+    assert model_bytes() == model_bytes(finished.folder)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("more", [(), ("--prompt", "Lily", "--eval-every", "1"), ("--save-every", "0")])
+def test_a_learning_rate_that_is_far_too_high_ends_in_one_line_that_names_the_checkpoint(place, text, more):
+    words = ["--data", text, "--lr", 1000, "--grad-clip", 0, "--warmup-steps", 0, "--steps", 30, *more]
+    message = refusal(train.main, "train.py", "--size", "tiny", *words)
+    assert "at step " in message and "last good checkpoint" in message
+    assert np.isfinite(tinygpt.load_checkpoint("runs/tiny/last.safetensors").parameters).all()
+
+
+def test_a_number_that_is_none_while_the_speed_is_measured_ends_in_one_line(place, text, monkeypatch):
+    def overflow(p, tokens, *rest):
+        return math.nan, np.full(tokens.shape, np.nan)
+
+    monkeypatch.setattr(tinygpt, "loss_and_gradients", overflow)
+    message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--minutes", 0.01)
+    assert "loss is nan" in message
+    assert not list(place.glob("runs/*"))
+
+
+def test_ctrl_c_while_the_speed_is_measured_leaves_no_folder(place, text, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tinygpt, "loss_and_gradients", interrupt)
+    assert invoke(train.main, "--size", "tiny", "--data", text, "--minutes", 0.01)[0] == 130
+    assert not list(place.glob("runs/*"))
+
+
+def test_a_run_by_the_clock_plans_its_updates_and_repeats_by_their_number(place, text):
+    start = time.monotonic()
+    trained("--data", text, "--minutes", 0.04)
+    seconds = time.monotonic() - start  # of 2.4, and the last validation; loose, this is no timing gate
+    s, command = read_log()[0]["settings"], shlex.split(read_log()[0]["command"])
+    assert max(losses()) == s["steps"] and 0.5 < seconds < 20
+    assert command[command.index("--steps") + 1] == str(s["steps"]) and "--minutes" not in command
+    trained(*command[4:])
+    assert model_bytes() == model_bytes("runs/tiny-2")
+
+
+def test_epochs_read_the_text_that_often(place):
+    write_stories(place / "s.txt", count=3)
+    trained("--data", "s.txt", "--epochs", 2)
+    s = read_log()[0]["settings"]
+    epoch = -(-s["train_tokens"] // TINY.seq_len) + 1
+    assert s["steps"] == math.ceil(2 * epoch / s["batch_size"])
+
+
+# == the loss curve ====================================================================================================
+
+
+@pytest.mark.parametrize("count", [2, 3, 64, 65, 1000])
+def test_the_terminal_curve_has_one_star_in_each_column(count):
+    falling = np.linspace(5, 1, count)
+    *rows, axis, caption = train.terminal_curve(list(range(1, count + 1)), falling.tolist()).splitlines()
+    columns = list(zip(*[row.split("|")[1] for row in rows]))
+    assert len(columns) == min(64, count) and all(column.count("*") == 1 for column in columns)
+    places = [column.index("*") for column in columns]
+    assert places == sorted(places) and places[0] == 0 and places[-1] == len(rows) - 1
+    assert f"update 1 to {count}" in caption and all(len(row) <= 79 for row in (*rows, axis, caption))
+
+
+def test_the_terminal_curve_of_a_constant_is_a_line():
+    rows = train.terminal_curve([1, 2, 3], [2.0, 2.0, 2.0]).splitlines()
+    assert sum(row.count("*") for row in rows) == 3
+
+
+def test_the_curve_is_a_picture_where_matplotlib_is(place, finished, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    pytest.importorskip("matplotlib")
+    (place / "run").mkdir()
+    shutil.copy(finished.folder / "log.jsonl", place / "run")
+    _, _, err = invoke(lambda _: train.draw_curve(Path("run")))
+    assert (place / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert str(Path("run", "loss.png")) in err
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(finished):
+    assert sum("pip install matplotlib" in line for line in finished.err.splitlines()) == 1
+    assert not (finished.folder / "loss.png").exists()
+    assert "*" in finished.err
+
+
+# == 6  settings and command line ======================================================================================
+
+
+def bad_data(place):
+    """name -> a file that cannot be trained on."""
+    (place / "empty.txt").write_bytes(b"")
+    (place / "blank.txt").write_bytes(b" \n\n" + bpe.END.encode() + b"\n")
+    (place / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    (place / "latin.txt").write_bytes("Zo\u00eb ".encode("latin-1") * 400)
+    (place / "short.txt").write_text("One day, a cat.", encoding="utf-8")
+    (place / "bad.jsonl").write_text('{"text": "one"}\n{"no": 1}\n', encoding="utf-8")
+    (place / "folder").mkdir()
+    (place / "file").write_text("a file", encoding="utf-8")
+
+
+BAD = {  # what is wrong -> words of the command line, a piece of what it must say
+    "missing": (["--data", "none.txt"], "none.txt does not exist"),
+    "empty": (["--data", "empty.txt"], "empty.txt"),
+    "blank": (["--data", "blank.txt"], "blank.txt"),
+    "binary": (["--data", "binary.txt"], "binary.txt is not text"),
+    "not UTF-8": (["--data", "latin.txt"], "latin.txt is not text"),
+    "short": (["--data", "short.txt"], "window of T=32"),
+    "jsonl": (["--data", "bad.jsonl"], "bad.jsonl, line 2"),
+    "no text in folder": (["--data", "folder"], "folder"),
+    "missing validation": (["--data", "TEXT", "--val-data", "none.txt"], "none.txt"),
+    "empty validation": (["--data", "TEXT", "--val-data", "empty.txt"], "empty.txt"),
+    "longer windows than text": (["--data", "TEXT", "--seq-len", "1000000"], "T=1000000"),
+    "small vocabulary": (["--data", "TEXT", "--vocab-size", "264"], "265"),
+    "large vocabulary": (["--data", "TEXT", "--vocab-size", "60000"], "--vocab-size 60000: the text gives"),
+    "no tokenizer": (["--data", "TEXT", "--tokenizer", "file"], "file: not a tokenizer"),
+    "missing tokenizer": (["--data", "TEXT", "--tokenizer", "none.json"], "none.json"),
+    "tokens without tokenizer": (["--data", "tokens.bin"], "--tokenizer"),
+    "missing tokens": (["--data", "none.bin", "--tokenizer", "own.json"], "none.bin"),
+    "tokens of another tokenizer": (["--data", "tokens.bin", "--tokenizer", "other.json"], "written with tokenizer"),
+    "micro-batch": (["--data", "TEXT", "--micro-batch-size", "3"], "3 does not divide --batch-size 4"),
+    "micro-batch above batch": (["--data", "TEXT", "--micro-batch-size", "8"], "does not divide --batch-size 4"),
+    "min-lr above lr": (["--data", "TEXT", "--lr", "1e-3", "--min-lr", "1e-2"], "--min-lr 0.01 is above --lr 0.001"),
+    "out is a file": (["--data", "TEXT", "--out", "file"], "file"),
+    "out under a file": (["--data", "TEXT", "--out", "file/run"], "file"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_ends_in_one_line_and_leaves_no_run(place, text, tokenizer, what):
+    bad_data(place)
+    if "token" in what:
+        tokenizer.save("own.json")
+        bpe.Tokenizer.from_merges(tokenizer.merges[:20]).save("other.json")
+        bpe.write_tokens(bpe.documents([text]), tokenizer, "tokens.bin")
+    words, piece = BAD[what]
+    words = [str(text) if word == "TEXT" else word for word in words]
+    message = refusal(train.main, "train.py", "--size", "tiny", "--steps", "1", *words)
+    assert piece in message, message
+    assert not list(place.glob("runs/*")) and (place / "file").is_file()
+
+
+def test_a_runs_folder_that_cannot_be_made_ends_in_one_line(place, text):
+    Path("runs").write_text("in the way", encoding="utf-8")
+    assert "runs" in refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--steps", 1)
+
+
+def test_a_failed_start_leaves_folders_as_they_were(place):
+    words = ["--size", "tiny", "--data", "none.txt", "--steps", 1, "--out"]
+    refusal(train.main, "train.py", *words, "new/run")
+    assert not Path("new", "run").exists()
+    Path("old").mkdir()
+    Path("old", "mine.txt").write_text("mine", encoding="utf-8")
+    refusal(train.main, "train.py", *words, "old")
+    assert [path.name for path in Path("old").iterdir()] == ["mine.txt"]
+
+
+def test_a_failed_start_leaves_an_empty_folder_of_the_user_alone(place):
+    Path("mine").mkdir()
+    refusal(train.main, "train.py", "--size", "tiny", "--data", "none.txt", "--steps", 1, "--out", "mine")
+    assert Path("mine").is_dir() and not list(Path("mine").iterdir())
+
+
+OUT_OF_RANGE = {
+    "--lr": ["0", "-1", "nan", "inf", "fast"],
+    "--min-lr": ["-1", "nan"],
+    "--steps": ["0", "-3", "1.5", "many"],
+    "--epochs": ["0", "-1", "nan"],
+    "--minutes": ["0", "-1", "inf"],
+    "--batch-size": ["0", "-4"],
+    "--micro-batch-size": ["0"],
+    "--seq-len": ["0", "-1"],
+    "--vocab-size": ["0", "-1", "x"],
+    "--warmup-steps": ["-1"],
+    "--weight-decay": ["-0.1", "nan"],
+    "--beta1": ["1", "-0.1", "nan"],
+    "--beta2": ["1", "2"],
+    "--grad-clip": ["-1", "nan"],
+    "--seed": ["-1", "0.5"],
+    "--threads": ["0", "-1", "1000000"],
+    "--eval-every": ["0"],
+    "--save-every": ["-1", "nan"],
+    "--size": ["none"],
+    "--kernels": ["none"],
+    "--no-such-flag": ["1"],
+}
+
+
+@pytest.mark.parametrize("flag, value", [(flag, value) for flag, values in OUT_OF_RANGE.items() for value in values])
+def test_a_value_out_of_range_is_named(place, monkeypatch, flag, value):
+    def begun(*_):
+        raise AssertionError("went on to train")
+
+    monkeypatch.setattr(train, "begin", begun)
+    monkeypatch.setattr(tinygpt.POOL, "resize", lambda threads: None)
+    message = refusal(train.main, "train.py", f"{flag}={value}")
+    assert flag in message
+
+
+def test_two_lengths_of_a_run_are_refused(place):
+    assert "--minutes" in refusal(train.main, "train.py", "--steps", 3, "--minutes", 1)
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_training(place, text):
+    message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--steps", 4, "--prompt", "a\udcff")
+    assert "surrogate" in message or "prompt" in message
+    assert not list(place.glob("runs/*"))
+
+
+def own_helps(parser):
+    """The help texts of a parser's flags; each must be there and unlike the others."""
+    helps = {action.option_strings[0]: (action.help or "").strip() for action in parser._actions}
+    assert all(len(text) > 3 for text in helps.values()), helps
+    assert len(set(helps.values())) == len(helps), helps
+    return parser.format_help()  # and each can be printed
+
+
+def test_every_flag_has_a_help_of_its_own():
+    assert "--micro-batch-size" in own_helps(train.make_parser())
