@@ -764,7 +764,7 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
         for k in range(0, K, DEPTH):
             depth, more = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0
             a_at, b_at, b_step, c_at = a + k * a_k, b + k * b_k + j * size, b_k, c + j * size
-            if M >= PACK_ROWS or left == 0:
+            if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
                 b_step = vectors * VECTOR_BYTES
                 copy_rows(b_at, b_k, panel, b_step, depth, width, size, zero)
                 b_at = panel
@@ -841,26 +841,36 @@ def transpose(x, out):
     return out
 
 
-GRADIENT_ROWS, GRADIENT_COLUMNS = 96, 64  # the part of a weight gradient that one task owns
+GRADIENT_ROWS, GRADIENT_COLUMNS = PACKED_A, 64  # a block of a weight gradient
+GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
 
 
 @kernel
-def weight_gradient_kernel(task, slot, x, dy, dw, db, scratch):
-    """dw (K, M) += x (N, K)^T dy (N, M); db (M,) += sum_n dy, by the tasks that own the first rows of dw."""
-    blocks = -(-dw.shape[0] // GRADIENT_ROWS)
-    k, m = task % blocks * GRADIENT_ROWS, task // blocks * GRADIENT_COLUMNS
-    rows, columns = slice(k, k + GRADIENT_ROWS), slice(m, m + GRADIENT_COLUMNS)
-    product(x[:, rows].T, dy[:, columns], dw[rows, columns], True, scratch[slot])
-    if k == 0 and db.size > 0:  # the product of a row of ones with dy
-        zero, one = dw.dtype.type(0), np.ones(1, dw.dtype)
-        N, columns, size = dy.shape[0], min(GRADIENT_COLUMNS, dw.shape[1] - m), dw.itemsize
-        dy_at, db_at, panel = dy.ctypes.data + m * size, db.ctypes.data + m * size, scratch[slot].ctypes.data
-        call_product(zero, one.ctypes.data, 0, 0, dy_at, dy.strides[0], db_at, 0, 1, columns, N, 1, panel)
+def weight_gradient_kernel(task, slot, per_task, x, dy, dw, db, scratch):
+    """dw (K, M) += x (N, K)^T dy (N, M); db (M,) += sum_n dy. A task owns `per_task` blocks of dw, column after column,
+    and the part of db above the first of each column."""
+    (N, K), M, zero, one = x.shape, dw.shape[1], dw.dtype.type(0), np.ones(1, dw.dtype)
+    rows = max(1, GRADIENT_CHUNK // (K + M) // DEPTH) * DEPTH
+    per_column = (K + GRADIENT_ROWS - 1) // GRADIENT_ROWS
+    last_block = min((task + 1) * per_task, per_column * ((M + GRADIENT_COLUMNS - 1) // GRADIENT_COLUMNS))
+    for n in range(0, N, rows):
+        x_rows, dy_rows = x[n : n + rows], dy[n : n + rows]
+        for block in range(task * per_task, last_block):
+            k, m = block % per_column * GRADIENT_ROWS, block // per_column * GRADIENT_COLUMNS
+            k_end, m_end = min(k + GRADIENT_ROWS, K), min(m + GRADIENT_COLUMNS, M)
+            product(x_rows[:, k:k_end].T, dy_rows[:, m:m_end], dw[k:k_end, m:m_end], True, scratch[slot])
+            if k == 0 and db.size > 0:  # the product of a row of ones with dy
+                dy_at, db_at = dy_rows.ctypes.data + m * dw.itemsize, db.ctypes.data + m * dw.itemsize
+                columns, panel = m_end - m, scratch[slot].ctypes.data
+                call_product(
+                    zero, one.ctypes.data, 0, 0, dy_at, dy.strides[0], db_at, 0, 1, columns, len(dy_rows), 1, panel
+                )
 
 
 def weight_gradient(x, dy, dw, db, scratch):
-    tasks = -(-dw.shape[0] // GRADIENT_ROWS) * -(-dw.shape[1] // GRADIENT_COLUMNS)
-    POOL.run(weight_gradient_kernel, tasks, x, dy, dw, db, scratch)
+    count = blocks(dw.shape[0], GRADIENT_ROWS) * blocks(dw.shape[1], GRADIENT_COLUMNS)
+    per_task = blocks(count, 4 * POOL.threads)
+    POOL.run(weight_gradient_kernel, blocks(count, per_task), per_task, x, dy, dw, db, scratch)
 
 
 # == 6  rows: exponential, norm, activation ============================================================================
@@ -1044,7 +1054,8 @@ def softmax_row(scores, visible, weight):
 # buffers of `space`, which the table below lays out; without `space` it makes its own.
 
 ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a sublayer
-SCORE_BLOCK = 8 * TILE_ROWS  # query rows whose scores, or rows whose logits, stand in a thread's cache
+SCORE_BLOCK = 8 * TILE_ROWS  # query rows whose scores stand in a thread's cache
+HEAD_BLOCK = 8 * TILE_ROWS  # rows whose logits a thread computes at a time
 HIDDEN_BLOCK = 256  # columns of the MLP's hidden layer that exist at a time outside `space`
 HEAD_ROWS = 512  # rows whose logits exist at a time
 HEAD_COLUMNS = 64  # of the transposed embedding that stand together: columns of a row of 2^n bytes are far apart
@@ -1074,7 +1085,7 @@ def workspace_layout(cfg, B, T):
         ("logits", (min(HEAD_ROWS, B * T), V + 16), False),  # a row of 2^n bytes would use few sets of the cache
         ("nats", (B, T), False),
         ("sums", (B * blocks(T, ROW_BLOCK), 2, C), False),
-        ("head_sums", (B * blocks(T, SCORE_BLOCK), 2, C), False),
+        ("head_sums", (B * blocks(T, HEAD_BLOCK), 2, C), False),
         ("transposed", (transposed,), False),
         ("scratch", (POOL.threads, scratch), False),
     ]
@@ -1409,13 +1420,13 @@ def head_panels_kernel(task, slot, embed_w, panels):
 
 @kernel
 def head_kernel(task, slot, earlier, x, norm_w, norm_b, eps, embed_w, panels, targets, weights, T, backward, *buffers):
-    """Block earlier + task of SCORE_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
+    """Block earlier + task of HEAD_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
 
     buffers: logits (HEAD_ROWS, V), nats (N,), dx, n (N, C), sums (blocks, 2, C), scratch.
     """
     logits, nats, dx, n, sums, scratch = buffers
-    start, stop = block_rows(earlier + task, T, SCORE_BLOCK)
-    top = start - block_rows(earlier, T, SCORE_BLOCK)[0]  # the row of `logits` that is row `start`
+    start, stop = block_rows(earlier + task, T, HEAD_BLOCK)
+    top = start - block_rows(earlier, T, HEAD_BLOCK)[0]  # the row of `logits` that is row `start`
     (rows, C), V = (stop - start, x.shape[1]), embed_w.shape[0]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     dn, stats = rest[: rows * C].reshape(rows, C), rest[rows * C : rows * (C + 2)].reshape(2, rows)
@@ -1468,12 +1479,12 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     flat_weights = np.ascontiguousarray(weights, x.dtype).reshape(-1)
     inputs = (x_NC, p["norm_w"], p["norm_b"], cfg.norm_eps, embed_w, panels, flat_targets, flat_weights, T)
     outputs = (s["logits"], nats.reshape(-1), dx.reshape(-1, C), n, sums, scratch)
-    at_once = max(1, HEAD_ROWS // SCORE_BLOCK)
+    at_once = max(1, HEAD_ROWS // HEAD_BLOCK)
     for first in range(0, len(sums), at_once):
         last = min(first + at_once, len(sums))
         POOL.run(head_kernel, last - first, first, *inputs, g is not None, *outputs)
         if g is not None:
-            start, stop = block_rows(first, T, SCORE_BLOCK)[0], block_rows(last - 1, T, SCORE_BLOCK)[1]
+            start, stop = block_rows(first, T, HEAD_BLOCK)[0], block_rows(last - 1, T, HEAD_BLOCK)[1]
             dlogits = s["logits"][: stop - start, :V]
             weight_gradient(dlogits, n[start:stop], g["embed_w"], np.empty(0, x.dtype), scratch)
     if g is not None:
