@@ -596,7 +596,7 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-PACKED_A = 16 * TILE_ROWS  # rows of a transposed `a` that are copied at a time
+PACKED_A = 22 * TILE_ROWS  # rows of a transposed `a` that are copied at a time
 PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4 + DEPTH * PACKED_A  # scratch, in elements
 
 
@@ -756,32 +756,36 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
     lanes = VECTOR_BYTES // size
     edge = panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
     panel_a = edge + TILE_ROWS * VECTOR_BYTES
-    j = 0
-    while j < N:
-        left = (N - j) // lanes
-        vectors = TILE_VECTORS if left >= TILE_VECTORS else 2 if TILE_VECTORS > 2 and left >= 2 else 1
-        width = min(vectors * lanes, N - j)
+    transposed = a_row == size and M >= PACK_ROWS  # the columns of a, which tiles read, stand in far-off rows: copied
+    block = PACKED_A if transposed else M
+    for i in range(0, M, block):
+        rows = min(block, M - i)
         for k in range(0, K, DEPTH):
             depth, more = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0
-            a_at, b_at, b_step, c_at = a + k * a_k, b + k * b_k + j * size, b_k, c + j * size
-            if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
-                b_step = vectors * VECTOR_BYTES
-                copy_rows(b_at, b_k, panel, b_step, depth, width, size, zero)
-                b_at = panel
-            if left > 0 and a_row == size and M >= PACK_ROWS:  # a transposed: its columns stand in far-off rows
-                for i in range(0, M, PACKED_A):
-                    rows, step = min(PACKED_A, M - i), PACKED_A * size
-                    copy_rows(a_at + i * size, a_k, panel_a, step, depth, rows, size, zero)
-                    sweep(panel_a, size, step, b_at, b_step, c_at + i * c_row, c_row, rows, vectors, depth, more, zero)
-            elif left > 0:
-                sweep(a_at, a_row, a_k, b_at, b_step, c_at, c_row, M, vectors, depth, more, zero)
-            else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
-                for i in range(0, M, TILE_ROWS):
-                    rows = min(TILE_ROWS, M - i)
-                    copy_rows(c_at + i * c_row, c_row, edge, VECTOR_BYTES, rows, width, size, zero)
-                    sweep(a_at + i * a_row, a_row, a_k, b_at, b_step, edge, VECTOR_BYTES, rows, 1, depth, more, zero)
-                    copy_rows(edge, VECTOR_BYTES, c_at + i * c_row, c_row, rows, width, size, zero)
-        j += width
+            a_at, a_down, a_right = a + i * a_row + k * a_k, a_row, a_k
+            if transposed:
+                copy_rows(a_at, a_k, panel_a, rows * size, depth, rows, size, zero)
+                a_at, a_right = panel_a, rows * size
+            j = 0
+            while j < N:
+                left = (N - j) // lanes
+                vectors = TILE_VECTORS if left >= TILE_VECTORS else 2 if TILE_VECTORS > 2 and left >= 2 else 1
+                width = min(vectors * lanes, N - j)
+                b_at, b_down, c_at = b + k * b_k + j * size, b_k, c + i * c_row + j * size
+                if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
+                    b_down = vectors * VECTOR_BYTES
+                    copy_rows(b_at, b_k, panel, b_down, depth, width, size, zero)
+                    b_at = panel
+                if left > 0:
+                    sweep(a_at, a_down, a_right, b_at, b_down, c_at, c_row, rows, vectors, depth, more, zero)
+                else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
+                    for r in range(0, rows, TILE_ROWS):
+                        few = min(TILE_ROWS, rows - r)
+                        a_few, c_few = a_at + r * a_down, c_at + r * c_row
+                        copy_rows(c_few, c_row, edge, VECTOR_BYTES, few, width, size, zero)
+                        sweep(a_few, a_down, a_right, b_at, b_down, edge, VECTOR_BYTES, few, 1, depth, more, zero)
+                        copy_rows(edge, VECTOR_BYTES, c_few, c_row, few, width, size, zero)
+                j += width
 
 
 # Numba compiles what a function calls once more for each caller. `product_at` would be most of the machine code of each
@@ -841,7 +845,7 @@ def transpose(x, out):
     return out
 
 
-GRADIENT_ROWS, GRADIENT_COLUMNS = PACKED_A, 64  # a block of a weight gradient
+GRADIENT_ROWS, GRADIENT_COLUMNS = PACKED_A, 128  # a block of a weight gradient
 GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
 
 
