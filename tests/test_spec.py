@@ -552,7 +552,7 @@ def test_initial_parameters_have_the_means_and_deviations_of_the_table():
     assert flat.dtype == np.float32
     for t in tinygpt.layout(cfg):
         x = flat[t.offset : t.offset + math.prod(t.shape)].astype(np.float64)
-        deviation = 0.02 / math.sqrt(8) if t.name in ("out_w", "down_w") else 0.02 if t.decayed else 0.0
+        deviation = 1 / 8 / math.sqrt(8) if t.name in ("out_w", "down_w") else 1 / 8 if t.decayed else 0.0
         mean = 1.0 if t.name in ("norm1_w", "norm2_w", "norm_w") else 0.0
         assert abs(x.mean() - mean) <= 4 * deviation / math.sqrt(x.size), t.name
         assert abs(x.std() - deviation) <= 4 * deviation / math.sqrt(2 * x.size), t.name
