@@ -579,7 +579,7 @@ def test_numpy_trains_the_same_model(place, text, finished):
 def test_training_learns(place, text):
     trained("--data", text, "--steps", 300, "--batch-size", 8)
     found = losses()
-    assert found[1] == pytest.approx(math.log(TINY.vocab_size), rel=0.02)
+    assert found[1] == pytest.approx(math.log(TINY.vocab_size) + 0.5, abs=0.2)  # logits of variance 1: lse is 1/2 more
     assert np.mean([found[step] for step in range(291, 301)]) < 0.7 * math.log(TINY.vocab_size)
     assert min(e["val_nats"] for e in read_log() if "val_nats" in e) < 0.7 * math.log(TINY.vocab_size)
 
