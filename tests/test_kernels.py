@@ -93,7 +93,7 @@ T_BORDERS = around(
     *(*TILE_COLUMNS, 2 * tinygpt.ROW_BLOCK),
 )
 V_BORDERS = around(*LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, tinygpt.HEAD_COLUMNS)
-HEAD_BORDERS = around(tinygpt.HEAD_ROWS // tinygpt.SCORE_BLOCK * tinygpt.SCORE_BLOCK, tinygpt.HEAD_ROWS)
+HEAD_BORDERS = around(tinygpt.HEAD_ROWS // tinygpt.HEAD_BLOCK * tinygpt.HEAD_BLOCK, tinygpt.HEAD_ROWS)
 
 
 @pytest.mark.parametrize("T", T_BORDERS)
