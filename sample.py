@@ -7,6 +7,7 @@ this order: temperature, top-k, top-p. Text goes to stdout, everything else to s
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -139,9 +140,8 @@ def main(argv=None):
                 print("\n---\n")
             count, seconds = tell(p, cfg, tokenizer, args, number)
             note(f"[{count} tokens, {count / max(seconds, 1e-9):,.0f} tok/s, seed {args.seed + number}]")
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:  # whoever read stdout has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print()
         return 130

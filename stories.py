@@ -1350,9 +1350,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--download is {args.download:g}; expected a number of MB above 0")
         for _, story in zip(range(args.show or 0), generate(args.seed), strict=False):
             print(f"{story}\n{END}")
+        sys.stdout.flush()
         if args.download is None:
             return 0
         source = get(args.out, math.ceil(args.download * 1e6))
+    except BrokenPipeError:  # whoever read stdout has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"stories.py: error: {error}", file=sys.stderr)
         return 2

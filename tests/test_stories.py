@@ -596,3 +596,11 @@ def test_an_unwritable_folder_is_one_line_and_status_2(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert stories.main(["--download", "1", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("stories.py: error: ")
+
+
+def test_a_reader_of_the_stories_may_have_enough(tmp_path):
+    words = [sys.executable, stories.__file__, "--show", "20000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
