@@ -25,7 +25,6 @@ returns only dx: one rule for accumulation over micro-batches, for tied weights 
 """
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
@@ -42,7 +41,8 @@ import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload, register_jitable
 
 # ######################################################################################################################
 # Part I: the specification
@@ -149,6 +149,17 @@ def flops_per_token(cfg):
     return 6 * (weights + cfg.vocab_size * cfg.width) + 6 * cfg.layers * cfg.seq_len * cfg.width
 
 
+CACHE_LINE = 64  # bytes
+
+
+def aligned(count, dtype):
+    """Zeros (count,) from the beginning of a cache line on: a vector across two lines takes twice the time to load."""
+    size = np.dtype(dtype).itemsize
+    flat = np.zeros(count * size + CACHE_LINE, np.uint8)
+    first = -flat.ctypes.data % CACHE_LINE
+    return flat[first : first + count * size].view(dtype)
+
+
 def views(table, flat, layers):
     """Names -> views of `flat`; layered tensors stand, one layer each, in the list under "layers"."""
     named = {"layers": [{} for _ in range(layers)]}
@@ -172,7 +183,7 @@ def zero_gradients(cfg, dtype=np.float32):
     """(flat (count,), views). Two sums reach embed_w, from the head and from the lookup. They are kept apart until
     `join_tied` so that neither depends on how an update is cut into micro-batches; "lookup_w" is the second."""
     count = count_parameters(cfg)[0]
-    flat = np.zeros(count + cfg.vocab_size * cfg.width, dtype)
+    flat = aligned(count + cfg.vocab_size * cfg.width, dtype)
     grads = views(layout(cfg), flat, cfg.layers)
     grads["lookup_w"] = flat[count:].reshape(cfg.vocab_size, cfg.width)
     return flat[:count], grads
@@ -464,11 +475,22 @@ def check_tokens(tokens, start, cfg):
 #   - gains and biases of a norm are summed within blocks of a sequence's rows, the blocks in the order of rows.
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
-part = njit(error_model="numpy", fastmath=FASTMATH)  # the default error model checks divisions, and cannot vectorise
-kernel = njit(error_model="numpy", fastmath=FASTMATH, nogil=True, cache=True)
+COMPILE = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks divisions: no vectors
+part = register_jitable(**COMPILE)  # of a kernel, compiled with it; called from Python it is Python
+
+# A launch goes through one array of words, from machine code to machine code: waking a thread takes 100 us and the
+# interpreter's lock 70, which is what a task takes. Each word that threads contend for has a cache line of its own.
+
+LAUNCH, GATE, NEXT, TASKS = 0, 8, 16, 24  # launches so far; threads at work, + CLOSED; the next task; their number
+FUNCTION, ARGUMENTS, FAILED, WORDS = 25, 26, 27, 32  # what to call, with what, whether it failed; words in all
+CLOSED = 1 << 32
+PROTOCOL = 1  # one more whenever compiled kernels use the words in another way: it is part of their name in the cache
+SPINS = 1 << 20  # looks at a word, some 0.5 ms, before a thread goes to sleep
 
 
-SPINS = 1 << 20  # looks at a word of memory, some 0.5 ms, before a thread goes to sleep
+def word_at(builder, words, index=0):
+    """Pointer to a word, in the code that an intrinsic builds."""
+    return builder.inttoptr(builder.add(words, ir.IntType(64)(8 * index)), ir.IntType(64).as_pointer())
 
 
 @intrinsic
@@ -476,19 +498,115 @@ def look(typing_context, address):
     """The 64-bit word at an address, read anew each time."""
 
     def build(context, builder, signature, args):
-        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
+        return builder.load_atomic(word_at(builder, args[0]), "seq_cst", 8)
 
     return types.int64(types.intp), build
 
 
-@kernel
-def spin(words, index, value, spins):
-    """Wait until words[index] >= value, at most `spins` looks; whether it came."""
-    address = words.ctypes.data + 8 * index
-    for _ in range(spins):
-        if look(address) >= value:
-            return True
-    return False
+@intrinsic
+def fetch_add(typing_context, address, value):
+    """Add to the 64-bit word at an address, in one step that no other thread can cut; what it was before."""
+
+    def build(context, builder, signature, args):
+        return builder.atomic_rmw("add", word_at(builder, args[0]), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), build
+
+
+def function_of_tasks(context, module, compiled, signature, arguments):
+    """LLVM function (address of the words, slot): body(task, slot, *arguments) for each task that it gets hold of."""
+    i64 = ir.IntType(64)
+    name = compiled.fndesc.llvm_func_name + "_tasks"
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64, i64]), name)
+    function.linkage = "internal"
+    words, slot = function.args
+    begin, take, do, done = (function.append_basic_block(label) for label in ("begin", "take", "do", "done"))
+    builder = ir.IRBuilder(begin)
+    pointer = builder.inttoptr(builder.load(word_at(builder, words, ARGUMENTS)), arguments)
+    rest = cgutils.unpack_tuple(builder, builder.load(pointer))
+    count = builder.load(word_at(builder, words, TASKS))
+    builder.branch(take)
+    builder.position_at_end(take)
+    task = builder.atomic_rmw("add", word_at(builder, words, NEXT), i64(1), "seq_cst")
+    builder.cbranch(builder.icmp_signed("<", task, count), do, done)
+    builder.position_at_end(do)
+    status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, signature, (task, slot, *rest))
+    with builder.if_then(status.is_error):
+        builder.store(i64(1), word_at(builder, words, FAILED))
+    builder.branch(take)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function
+
+
+@intrinsic
+def open_gate(typing_context, words, count, body, args):
+    """Describe the launch, open the gate to the helpers, work with them, close it, wait for those still inside."""
+    signature = typing_context.resolve_function_type(body, (types.int64, types.int64, *args.types), {})
+
+    def build(context, builder, _, values):
+        i64, (words, count, _, arguments) = ir.IntType(64), values
+        compiled = body.dispatcher.overloads[signature.args]
+        context.active_code_library.add_linking_library(compiled.library)
+        arguments = cgutils.alloca_once_value(builder, arguments)
+        function = function_of_tasks(context, builder.module, compiled, signature, arguments.type)
+        address_of = {FUNCTION: builder.ptrtoint(function, i64), ARGUMENTS: builder.ptrtoint(arguments, i64)}
+        for index, value in {NEXT: i64(0), TASKS: count, FAILED: i64(0), **address_of}.items():
+            builder.store(value, word_at(builder, words, index))
+        gate = word_at(builder, words, GATE)
+        builder.atomic_rmw("sub", gate, i64(CLOSED), "seq_cst")
+        builder.atomic_rmw("add", word_at(builder, words, LAUNCH), i64(1), "seq_cst")
+        builder.call(function, (words, i64(0)))
+        builder.atomic_rmw("add", gate, i64(CLOSED), "seq_cst")
+        wait, done = builder.append_basic_block("wait"), builder.append_basic_block("done")
+        builder.branch(wait)
+        builder.position_at_end(wait)
+        builder.cbranch(builder.icmp_signed("==", builder.load_atomic(gate, "seq_cst", 8), i64(CLOSED)), done, wait)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64, body, args), build
+
+
+@intrinsic
+def join(typing_context, words, slot):
+    """Help with the launch that the words describe."""
+
+    def build(context, builder, signature, args):
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 2).as_pointer()
+        builder.call(builder.inttoptr(builder.load(word_at(builder, args[0], FUNCTION)), function), args)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), build
+
+
+def launch(words, count, *args):
+    open_gate(words, count, body, args)  # noqa: F821  each kernel is a copy of this function with a `body` of its own
+
+
+def kernel(function):
+    """What POOL.run runs: function(task, slot, *args) for each task, on all threads, without the interpreter's lock."""
+    code = launch.__code__.replace(co_name=function.__name__, co_filename=function.__code__.co_filename)
+    code = code.replace(co_firstlineno=function.__code__.co_firstlineno)
+    body = njit(**COMPILE, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    copy = type(launch)(code, {"open_gate": open_gate, "body": body, "__name__": function.__module__})
+    copy.__qualname__ = f"{function.__qualname__}-{PROTOCOL}"
+    return njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(copy)
+
+
+@njit(**COMPILE, nogil=True, cache=True)
+def serve(at, slot, seen, spins):
+    """Take part in every launch after number `seen`, until none has come for `spins` looks; the last one's number."""
+    idle = 0
+    while idle < spins:
+        idle += 1
+        number = look(at + 8 * LAUNCH)
+        if number != seen:
+            seen, idle = number, 0
+            if fetch_add(at + 8 * GATE, 1) < CLOSED:
+                join(at, slot)
+            fetch_add(at + 8 * GATE, -1)
+    return seen
 
 
 def count_cores():
@@ -497,84 +615,49 @@ def count_cores():
 
 
 class Pool:
-    """The threads that run tasks. One caller computes at a time; others wait for it.
-
-    Between two launches the threads spin without the interpreter's lock: waking one that sleeps takes 100 us, which is
-    what a task takes. Those that wait longer than SPINS sleep.
-    """
+    """The threads that run tasks. One caller computes at a time; others wait for it."""
 
     def __init__(self):
         self.lock, self.changed = threading.Lock(), threading.Condition()
-        self.threads, self.helpers = count_cores(), []
+        self.threads, self.helpers, self.asleep, self.wakes, self.stopping = count_cores(), [], 0, 0, False
+        self.words = aligned(WORDS, np.int64)
+        self.words[GATE] = CLOSED
 
     def resize(self, threads):
         """Use `threads` threads from now on; they start when there is work."""
         with self.lock:
-            self.stop()
-            self.threads = threads
-
-    def start(self):
-        self.job, self.error = None, None
-        self.words = np.zeros(self.threads, np.int64)  # launches so far, then the launch that each helper has finished
-        self.helpers = [threading.Thread(target=self.help, args=(s,), daemon=True) for s in range(1, self.threads)]
-        for helper in self.helpers:
-            helper.start()
-
-    def stop(self):
-        if self.helpers:
-            self.launch(None)
+            self.stopping = True
+            self.wake()
             for helper in self.helpers:
                 helper.join()
-        self.helpers = []
+            self.threads, self.helpers, self.stopping = threads, [], False
 
-    def launch(self, job):
-        self.job = job
+    def wake(self):
         with self.changed:
-            self.words[0] += 1
+            self.wakes += 1
             self.changed.notify_all()
 
-    def help(self, slot):
-        words, launches = self.words, 0
-        while True:
-            launches += 1
-            if not spin(words, 0, launches, SPINS):
-                with self.changed:
-                    self.changed.wait_for(lambda: words[0] >= launches)  # noqa: B023
-            if self.job is None:
-                return
-            self.work(slot, *self.job)
-            words[slot] = launches
-
-    def work(self, slot, tasks, function, args):
-        while True:
-            try:
-                task = tasks.popleft()
-            except IndexError:  # none is left
-                return
-            try:
-                function(task, slot, *args)
-            except BaseException as error:  # raised again by `run`, when every thread has stopped
-                self.error = error
-                tasks.clear()
+    def help(self, slot, seen):
+        while not self.stopping:
+            seen = serve(self.words.ctypes.data, slot, seen, SPINS)
+            with self.changed:
+                wakes, self.asleep = self.wakes, self.asleep + 1
+                self.changed.wait_for(lambda: self.wakes != wakes or self.stopping)  # noqa: B023
+                self.asleep -= 1
 
     def run(self, function, count, *args):
         """function(task, slot, *args) for each task; slot is the thread's number, for its own scratch memory."""
         with self.lock:
-            if count == 1 or self.threads == 1:
-                for task in range(count):
-                    function(task, 0, *args)
-                return
-            if not self.helpers:
-                self.start()
-            job = (collections.deque(range(count)), function, args)
-            self.launch(job)
-            self.work(0, *job)
-            for slot in range(1, self.threads):
-                while not spin(self.words, slot, self.words[0], SPINS):
-                    pass
-            if self.error is not None:
-                error, self.error = self.error, None
-                raise error
+            if count > 1 and self.threads > len(self.helpers) + 1:
+                seen = int(self.words[LAUNCH])
+                for slot in range(1, self.threads):
+                    self.helpers.append(threading.Thread(target=self.help, args=(slot, seen), daemon=True))
+                    self.helpers[-1].start()
+            if self.asleep:
+                self.wake()
+            function(self.words.ctypes.data, count, *args)
+            if self.words[FAILED]:
+                raise SystemError(f"{function.__name__} failed in one of its {count} tasks")
 
 
 POOL = Pool()
@@ -811,24 +894,23 @@ def provide_product(dtype):
 
 
 @intrinsic
-def call_product(typing_context, zero, a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel):
+def product(typing_context, a, b, c, add, panel):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,)."""
+
     def build(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 12)
-        name = product_symbol(signature.args[0])
-        builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), args[1:])
+        i64 = ir.IntType(64)
+        arrays = zip((a, b, c, panel), (*args[:3], args[4]))
+        views = [context.make_array(kind)(context, builder, x) for kind, x in arrays]
+        at = [builder.ptrtoint(view.data, i64) for view in views]
+        down, right = zip(*(cgutils.unpack_tuple(builder, view.strides, 2) for view in views[:3]))
+        (M, K), (_, N) = (cgutils.unpack_tuple(builder, views[i].shape, 2) for i in (0, 2))
+        matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
+        name, kind = product_symbol(c.dtype), ir.FunctionType(ir.VoidType(), [i64] * 12)
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, (*matrices, M, N, K, builder.zext(args[3], i64), at[3]))
         return context.get_dummy_value()
 
-    return types.void(zero, *[types.intp] * 12), build
-
-
-@part
-def product(a, b, c, add, panel):
-    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,)."""
-    a_at, b_at, c_at, panel_at = a.ctypes.data, b.ctypes.data, c.ctypes.data, panel.ctypes.data
-    (M, K), N, (a_row, a_k) = a.shape, c.shape[1], a.strides
-    call_product(
-        c.dtype.type(0), a_at, a_row, a_k, b_at, b.strides[0], c_at, c.strides[0], M, N, K, 1 if add else 0, panel_at
-    )
+    return types.void(a, b, c, types.boolean, panel), build
 
 
 @kernel
@@ -852,11 +934,12 @@ GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache whi
 
 @kernel
 def weight_gradient_kernel(task, slot, per_task, x, dy, dw, db, scratch):
-    """dw (K, M) += x (N, K)^T dy (N, M); db (M,) += sum_n dy. A task owns `per_task` blocks of dw, column after column,
-    and the part of db above the first of each column."""
-    (N, K), M, zero, one = x.shape, dw.shape[1], dw.dtype.type(0), np.ones(1, dw.dtype)
+    """dw (K, M) += x (N, K)^T dy (N, M); db (1, M) += sum_n dy. A task owns `per_task` blocks of dw, column after
+    column, and the part of db above the first of each column."""
+    (N, K), M = x.shape, dw.shape[1]
     rows = max(1, GRADIENT_CHUNK // (K + M) // DEPTH) * DEPTH
     per_column = (K + GRADIENT_ROWS - 1) // GRADIENT_ROWS
+    ones = np.ones((1, rows), dw.dtype)
     last_block = min((task + 1) * per_task, per_column * ((M + GRADIENT_COLUMNS - 1) // GRADIENT_COLUMNS))
     for n in range(0, N, rows):
         x_rows, dy_rows = x[n : n + rows], dy[n : n + rows]
@@ -864,18 +947,14 @@ def weight_gradient_kernel(task, slot, per_task, x, dy, dw, db, scratch):
             k, m = block % per_column * GRADIENT_ROWS, block // per_column * GRADIENT_COLUMNS
             k_end, m_end = min(k + GRADIENT_ROWS, K), min(m + GRADIENT_COLUMNS, M)
             product(x_rows[:, k:k_end].T, dy_rows[:, m:m_end], dw[k:k_end, m:m_end], True, scratch[slot])
-            if k == 0 and db.size > 0:  # the product of a row of ones with dy
-                dy_at, db_at = dy_rows.ctypes.data + m * dw.itemsize, db.ctypes.data + m * dw.itemsize
-                columns, panel = m_end - m, scratch[slot].ctypes.data
-                call_product(
-                    zero, one.ctypes.data, 0, 0, dy_at, dy.strides[0], db_at, 0, 1, columns, len(dy_rows), 1, panel
-                )
+            if k == 0 and db.size > 0:
+                product(ones[:, : len(dy_rows)], dy_rows[:, m:m_end], db[:, m:m_end], True, scratch[slot])
 
 
 def weight_gradient(x, dy, dw, db, scratch):
     count = blocks(dw.shape[0], GRADIENT_ROWS) * blocks(dw.shape[1], GRADIENT_COLUMNS)
     per_task = blocks(count, 4 * POOL.threads)
-    POOL.run(weight_gradient_kernel, blocks(count, per_task), per_task, x, dy, dw, db, scratch)
+    POOL.run(weight_gradient_kernel, blocks(count, per_task), per_task, x, dy, dw, db.reshape(1, -1), scratch)
 
 
 # == 6  rows: exponential, norm, activation ============================================================================
@@ -1098,7 +1177,7 @@ def workspace_layout(cfg, B, T):
     for name, shape, layered in rows:
         shape = (L, *shape) if layered else shape
         table.append(Tensor(name, shape, offset, layered, False, 0.0, 0.0))
-        offset += math.prod(shape)
+        offset += blocks(math.prod(shape), CACHE_LINE) * CACHE_LINE
     return table
 
 
@@ -1106,7 +1185,7 @@ def workspace(cfg, B, T, dtype):
     """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones."""
     provide_product(np.dtype(dtype).name)
     table = workspace_layout(cfg, B, T)
-    flat = np.empty(table[-1].offset + math.prod(table[-1].shape), dtype)
+    flat = aligned(table[-1].offset + math.prod(table[-1].shape), dtype)
     space = views(table, flat, cfg.layers)
     for layer in space["layers"]:
         layer.update((name, view) for name, view in space.items() if name != "layers")
@@ -1424,12 +1503,14 @@ def head_panels_kernel(task, slot, embed_w, panels):
 
 
 @kernel
-def head_kernel(task, slot, earlier, x, norm_w, norm_b, eps, embed_w, panels, targets, weights, T, backward, *buffers):
+def head_kernel(
+    task, slot, earlier, x, norm_w, norm_b, eps, embed_w, panels, targets, weights, T, backward,
+    logits, nats, dx, n, sums, scratch,
+):  # fmt: skip
     """Block earlier + task of HEAD_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
 
-    buffers: logits (HEAD_ROWS, V), nats (N,), dx, n (N, C), sums (blocks, 2, C), scratch.
+    Fills logits (HEAD_ROWS, V), nats (N,), dx, n (N, C), sums (blocks, 2, C).
     """
-    logits, nats, dx, n, sums, scratch = buffers
     start, stop = block_rows(earlier + task, T, HEAD_BLOCK)
     top = start - block_rows(earlier, T, HEAD_BLOCK)[0]  # the row of `logits` that is row `start`
     (rows, C), V = (stop - start, x.shape[1]), embed_w.shape[0]
