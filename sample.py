@@ -26,10 +26,13 @@ def newest_checkpoint(folder=Path("runs")):
     return found[-1]
 
 
-def load(path):
+def load(path, tokenizer_path=None):
     """(parameter views, configuration, tokenizer) of a checkpoint; ValueError if they do not fit together."""
     checkpoint = tinygpt.load_checkpoint(path)
-    cfg, tokenizer = checkpoint.cfg, bpe.Tokenizer.from_json(checkpoint.tokenizer)
+    if not checkpoint.tokenizer and not tokenizer_path:
+        raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
+    own = None if tokenizer_path else bpe.Tokenizer.from_json(checkpoint.tokenizer)
+    cfg, tokenizer = checkpoint.cfg, own or bpe.Tokenizer.load(tokenizer_path)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model V={cfg.vocab_size}")
     return tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers), cfg, tokenizer
@@ -89,7 +92,13 @@ def make_parser():
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="a .safetensors file of train.py (default: the newest run's last)",
+        help="a .safetensors file of train.py, or a .bin of llama2.c (default: the newest run's last)",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="instead of the checkpoint's own (for llama2.c's, which have none)",
     )
     add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy (default %(default)s)")
     add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (default %(default)s)")
@@ -133,7 +142,7 @@ def main(argv=None):
         if args.threads:
             tinygpt.POOL.resize(args.threads)
         path = args.checkpoint or newest_checkpoint()
-        p, cfg, tokenizer = load(path)
+        p, cfg, tokenizer = load(path, args.tokenizer)
         note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
         for number in range(args.num_samples):
             if number:

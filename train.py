@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ import numpy as np
 
 import bpe
 import tinygpt
-from tinygpt import OPS, POOL, SIZES, kernel
+from tinygpt import OPS, POOL, SIZES, Config, kernel
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
 TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
@@ -43,7 +43,7 @@ class Data(NamedTuple):
     files: list  # token files of the two, each a list of paths; none for validation: held out
 
 
-def prepare_data(args, seq_len, vocab_size):
+def prepare_data(args, s, cfg, vocab_size):
     """Text or token files -> `Data`. Text is encoded once and kept in data/tokens, under a key of what it depends on.
 
     ValueError or OSError if something is missing, is not text, is of another tokenizer, or is too short.
@@ -53,7 +53,7 @@ def prepare_data(args, seq_len, vocab_size):
         raise ValueError("--tokenizer brings its own vocabulary; leave out --vocab-size")
     sources, valid_sources, name = args.data, args.val_data or [], " ".join(args.data or ())
     if not sources:
-        sources, valid_sources, name = find_stories(args, seq_len)
+        sources, valid_sources, name = find_stories(args, s, cfg)
     folder = Path("data", "tokens", cache_key(sources, args.tokenizer, vocab_size))
     if tokenizer is None:
         if are_token_files(sources):
@@ -63,7 +63,7 @@ def prepare_data(args, seq_len, vocab_size):
     if valid_sources:
         key = cache_key(valid_sources, None, tokenizer.hash)
         files[1] = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
-    return read_data(tokenizer, files, name, seq_len)
+    return read_data(tokenizer, files, name, cfg.seq_len)
 
 
 def read_data(tokenizer, files, name, seq_len):
@@ -90,17 +90,17 @@ def are_token_files(paths):
     return all(bins)
 
 
-def find_stories(args, seq_len):
+def find_stories(args, s, cfg):
     """Training and validation files, and their name, where the command line names no data."""
     try:
         import stories
     except ImportError:
         raise ValueError("stories.py is not here, so name your text: --data FILE") from None
     if args.steps:
-        tokens = args.steps * (args.batch_size or RECIPES[args.size][1]) * seq_len
+        tokens = args.steps * s["batch_size"] * cfg.seq_len
     else:  # as many as fit the time at 60% of the machine's peak: fewer are read
         seconds = 60 * (args.minutes or 5) if not args.epochs else 300
-        tokens = 0.6 * seconds * measure_peak() / tinygpt.flops_per_token(SIZES[args.size])
+        tokens = 0.6 * seconds * measure_peak() / tinygpt.flops_per_token(cfg)
     size = (
         16 * 2**20 * math.ceil(4.2 * tokens / (16 * 2**20))
     )  # some 4 bytes a token; in steps, so that it seldom changes
@@ -304,12 +304,28 @@ class State:
         POOL.run(adamw_kernel, -(-self.parameters.size // FLAT_BLOCK), *buffers, self.decayed, *rates)
 
 
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "restarts")
+WSD_DECAY = 0.2  # share of the updates in which wsd falls: warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395
+RESTARTS = 4  # cosines after one another; Loshchilov & Hutter 2017, arXiv:1608.03983
+
+
 def learning_rate(step, s):
-    """Of update `step` (from 0): a straight warm-up, then half a cosine down to min_lr at the last one."""
+    """Of update `step` (from 0): a straight warm-up to lr, then by schedule down to min_lr at the last one."""
     if step < s["warmup_steps"]:
         return s["lr"] * (step + 1) / s["warmup_steps"]
-    share = (step - s["warmup_steps"]) / max(1, s["steps"] - 1 - s["warmup_steps"])
-    return s["min_lr"] + (s["lr"] - s["min_lr"]) * (1 + math.cos(math.pi * min(1, share))) / 2
+    share = min(1, (step - s["warmup_steps"]) / max(1, s["steps"] - 1 - s["warmup_steps"]))  # 0 to 1
+    schedule = s.get("schedule", "cosine")
+    if schedule == "constant":
+        return s["lr"]
+    if schedule == "wsd":
+        fallen = max(0, (step + 1 - (1 - WSD_DECAY) * s["steps"]) / (WSD_DECAY * s["steps"]))
+    elif schedule == "linear":
+        fallen = share
+    else:
+        if schedule == "restarts" and share < 1:
+            share = RESTARTS * share % 1
+        fallen = (1 - math.cos(math.pi * share)) / 2
+    return s["lr"] + (s["min_lr"] - s["lr"]) * fallen
 
 
 def update(state, batch, ops, space, s, stopped=lambda: False):
@@ -322,9 +338,10 @@ def update(state, batch, ops, space, s, stopped=lambda: False):
     for first in range(0, s["batch_size"], s["micro_batch_size"]):
         if stopped():
             return None
-        inputs, targets, weights = (rows[first : first + s["micro_batch_size"]] for rows in batch)
-        _, nats = tinygpt.loss_and_gradients(state.p, inputs, targets, weights, state.grads, state.cfg, ops, space)
-        for row in (nats * weights).sum(-1, dtype=np.float64):  # one sequence after the other, however they are cut
+        part = [rows[first : first + s["micro_batch_size"]] for rows in batch]
+        masks = tinygpt.Dropout(s["seed"], state.step, first)
+        _, nats = tinygpt.loss_and_gradients(state.p, *part, state.grads, state.cfg, ops, space, masks)
+        for row in (nats * part[2]).sum(-1, dtype=np.float64):  # one sequence after the other, however they are cut
             nats_sum += float(row)
     tinygpt.join_tied(state.grads)
     loss, norm, lr = nats_sum / max(1, total), state.norm() / max(1, total), learning_rate(state.step, s)
@@ -375,7 +392,15 @@ def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
 
 
 def note(line):
-    print(line, file=sys.stderr, flush=True)
+    show(line, sys.stderr)
+
+
+def show(text, stream):
+    """A line; whoever read the stream and left does not end the run."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
@@ -527,7 +552,7 @@ class Run:
 def say(text):
     """To stdout; what the console cannot encode is replaced."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    show(text.encode(encoding, "replace").decode(encoding), sys.stdout)
 
 
 def command(*words):
@@ -619,12 +644,40 @@ def train(run, batches, space, peak):
 
 # == 6  settings and command line ======================================================================================
 
-RECIPES = {  # learning rate, sequences per update: small updates win where there is little time
-    "700k": (4e-3, 8),
-    "1m": (3e-3, 8),
-    "8m": (1.5e-3, 8),
-    "28m": (1e-3, 8),
+DEFAULTS = dict(  # min_lr None: lr / 10; warmup_steps None: 100, or a tenth of a short run
+    batch_size=8, schedule="cosine", min_lr=None, warmup_steps=None, weight_decay=0.1, beta1=0.9, beta2=0.95,
+    grad_clip=1.0, dropout=0.0,
+)  # fmt: skip
+
+STORYLLAMAS = dict(tokens=2**16, steps=100_000, lr=1e-3, warmup_steps=0.01, weight_decay=0.01)
+LILLM = dict(tokens=2**19, lr=6e-4, warmup_steps=2000, weight_decay=0.01)
+LLAMA2C = dict(tokens=2**17, steps=100_000, lr=5e-4, min_lr=0.0, warmup_steps=1000)
+NEO = dict(tokens=2**9 * 80 * 16, lr=5e-4, schedule="constant", warmup_steps=0)
+GRAPHCORE = dict(tokens=2**16, steps=20_000, lr=3e-4, schedule="linear", min_lr=0.0, warmup_steps=0, weight_decay=0.01)
+RECIPES = {  # published with sizes whose name begins like this; `tokens` an update; what is not said is as in DEFAULTS
+    "2m": STORYLLAMAS,
+    "7m": STORYLLAMAS,
+    "30m": STORYLLAMAS | dict(tokens=2**17, steps=50_000, lr=8e-4, weight_decay=0.05),
+    "88m": dict(tokens=2**19, steps=10_000, lr=6e-4, warmup_steps=700, dropout=0.1),
+    "39m": LILLM,
+    "300m": LILLM,
+    "gpt-tinystories-28m": dict(lr=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.0),
+    "gpt-tinystories": dict(lr=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0),
+    "graphcore": GRAPHCORE | dict(beta2=0.999, grad_clip=0.0),
+    **dict.fromkeys(("260k", "15m", "42m", "110m"), LLAMA2C),
+    "tinystories": NEO,
 }
+
+
+def recipe_of(size, cfg, published):
+    """Settings for a size: ours, which fit a laptop and minutes, or its authors'. ValueError if there are none."""
+    if not published:  # small updates and high rates win where there is little time; the wider, the lower the rate
+        return DEFAULTS | {"lr": min(0.012, 1.2 / cfg.width), "steps": None}
+    recipe = next((recipe for start, recipe in RECIPES.items() if size.startswith(start)), None)
+    if recipe is None:
+        raise ValueError(f"no recipe was published for --size {size}; leave out --recipe published")
+    batch_size = max(1, recipe["tokens"] // cfg.seq_len) if "tokens" in recipe else DEFAULTS["batch_size"]
+    return {"steps": None} | DEFAULTS | recipe | {"batch_size": batch_size}
 
 
 def in_range(kind, low, high, open_low=False):
@@ -658,20 +711,25 @@ def make_parser():
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
     add("--seq-len", type=COUNT, metavar="T", help="tokens in a window (default that of the size)")
+    add("--list-sizes", action="store_true", help="print every size, what it takes, and the fields of --set")
+    add("--set", nargs="+", action="extend", metavar="FIELD=VALUE", help="other fields of the model's Config")
     add = parser.add_argument_group("how long (default --minutes 5)").add_mutually_exclusive_group().add_argument
     add("--steps", type=COUNT, metavar="N", help="updates")
     add("--epochs", type=in_range(float, 0, 1e6, True), metavar="E", help="passes over the training text")
     add("--minutes", type=in_range(float, 0, 1e6, True), metavar="M", help="from the start to the end of training")
-    add = parser.add_argument_group("how").add_argument
+    add = parser.add_argument_group("how (defaults are those of --recipe)").add_argument
     add("--batch-size", type=SOME, metavar="N", help="sequences per update (default that of the size)")
     add("--micro-batch-size", type=SOME, metavar="N", help="sequences at a time: memory only, same result")
     add("--lr", type=RATE, help="the highest learning rate (default that of the size)")
     add("--min-lr", type=in_range(float, 0, 1e3), help="the last learning rate (default a tenth of --lr)")
-    add("--warmup-steps", type=in_range(int, 0, 2**31 - 1), metavar="N", help="updates of rising rate; 0 for none")
-    add("--weight-decay", type=in_range(float, 0, 10), default=0.1, help="of matrices; 0 is off (default %(default)s)")
-    add("--beta1", type=in_range(float, 0, 0.9999), default=0.9, help="decay of AdamW's mean (default %(default)s)")
-    add("--beta2", type=in_range(float, 0, 0.99999), default=0.95, help="of its mean square (default %(default)s)")
-    add("--grad-clip", type=in_range(float, 0, 1e9), default=1.0, help="largest norm; 0 is off (default %(default)s)")
+    add("--warmup-steps", type=in_range(float, 0, 2**31 - 1), metavar="N", help="of rising rate; < 1 a share; 0 off")
+    add("--schedule", choices=SCHEDULES, help="of the rate after it (default cosine)")
+    add("--weight-decay", type=in_range(float, 0, 10), help="of matrices; 0 is off (default 0.1)")
+    add("--beta1", type=in_range(float, 0, 0.9999), help="decay of AdamW's mean (default 0.9)")
+    add("--beta2", type=in_range(float, 0, 0.99999), help="of its mean square (default 0.95)")
+    add("--grad-clip", type=in_range(float, 0, 1e9), help="largest norm; 0 is off (default 1)")
+    add("--dropout", type=in_range(float, 0, 0.99), help="of attention, its output and the MLP's; 0 is off (default 0)")
+    add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of weights and data order (default %(default)s)")
     add("--kernels", choices=list(OPS), default="numba", help="numpy is the specification, slow (default %(default)s)")
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
@@ -702,49 +760,73 @@ def new_folder(args):
     return folder, made
 
 
-def resolve(args, seq_len):
+def resolve(args, cfg):
     """The settings that the command line decides; `plan` and the data add theirs. ValueError if two do not fit."""
-    lr, batch_size = RECIPES[args.size]
-    lr, batch_size = args.lr or lr, args.batch_size or batch_size
-    fits = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-    micro = args.micro_batch_size or max(n for n in fits if n == 1 or n * seq_len <= 4096)
+    recipe = recipe_of(args.size, cfg, args.recipe == "published")
+    s = {name: recipe[name] if getattr(args, name) is None else getattr(args, name) for name in ("lr", *DEFAULTS)}
+    if not (args.steps or args.epochs or args.minutes):
+        args.steps = recipe["steps"]
+        args.minutes = None if args.steps else 5.0
+    fits = [n for n in range(1, s["batch_size"] + 1) if s["batch_size"] % n == 0]
+    micro = args.micro_batch_size or max(n for n in fits if n == 1 or n * cfg.seq_len <= 4096)
     if micro not in fits:
         near = sorted({max([n for n in fits if n < micro], default=1), min([n for n in fits if n > micro], default=1)})
         options = " or ".join(map(str, near))
-        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
-    min_lr = lr / 10 if args.min_lr is None else args.min_lr
-    if min_lr > lr:
-        raise ValueError(f"--min-lr {min_lr} is above --lr {lr}")
-    s = {"lr": lr, "min_lr": min_lr, "batch_size": batch_size, "micro_batch_size": micro, "prompts": args.prompt or []}
-    for name in ("size", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "kernels", "save_every"):
-        s[name] = getattr(args, name)
-    return s
+        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {s['batch_size']}; try {options}")
+    s["min_lr"] = s["lr"] / 10 if s["min_lr"] is None else s["min_lr"]
+    if s["min_lr"] > s["lr"]:
+        raise ValueError(f"--min-lr {s['min_lr']} is above --lr {s['lr']}")
+    s |= {"micro_batch_size": micro, "prompts": args.prompt or []}
+    return s | {name: getattr(args, name) for name in ("size", "seed", "kernels", "save_every")}
 
 
 def plan(args, s, batches, steps):
     """What follows from the number of updates, into the settings."""
     s["steps"] = steps
-    s["warmup_steps"] = min(100, steps // 10) if args.warmup_steps is None else args.warmup_steps
+    warmup = min(100, steps // 10) if s["warmup_steps"] is None else s["warmup_steps"]
+    s["warmup_steps"] = int(warmup if warmup >= 1 else warmup * steps)
     s["eval_every"] = args.eval_every or max(1, steps // 10)
     trained = s["eval_every"] * s["batch_size"] * batches.T
     s["eval_tokens"] = max(4 * batches.T, int(EVALUATED * trained))
 
 
+def training_memory(cfg, micro_batch_size):
+    """Bytes of the tensors: parameters, gradients, both moments, the kernels' buffers."""
+    last = tinygpt.workspace_layout(cfg, micro_batch_size, cfg.seq_len)[-1]
+    weights = 4 * tinygpt.count_parameters(cfg)[0] + cfg.vocab_size * cfg.width
+    return 4 * (weights + last.offset + math.prod(last.shape))
+
+
+def list_sizes():
+    say(f"{'size':20} {'parameters':>12} {'no embedding':>13} {'MFLOP/token':>12} {'MiB':>7}  from")
+    for size, cfg in SIZES.items():
+        total, _, inner = tinygpt.count_parameters(cfg)
+        memory = training_memory(cfg, max(1, min(8, 4096 // cfg.seq_len))) / 2**20
+        flops = tinygpt.flops_per_token(cfg) / 1e6
+        say(f"{size:20} {total:12,} {inner:13,} {flops:12,.1f} {memory:7,.0f}  {tinygpt.source_of(size)}")
+    say("\n--set takes, for any size:")
+    for field in fields(Config):
+        choices = tinygpt.CHOICES.get(field.name)
+        say(f"  {field.name}={'|'.join(choices) if choices else field.type.__name__}")
+
+
 def describe(cfg, s, data, folder):
     """The first lines: what will be trained, on what, how."""
     total, _, inner = tinygpt.count_parameters(cfg)
+    plain = asdict(Config(cfg.vocab_size, cfg.seq_len, cfg.width, cfg.layers, cfg.heads))
+    basic = ("vocab_size", "seq_len", "width", "layers", "heads", "hidden")
+    shape = {name: value for name, value in asdict(cfg).items() if name in basic or value != plain[name]}
     per_update = s["batch_size"] * cfg.seq_len
-    workspace = tinygpt.workspace_layout(cfg, s["micro_batch_size"], cfg.seq_len)[-1]
-    memory = 4 * (4 * total + cfg.vocab_size * cfg.width + workspace.offset + math.prod(workspace.shape))
+    memory = training_memory(cfg, s["micro_batch_size"])
     note(
         f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
         f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
-        f"          {', '.join(f'{name} {value}' for name, value in asdict(cfg).items())}\n"
+        f"          {', '.join(f'{name} {value}' for name, value in shape.items())}\n"
         f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation; "
         f"ln V = {math.log(cfg.vocab_size):.2f}\n"
         f"training  {s['steps']:,} updates of {s['batch_size']} x {cfg.seq_len} tokens ({s['steps'] * per_update:,}: "
         f"{s['steps'] * per_update / len(data.train):.2f} epochs), {s['micro_batch_size']} sequences at a time\n"
-        f"          lr {s['lr']:g} to {s['min_lr']:g} after {s['warmup_steps']} updates of warm-up, "
+        f"          lr {s['lr']:g} to {s['min_lr']:g} ({s['schedule']}) after {s['warmup_steps']} updates of warm-up, "
         f"weight decay {s['weight_decay']:g}, betas {s['beta1']:g} {s['beta2']:g}, clip {s['grad_clip']:g}, "
         f"seed {s['seed']}\n"
         f"machine   {s['kernels']} kernels, {POOL.threads} threads, about {memory / 2**20:,.0f} MiB for the tensors\n"
@@ -754,12 +836,12 @@ def describe(cfg, s, data, folder):
 
 def repeat_command(args, s, cfg):
     words = ["--size", s["size"], "--seq-len", cfg.seq_len, "--steps", s["steps"], "--kernels", s["kernels"]]
+    words += ["--set", *args.set] if args.set else []
     for name in ("data", "val_data"):
         words += [f"--{name.replace('_', '-')}", *getattr(args, name)] if getattr(args, name) else []
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--vocab-size", cfg.vocab_size]
-    for name in ("batch_size", "micro_batch_size", "lr", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2"):
+    for name in ("micro_batch_size", "lr", *DEFAULTS, "seed", "eval_every"):
         words += [f"--{name.replace('_', '-')}", s[name]]
-    words += ["--grad-clip", s["grad_clip"], "--seed", s["seed"], "--eval-every", s["eval_every"]]
     return command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
@@ -785,18 +867,21 @@ def begin(args, started):
 
 
 def begin_in(folder, args, started):
-    base, ops = SIZES[args.size], OPS[args.kernels]
+    base, ops = SIZES[args.size].changed(**tinygpt.overrides(args.set or [])), OPS[args.kernels]
     seq_len = args.seq_len or base.seq_len
-    s = resolve(args, seq_len)
-    data = prepare_data(args, seq_len, args.vocab_size or base.vocab_size)
+    base = base.changed(seq_len=seq_len)
+    s = resolve(args, base)
+    if s["dropout"]:
+        base = base.changed(**dict.fromkeys(("attention_dropout", "out_dropout", "mlp_dropout"), s["dropout"]))
+    data = prepare_data(args, s, base, args.vocab_size or base.vocab_size)
     for prompt in s["prompts"]:
         data.tokenizer.encode(prompt)  # refused now, not at the first validation
-    cfg = replace(base, vocab_size=data.tokenizer.vocab_size, seq_len=seq_len, position_rows=seq_len)
+    cfg = base.changed(vocab_size=data.tokenizer.vocab_size, seq_len=seq_len)
     batches, space = Batches(data.train, seq_len, data.tokenizer.end, args.seed), make_space(cfg, s)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
-        plan(args, s, batches, 1)
-        steps = plan_steps(args, State(cfg, tinygpt.init_parameters(cfg, args.seed)), batches, ops, space, s, started)
+        state = State(cfg, tinygpt.init_parameters(cfg, args.seed))
+        steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
     run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, ops)
@@ -842,9 +927,10 @@ def make_space(cfg, s):
 def main(argv=None):
     started, parser = time.monotonic(), make_parser()
     args = parser.parse_args(argv)
+    if args.list_sizes:
+        list_sizes()
+        return 0
     run = None
-    if not (args.steps or args.epochs or args.minutes or args.resume):
-        args.minutes = 5.0
     if args.threads:
         POOL.resize(args.threads)
     try:

@@ -1,9 +1,11 @@
 """Training speed beside what a user would pick instead: the same model, the same step, in PyTorch.
 
     pip install torch && python benchmarks/train_speed.py            # every shape, PyTorch eager
-    python benchmarks/train_speed.py --size 1m --modes eager compile bf16 compile-bf16 --rounds 5
+    python benchmarks/train_speed.py --size 128x4 --modes eager compile bf16 compile-bf16 --rounds 5
+    python benchmarks/train_speed.py --size 128x4 1m                 # any size of ours; beside PyTorch only the shapes
 
-A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape (weights tied, tanh GELU, no dropout).
+A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape, WIDTHxLAYERS (weights tied, tanh
+GELU, no dropout), or of one of our sizes.
 Ours and theirs take turns in one run, so that a machine whose speed drifts treats both alike; medians and their ratio.
 Each side runs in a process of its own, whose threads sleep while the other one's turn lasts.
 """
@@ -21,8 +23,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BATCH = {"700k": 32, "1m": 32, "8m": 8, "28m": 4}  # sequences per update
+SHAPES = {  # GPT-2's architecture: V, T, C, L, H; and sequences per update
+    "64x8": ((4096, 256, 64, 8, 4), 32),
+    "128x4": ((4096, 256, 128, 4, 4), 32),
+    "256x8": ((4096, 512, 256, 8, 8), 8),
+    "512x8": ((4096, 512, 512, 8, 8), 4),
+}
 MODES = ("eager", "compile", "bf16", "compile-bf16")
+
+
+def shape_of(size):
+    """(Config, sequences per update)."""
+    import tinygpt
+
+    if size in SHAPES:
+        return tinygpt.Config(*SHAPES[size][0]), SHAPES[size][1]
+    return tinygpt.SIZES[size], max(1, 8192 // tinygpt.SIZES[size].seq_len)
 
 
 # == 1  ours ===========================================================================================================
@@ -35,10 +51,10 @@ def our_step(size, threads):
 
     if threads:
         tinygpt.POOL.resize(threads)
-    cfg, batch = tinygpt.SIZES[size], BATCH[size]
+    cfg, batch = shape_of(size)
     micro = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * cfg.seq_len <= 4096))
     s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
-    s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
+    s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "seed": 0}
     state = train.State(cfg, tinygpt.init_parameters(cfg, 0))
     space = tinygpt.workspace(cfg, micro, cfg.seq_len, np.float32)
     rng, weights = np.random.default_rng(0), np.ones((batch, cfg.seq_len), np.float32)
@@ -59,9 +75,7 @@ def their_step(size, mode, threads):
     from torch import nn
     from torch.nn import functional
 
-    import tinygpt
-
-    cfg, batch = tinygpt.SIZES[size], BATCH[size]
+    cfg, batch = shape_of(size)
     C, T, H = cfg.width, cfg.seq_len, cfg.heads
     if threads:
         torch.set_num_threads(threads)
@@ -159,8 +173,8 @@ class Side:
 def measure(size, modes, rounds, threads):
     import tinygpt
 
-    cfg = tinygpt.SIZES[size]
-    tokens, sides = BATCH[size] * cfg.seq_len, {name: Side(name, size, threads) for name in ("ours", *modes)}
+    (cfg, batch), modes = shape_of(size), modes if size in SHAPES else []
+    tokens, sides = batch * cfg.seq_len, {name: Side(name, size, threads) for name in ("ours", *modes)}
     for side in sides.values():
         side.turn(1)
         side.times.clear()
@@ -169,7 +183,7 @@ def measure(size, modes, rounds, threads):
             side.turn(max(1, math.ceil(2e11 / (tinygpt.flops_per_token(cfg) * tokens))))
     speeds = {name: tokens / statistics.median(side.times) for name, side in sides.items()}
     gflops = speeds["ours"] * tinygpt.flops_per_token(cfg) / 1e9
-    cells = [f"{size:>5s}", f"{sides['ours'].parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:6.0f}"]
+    cells = [f"{size:>14s}", f"{sides['ours'].parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:6.0f}"]
     cells += [f"{speeds[mode]:9,.0f} {speeds['ours'] / speeds[mode]:5.2f}x" for mode in modes]
     cells += [f"{sides['ours'].memory:7,.0f}", f"{min(sides[mode].memory for mode in modes):7,.0f}" if modes else ""]
     for side in sides.values():
@@ -178,8 +192,10 @@ def measure(size, modes, rounds, threads):
 
 
 def main():
+    import tinygpt
+
     parser = argparse.ArgumentParser(description="Tokens per second of a training step, ours beside PyTorch's.")
-    parser.add_argument("--size", nargs="+", choices=list(BATCH), default=list(BATCH), help="shapes to measure")
+    parser.add_argument("--size", nargs="+", metavar="SIZE", default=list(SHAPES), help="to measure")
     parser.add_argument(
         "--modes", nargs="*", choices=MODES, default=["eager"], help="ways to run PyTorch; none: ours alone"
     )
@@ -187,10 +203,12 @@ def main():
     parser.add_argument("--threads", type=int, default=0, help="of each side; 0 is all cores (default)")
     parser.add_argument("--serve", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := [size for size in args.size if size not in SHAPES and size not in tinygpt.SIZES]:
+        parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.SIZES])}")
     if args.serve:
         return serve(args.serve, args.size[0], args.threads)
     theirs = " | ".join(f"{mode:>9s} ratio " for mode in args.modes)
-    print(f" size |  params |      ours | GFLOP/s | {theirs} | MiB ours | MiB theirs", flush=True)
+    print(f"          size |  params |      ours | GFLOP/s | {theirs} | MiB ours | MiB theirs", flush=True)
     for size in args.size:
         print(measure(size, args.modes, args.rounds, args.threads), flush=True)
 

@@ -2,6 +2,7 @@
 
     python tests/make_golden.py gpt2_bpe vocab.json merges.txt      (needs `tokenizers`; GPT-2's two published files)
     python tests/make_golden.py tiny_model                          (needs `torch`)
+    python tests/make_golden.py tiny_llama                          (the same)
 
 Each function below writes tests/golden/NAME.json; its arguments are those of the command line.
 """
@@ -78,17 +79,36 @@ def gpt2_bpe(vocab_json, merges_txt):
     return {"vocab": {string: vocab[string] for string in strings}, "merges": merges, "texts": texts}
 
 
+T, V, F = 5, 11, 7
+GPT2 = dict(norm="layernorm", norm_eps=1e-5, embedding_norm=False, final_norm=True, qk_norm=False)
+GPT2 |= dict(positions="learned", attention_scale=True, window=0, mlp="gelu-tanh", tied=True)
+LLAMA = dict(norm="rmsnorm", positions="rope", rope_theta=100.0, mlp="swiglu", tied=False)
+LLAMA |= dict(qkv_bias=False, out_bias=False, up_bias=False, down_bias=False)
+
+
 def tiny_model():
+    C, P, L = 6, 8, 3
+    config = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=3, kv_heads=3, head_width=2, hidden=F)
+    shapes = dict(embed_w=(V, C), position_w=(P, C), qkv_w=(L, C, 3 * C), out_w=(L, C, C), up_w=(L, C, F))
+    shapes |= dict(down_w=(L, F, C), norm1_w=(L, C), norm1_b=(L, C), qkv_b=(L, 3 * C), out_b=(L, C))
+    shapes |= dict(norm2_w=(L, C), norm2_b=(L, C), up_b=(L, F), down_b=(L, C), norm_w=(C,), norm_b=(C,))
+    return run_torch(config | GPT2 | dict(position_rows=P), shapes)
+
+
+def tiny_llama():
+    C, H, G, D, L = 6, 4, 2, 4, 2
+    config = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=H, kv_heads=G, head_width=D, hidden=F)
+    shapes = dict(embed_w=(V, C), head_w=(V, C), qkv_w=(L, C, D * (H + 2 * G)), out_w=(L, H * D, C))
+    shapes |= dict(up_w=(L, C, 2 * F), down_w=(L, F, C), norm1_w=(L, C), norm2_w=(L, C), norm_w=(C,))
+    return run_torch(config | GPT2 | LLAMA, shapes)
+
+
+def run_torch(config, shapes):
     """What PyTorch makes in float64 of a tiny model whose parameters, in the order of these names, are
     scale * sin(1), scale * sin(2), ... Nothing of tinygpt.py is used."""
     import torch
     from test_torch import torch_model
 
-    T, L, V, C, F, P = 5, 3, 11, 6, 7, 8
-    config = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=3, hidden=F, position_rows=P, norm_eps=1e-5)
-    shapes = dict(embed_w=(V, C), position_w=(P, C), qkv_w=(L, C, 3 * C), out_w=(L, C, C), up_w=(L, C, F))
-    shapes |= dict(down_w=(L, F, C), norm1_w=(L, C), norm1_b=(L, C), qkv_b=(L, 3 * C), out_b=(L, C))
-    shapes |= dict(norm2_w=(L, C), norm2_b=(L, C), up_b=(L, F), down_b=(L, C), norm_w=(C,), norm_b=(C,))
     scale, first, parameters = 0.3, 1, {}
     for name, shape in shapes.items():
         count = torch.Size(shape).numel()
@@ -107,7 +127,7 @@ def tiny_model():
     return inputs | outputs | {"gradients": gradients}
 
 
-GOLDENS = {"gpt2_bpe": gpt2_bpe, "tiny_model": tiny_model}
+GOLDENS = {"gpt2_bpe": gpt2_bpe, "tiny_model": tiny_model, "tiny_llama": tiny_llama}
 
 
 def main(argv):

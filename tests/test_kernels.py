@@ -13,7 +13,16 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from conftest import random_batch, random_parameters, relative, tiny_config
+from conftest import (
+    FAMILIES,
+    as_bytes,
+    assert_float32_errs_at_most_four_times_as_much_as_the_spec,
+    random_batch,
+    random_parameters,
+    relative,
+    run_model,
+    tiny_config,
+)
 from llvmlite import binding
 
 import tinygpt
@@ -29,24 +38,6 @@ def around(*borders):
 
 
 # -- kernels against the specification
-
-
-def run_model(cfg, table, B, T, dtype, space=False, seed=0):
-    """name -> array: the loss, the nats, what the head reads, and the gradient of every parameter tensor."""
-    flat, p = random_parameters(cfg, seed, np.float32)  # values that float32 has, whatever the dtype
-    flat = flat.astype(dtype)
-    p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
-    tokens, targets, weights = random_batch(cfg, B, T, seed, np.float32)
-    gradient, g = tinygpt.zero_gradients(cfg, dtype)
-    buffers = tinygpt.workspace(cfg, B, T, np.dtype(dtype)) if space else None
-    batch = (tokens, targets, weights.astype(dtype))
-    loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, OPS[table], buffers)
-    results = {"loss": np.array(loss), "nats": nats.copy()}
-    tinygpt.join_tied(g)
-    results["x"] = tinygpt.forward(p, tokens, cfg, OPS[table], space=buffers)[0].copy()
-    for t in tinygpt.layout(cfg):
-        results[t.name] = gradient[t.offset : t.offset + math.prod(t.shape)]
-    return results
 
 
 def assert_kernels_agree(cfg, B, T, space=False):
@@ -69,20 +60,8 @@ def assert_kernels_agree(cfg, B, T, space=False):
     ids=lambda shape: f"width {shape.get('width', 12)}",
 )
 def test_kernels_in_float32_err_at_most_four_times_as_much_as_the_spec(shape):
-    cfg, squares = tiny_config(**shape), {"numpy": {}, "numba": {}, "floor": {}}
-    for seed in range(6):  # one draw may flatter either
-        exact = run_model(cfg, "numpy", 2, cfg.seq_len, np.float64, seed=seed)
-        errors = {"floor": {name: 2.0**-24 * np.linalg.norm(x) for name, x in exact.items()}}  # half a unit in the last
-        for table in ("numpy", "numba"):
-            found = run_model(cfg, table, 2, cfg.seq_len, np.float32, seed=seed)
-            assert all(x.dtype == np.float32 for name, x in found.items() if name != "loss")
-            errors[table] = {name: np.linalg.norm(found[name] - exact[name]) for name in exact}
-        for table, by_name in errors.items():
-            for name, error in by_name.items():
-                squares[table][name] = squares[table].get(name, 0.0) + error**2
-    del squares["numba"]["loss"]  # a single number, which luck may round well; its nats are compared
-    for name, error in squares["numba"].items():
-        assert error <= 4**2 * max(squares["numpy"][name], squares["floor"][name]), name
+    cfg = tiny_config(**shape)
+    assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, 2, cfg.seq_len, seeds=6)
 
 
 TILE_COLUMNS = tuple(tinygpt.TILE_VECTORS * lanes for lanes in LANES.values())
@@ -99,6 +78,30 @@ HEAD_BORDERS = around(tinygpt.HEAD_ROWS // tinygpt.HEAD_BLOCK * tinygpt.HEAD_BLO
 @pytest.mark.parametrize("T", T_BORDERS)
 def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_positions(T):
     assert_kernels_agree(tiny_config(seq_len=T, position_rows=T), 2, T)
+
+
+WINDOWED = dict(window=50, positions="alibi", embedding_norm=True, heads=6, kv_heads=2, head_width=4, layers=2)
+
+
+@pytest.mark.parametrize("T", around(16, tinygpt.SCORE_BLOCK, 64, tinygpt.ROW_BLOCK, 2 * tinygpt.ROW_BLOCK))
+@pytest.mark.parametrize("changes", [FAMILIES["llama"], WINDOWED], ids=["llama", "windowed alibi"])
+def test_kernels_of_other_models_agree_with_the_spec_at_the_borders_of_blocks_of_positions(changes, T):
+    assert_kernels_agree(tiny_config(**changes | dict(seq_len=T, position_rows=T)), 2, T, space=True)
+
+
+@pytest.mark.parametrize("window", [1, 2, *around(16, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK), 110, 111, 500])
+def test_kernels_agree_with_the_spec_at_the_borders_of_windows(window):
+    assert_kernels_agree(tiny_config(window=window, seq_len=110, position_rows=110), 2, 110)
+
+
+@pytest.mark.parametrize("F", around(tinygpt.HIDDEN_BLOCK, 2 * tinygpt.HIDDEN_BLOCK))
+def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_gated_columns(F):
+    assert_kernels_agree(tiny_config(hidden=F, mlp="swiglu"), 2, 5)
+
+
+@pytest.mark.parametrize("V", around(256, 512))
+def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_the_heads_bias(V):
+    assert_kernels_agree(tiny_config(vocab_size=V, tied=False, head_bias=True, final_norm=False), 2, 5)
 
 
 @pytest.mark.parametrize("C", C_BORDERS)
@@ -137,12 +140,13 @@ def test_kernels_give_the_logits_of_the_spec(V, dtype):
         assert found.dtype == dtype and relative(found, expected) < (1e-12 if dtype == np.float64 else 2e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start, T", [(0, 1), (0, 50), (1, 1), (47, 1), (48, 50), (97, 4), (5, 96)])
-def test_kernels_attend_to_a_past_as_the_spec_does(start, T):
-    cfg = tiny_config(seq_len=101, position_rows=101)
+def test_kernels_attend_to_a_past_as_the_spec_does(start, T, family):
+    cfg = tiny_config(**FAMILIES[family] | dict(seq_len=101, position_rows=101))
     _, p = random_parameters(cfg)
     rng = np.random.default_rng(0)
-    kept = rng.standard_normal((cfg.layers, 2, 101, 2, cfg.heads, cfg.head_width))
+    kept = rng.standard_normal((cfg.layers, 2, 101, 2, cfg.kv_heads, cfg.head_width))
     tokens = rng.integers(0, cfg.vocab_size, (2, T))
     results = []
     for table in OPS:
@@ -163,13 +167,13 @@ def test_any_number_of_threads_gives_the_same_bytes(pool):
     results = []
     for threads in (1, 2, 3):
         pool.resize(threads)
-        results.append({name: x.tobytes() for name, x in run_model(BYTES, "numba", 4, 101, np.float32, True).items()})
+        results.append(as_bytes(run_model(BYTES, "numba", 4, 101, np.float32, True)))
     assert results[0] == results[1] == results[2]
 
 
 def test_a_workspace_changes_no_byte():
     with_space, without = (run_model(BYTES, "numba", 4, 101, np.float32, space) for space in (True, False))
-    assert {n: x.tobytes() for n, x in with_space.items()} == {n: x.tobytes() for n, x in without.items()}
+    assert as_bytes(with_space) == as_bytes(without)
 
 
 @pytest.mark.parametrize("T", [101, 96, 5])
@@ -478,8 +482,14 @@ def exp_of_each(x, y):
 
 
 @compiled
-def maximum_of(x, count):
-    return tinygpt.maximum(x, count)
+def erf_of_each(x, y):
+    for i in range(x.size):
+        y[i] = tinygpt.erf_of(x[i])
+
+
+@compiled
+def maximum_of(x):
+    return tinygpt.maximum(x)
 
 
 def jitted_exp(x):
@@ -496,6 +506,23 @@ def test_exp_is_within_two_parts_in_ten_million_over_its_whole_range():
     assert (np.abs(y - expected) / expected).max() < 2e-7
     x = np.linspace(-700, 700, 1001)
     assert (np.abs(jitted_exp(x) / np.exp(x) - 1)).max() < 1e-15
+
+
+def test_erf_is_within_six_parts_in_ten_million_and_nan_stays_nan():
+    x = np.linspace(-10, 10, 200_001).astype(np.float32)
+    y, expected = np.empty_like(x), tinygpt.erf(x.astype(np.float64))
+    erf_of_each(x, y)
+    assert y.dtype == np.float32 and np.abs(y - expected).max() < 6e-7
+    x = np.linspace(-10, 10, 1001)
+    y = np.empty_like(x)
+    erf_of_each(x, y)
+    assert np.abs(y - tinygpt.erf(x)).max() < 1e-15
+    for dtype in LANES:
+        for value, limit in ((math.nan, math.nan), (math.inf, 1), (-math.inf, -1)):
+            x = np.full(40, value, dtype)
+            y = np.empty_like(x)
+            erf_of_each(x, y)
+            assert np.array_equal(y, np.full(40, limit, dtype), equal_nan=True)
 
 
 def test_exp_is_held_at_its_ends_and_nan_stays_nan():
@@ -528,21 +555,21 @@ def test_maximum_finds_the_largest_of_any_count_anywhere(dtype):
                 x = np.full(count + 5, math.inf, dtype)  # beyond count: not looked at
                 x[:count] = low * rng.uniform(0.9, 1, count) if math.isfinite(low) else low
                 x[at] = top
-                assert maximum_of(x, count) == dtype(top)
+                assert maximum_of(x[:count]) == dtype(top)
 
 
 @both_dtypes
 def test_a_row_of_softmax_is_that_of_numpy(dtype):
     rng = np.random.default_rng(0)
     for S in (1, 7, 16, 33, 100):
-        for visible in {1, S // 2 + 1, S}:
+        for low, high in {(0, 1), (0, S // 2 + 1), (0, S), (S // 3, S // 2 + 1), (S - 1, S), (S // 2, S)}:
             scores = (4 * rng.standard_normal(S)).astype(dtype)
-            seen = scores[:visible].astype(np.float64)
-            lse = softmax_row(scores, visible, dtype(0.5))
+            seen = scores[low:high].astype(np.float64)
+            lse = softmax_row(scores, low, high, dtype(0.5))
             limit = 20 * np.finfo(dtype).eps
             assert relative(lse, np.log(np.exp(seen).sum())) < limit
-            assert relative(scores[:visible], 0.5 * np.exp(seen) / np.exp(seen).sum()) < limit
-            assert (scores[visible:] == 0).all()
+            assert relative(scores[low:high], 0.5 * np.exp(seen) / np.exp(seen).sum()) < limit
+            assert (scores[:low] == 0).all() and (scores[high:] == 0).all()
 
 
 @both_dtypes
@@ -550,11 +577,11 @@ def test_a_row_of_softmax_bears_huge_and_equal_scores(dtype):
     large = float(np.finfo(dtype).max) / 4
     for value in (0.0, large, -large, 1e-30):
         scores = np.full(21, value, dtype)
-        lse = softmax_row(scores, 20, dtype(1))
+        lse = softmax_row(scores, 0, 20, dtype(1))
         assert scores[:20] == pytest.approx(0.05, rel=1e-6) and scores[20] == 0
         assert lse == pytest.approx(value + math.log(20))
     scores = np.array([-large, large, 0, large, -math.inf], dtype)
-    assert math.isfinite(softmax_row(scores, 5, dtype(1)))
+    assert math.isfinite(softmax_row(scores, 0, 5, dtype(1)))
     assert scores == pytest.approx([0, 0.5, 0, 0.5, 0], abs=1e-30)
 
 
@@ -565,7 +592,7 @@ def test_a_row_of_softmax_shows_a_nan(nan, dtype):
         for at in {0, S // 2, S - 1}:
             scores = np.linspace(-2, 2, S).astype(dtype)
             scores[at] = nan
-            assert math.isnan(softmax_row(scores, S, dtype(1)))
+            assert math.isnan(softmax_row(scores, 0, S, dtype(1)))
             assert np.isnan(scores).all()
     scores = np.array([1, math.inf, 0], dtype)
-    assert math.isnan(softmax_row(scores, 3, dtype(1)))
+    assert math.isnan(softmax_row(scores, 0, 3, dtype(1)))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_train import RECIPE, TINY, invoke, own_helps, refusal, shown, trained, workshop, write_stories
+from test_train import TINY, invoke, own_helps, refusal, shown, trained, workshop, write_stories
 
 import bpe
 import sample
@@ -196,7 +196,7 @@ def test_without_a_checkpoint_one_line_says_what_to_type(place):
 TRAINING = f"""
 import sys, tinygpt, train
 tinygpt.SIZES["tiny"] = tinygpt.{TINY!r}
-train.RECIPES["tiny"] = {RECIPE!r}
+train.DEFAULTS["batch_size"] = 4
 sys.exit(train.main(sys.argv[1:]))
 """
 

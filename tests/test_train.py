@@ -1,13 +1,16 @@
 """train.py: data, AdamW, updates, whole runs of a tiny model, and every misuse that should end in one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from itertools import islice
@@ -23,9 +26,9 @@ import tinygpt
 import train
 
 TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
-RECIPE = (1e-2, 4)  # learning rate, sequences per update
+RECIPE = (1.2e-2, 4)  # learning rate, as train.recipe_of gives it, and sequences per update
 SETTINGS = dict(lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=8, batch_size=4, micro_batch_size=4, grad_clip=1.0)
-SETTINGS |= dict(weight_decay=0.1, beta1=0.9, beta2=0.95)
+SETTINGS |= dict(weight_decay=0.1, beta1=0.9, beta2=0.95, seed=0)
 
 
 # == tools =============================================================================================================
@@ -46,7 +49,7 @@ def workshop(folder):
         patch.chdir(folder)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setitem(tinygpt.SIZES, "tiny", TINY)
-        patch.setitem(train.RECIPES, "tiny", RECIPE)
+        patch.setitem(train.DEFAULTS, "batch_size", RECIPE[1])
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setattr(train, "measure_peak", lambda: 1e11)
         tinygpt.POOL.resize(1)
@@ -143,7 +146,8 @@ def tokenizer(text):
 
 
 def prepare(*words, seq_len=TINY.seq_len):
-    return train.prepare_data(train.make_parser().parse_args([str(word) for word in words]), seq_len, TINY.vocab_size)
+    args = train.make_parser().parse_args([str(word) for word in words])
+    return train.prepare_data(args, {"batch_size": 4}, TINY.changed(seq_len=seq_len), TINY.vocab_size)
 
 
 # == 1  text to token files ============================================================================================
@@ -391,7 +395,7 @@ def test_only_matrices_decay():
     pairs = [(old, state.p), *zip(old["layers"], state.p["layers"])]
     seen = set()
     for one, other in pairs:
-        for name in set(one) - {"layers"}:
+        for name in {name for name, x in one.items() if x is not None} - {"layers"}:
             factor = 1 - 0.5 * SETTINGS["weight_decay"] if name in matrices else 1
             np.testing.assert_allclose(other[name], factor * one[name], rtol=1e-12)
             seen.add(name)
@@ -417,6 +421,29 @@ def test_learning_rate_warms_up_then_falls_by_half_a_cosine():
     assert rates[9] == pytest.approx(0.25, rel=1e-12)  # half-way between 4 and 14
     assert rates[14] == pytest.approx(0.1, rel=1e-12)
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+
+
+def rates(schedule, steps=102, warmup=1, **more):
+    s = dict(lr=1.0, min_lr=0.1, warmup_steps=warmup, steps=steps, schedule=schedule) | more
+    return np.array([train.learning_rate(step, s) for step in range(steps)])
+
+
+def test_every_schedule_turns_its_corners():
+    for schedule in train.SCHEDULES:
+        drawn = rates(schedule, warmup=5)
+        assert drawn[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        assert drawn[5] == pytest.approx(1.0)
+        assert drawn[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+        assert (0.1 - 1e-12 <= drawn[5:]).all() and (drawn <= 1 + 1e-12).all()
+    assert rates("linear")[51] == pytest.approx(0.55)
+    assert rates("cosine")[51] == pytest.approx(0.55)
+    assert rates("cosine")[26] == pytest.approx(0.55 + 0.45 * math.cos(math.pi / 4))
+    assert (rates("constant") == 1).all()
+    wsd = rates("wsd", steps=100)
+    assert (wsd[:80] == 1).all() and wsd[89] == pytest.approx(0.55)
+    restarts = rates("restarts")
+    assert np.flatnonzero(np.diff(restarts[1:]) > 0.5).tolist() == [24, 49, 74]  # back to the top three times
+    assert restarts[26] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (2, 5), (3, 3), (4, 0)])
@@ -1055,3 +1082,77 @@ def own_helps(parser):
 
 def test_every_flag_has_a_help_of_its_own():
     assert "--micro-batch-size" in own_helps(train.make_parser())
+
+
+# == 7  sizes, fields, recipes =========================================================================================
+
+
+def test_set_reaches_every_field_of_the_model(place, text):
+    trained("--data", text, "--steps", 1, "--set", "layers=1", "norm=rmsnorm", "--set", "positions=rope", "qkv_bias=no")
+    cfg = tinygpt.load_checkpoint("runs/tiny/last.safetensors").cfg
+    assert (cfg.layers, cfg.norm, cfg.positions, cfg.qkv_bias) == (1, "rmsnorm", "rope", False)
+    assert read_log()[0]["command"].count("--set layers=1 norm=rmsnorm positions=rope qkv_bias=no") == 1
+    kinds = {int: "3", float: "0.25", bool: "true", str: "x"}
+    for field in dataclasses.fields(tinygpt.Config):
+        assert tinygpt.overrides([f"{field.name}={kinds[field.type]}"])[field.name] == field.type(kinds[field.type])
+
+
+def test_fields_that_follow_from_others_follow_a_change():
+    assert TINY.changed(width=48).hidden == 4 * 48 and TINY.changed(width=48).head_width == 16
+    assert TINY.changed(hidden=50).changed(width=48).hidden == 50
+    assert TINY.changed(seq_len=40).position_rows == 40
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--set", "colour=3"], "colour"),
+        (["--set", "layers=two"], "layers=int"),
+        (["--set", "tied=perhaps"], "tied=bool"),
+        (["--set", "norm=batch"], "layernorm, rmsnorm"),
+        (["--set", "kv_heads=2"], "try kv_heads=1"),
+        (["--recipe", "published"], "no recipe"),
+    ],
+)
+def test_a_field_or_recipe_that_cannot_be_is_refused(place, text, words, said):
+    assert said in refusal(train.main, "train.py", "--size", "tiny", "--steps", "1", "--data", str(text), *words)
+    assert not list(Path("runs").glob("*"))
+
+
+def test_published_recipes_are_complete():
+    for size, cfg in tinygpt.SIZES.items():
+        if tinygpt.source_of(size) in ("this project", "Radford et al. 2019", "Stanford CS336, assignment 1"):
+            continue
+        recipe = train.recipe_of(size, cfg, True)
+        assert set(recipe) >= {"lr", "steps", *train.DEFAULTS}
+        assert recipe["batch_size"] * cfg.seq_len <= recipe.get("tokens", 10**6)
+    assert train.recipe_of("30m", tinygpt.SIZES["30m"], True)["batch_size"] == 512  # 2^17 tokens
+    assert train.recipe_of("graphcore-64x1", tinygpt.SIZES["graphcore-64x1"], True)["schedule"] == "linear"
+    assert train.recipe_of("gpt-tinystories-28m", tinygpt.SIZES["gpt-tinystories-28m"], True)["lr"] == 1e-4
+
+
+def test_a_published_recipe_trains(place, text, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "tiny", dict(tokens=64, steps=3, lr=1e-3, schedule="linear", dropout=0.2))
+    trained("--data", text, "--recipe", "published")
+    settings = read_log()[0]["settings"]
+    assert (settings["steps"], settings["batch_size"], settings["schedule"]) == (3, 2, "linear")
+    assert tinygpt.load_checkpoint("runs/tiny/last.safetensors").cfg.mlp_dropout == 0.2
+
+
+def test_list_sizes_names_every_size_and_field():
+    status, out, _ = invoke(train.main, "--list-sizes")
+    assert status == 0
+    for size, cfg in tinygpt.SIZES.items():
+        assert re.search(rf"^{re.escape(size)} +{tinygpt.count_parameters(cfg)[0]:,} ", out, re.MULTILINE)
+    for field in dataclasses.fields(tinygpt.Config):
+        assert f"  {field.name}=" in out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs head")
+def test_a_reader_of_stdout_or_stderr_who_leaves_does_not_end_the_run(tmp_path, text):
+    words = f"{shlex.quote(sys.executable)} {shlex.quote(train.__file__)} --data {shlex.quote(str(text))} --steps 3"
+    words += " --vocab-size 300 --set layers=1 width=24 heads=3 --seq-len 32 --prompt Lily --eval-every 1"
+    for pipe, out in (("| head -n 1", "out"), ("2>&1 >/dev/null | head -n 1", "err")):
+        subprocess.run(f"{words} --out {tmp_path / out} {pipe}", shell=True, check=True, capture_output=True)
+        checkpoint = tinygpt.load_checkpoint(tmp_path / out / "last.safetensors")
+        assert checkpoint.metadata["step"] == "3"
