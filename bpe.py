@@ -1,25 +1,28 @@
 """Text <-> token ids: a byte-level byte-pair encoding, trained on your own stories.
 
     python bpe.py train stories.txt --vocab-size 4096 --out tokenizer.json
+    python bpe.py explain accomplishment
 
 Read sections 1 and 2 to know what is computed: documents, pre-tokens, and the trainer that rescans everything for
-each merge. Section 3 computes the same merges fast, 4 turns text into ids and back, 5 keeps ids in files, 6 is the
-command line. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
+each merge. Section 3 computes the same merges fast, 4 turns text into ids and back, 5 reads and writes tokenizers, 6
+keeps ids in files, 7 does to long texts in Numba what 1 and 4 do to short ones, 8 is the command line. Merges are
+ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
 """
 
 import argparse
+import base64
 import codecs
 import contextlib
+import functools
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
-import signal
+import struct
 import sys
 import time
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -44,20 +47,33 @@ def reserved(n):
 def documents(paths, progress=None):
     """Yield the stories of text files (split at END), .jsonl files (field "text") and folders of both.
 
-    Stories are stripped, empty ones dropped; a text without END is one document. Reads in pieces and calls
-    progress(bytes_done) after a story. ValueError: a file that is not UTF-8 text, has no story, or has a bad line.
+    Stories are stripped, empty ones dropped; a text without END is one document. Calls progress(bytes_done) after a
+    story. ValueError: a file that is not UTF-8 text, has no story, or has a bad line.
     """
+    held = []
+    for piece, ends in pieces(paths, progress):
+        held.append(piece)
+        if ends:
+            yield "".join(held)
+            held = []
+
+
+def pieces(paths, progress=None):
+    """The same stories as (piece, whether its story ends there): no story has to fit into memory. Where one goes on, a
+    pre-token begins."""
     done = 0
     for path in text_files(paths):
         with open(path, "rb") as file:
-            empty = True
+            empty = begins = True
             texts = _jsonl_texts if path.suffix.lower() == ".jsonl" else _txt_texts
-            for text in texts(file, path):
-                if story := text.strip():
+            for text, ends in texts(file, path):
+                text = text.strip() if begins else text.rstrip() if ends else text
+                if text or not begins:
                     empty = False
-                    yield story
+                    yield text, ends
                     if progress:
                         progress(done + file.tell())
+                begins = ends or (begins and not text)
             done += file.tell()
         if empty:
             raise ValueError(f"{path} is empty: expected at least one story")
@@ -86,19 +102,28 @@ def _utf8(decode, data, path, *final):
         raise ValueError(f"{path} is not text: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
 
 
+# Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
+CUT = r"(?<=[!-~])(?=[ \n])"
+CUT_BYTES = regex.compile(CUT.encode())
+LAST_CUT = regex.compile("(?r)" + CUT)  # (?r) searches from the end
+
+
 def _txt_texts(file, path, size=1 << 20):
-    """The texts between ENDs. `tail`, the last characters read so far, may hold the beginning of an END."""
+    """The texts between ENDs, as pieces. `tail`, the last characters read so far, may hold the beginning of an END."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark, keeps CRLF
-    pieces, tail = [], ""
+    held, tail = [], ""
     while data := file.read(size):
         *ended, last = (tail + _utf8(decoder.decode, data, path)).split(END)
         for text in ended:
-            yield "".join(pieces) + text
-            pieces = []
+            yield "".join(held) + text, True
+            held = []
+        if place := LAST_CUT.search(last):
+            yield "".join(held) + last[: place.start()], False
+            held, last = [], last[place.start() :]
         cut = max(0, len(last) - len(END) + 1)
-        pieces.append(last[:cut])
+        held.append(last[:cut])
         tail = last[cut:]
-    yield "".join(pieces) + tail + _utf8(decoder.decode, b"", path, True)
+    yield "".join(held) + tail + _utf8(decoder.decode, b"", path, True), True
 
 
 def _jsonl_texts(file, path):
@@ -113,21 +138,28 @@ def _jsonl_texts(file, path):
             raise ValueError(
                 f'{path}, line {number}: expected {{"text": "a story"}}, got {line.strip()[:60]!r}'
             ) from None
-        yield from text.split(END)
+        yield from ((story, True) for story in text.split(END))
 
 
 def _text(data):
     """str or bytes -> str, where a byte that is not UTF-8 becomes a lone surrogate, so that nothing is lost."""
+    if isinstance(data, str):
+        utf8_of(data)
+        return data
+    return codecs.decode(data, "utf-8", "surrogateescape")
+
+
+def utf8_of(data):
+    """str or bytes -> bytes."""
     if not isinstance(data, str):
-        return codecs.decode(data, "utf-8", "surrogateescape")
+        return data if isinstance(data, bytes) else bytes(memoryview(data))
     try:
-        data.encode()
+        return data.encode()
     except UnicodeEncodeError as error:
         i = error.start
         raise ValueError(
             f"text has a lone surrogate U+{ord(data[i]):04X} at position {i}; pass bytes or replace it"
         ) from None
-    return data
 
 
 def count_pretokens(texts):
@@ -175,61 +207,208 @@ def _joined(word, pair, new):
 
 
 # == 3  the trainer that runs ======================================================================================
+#
+# The distinct words stand one behind the other. A cell is a token of a word, at the place of the token's first byte. A
+# pair keeps its count and a chain of the cells where it begins. A merge visits the cells of its pair, makes pairs of
+# the new token and lessens the counts of others: a pair is made by one merge, and afterwards its count only falls. So
+# a heap may hold counts that are out of date: a pair whose count has fallen goes back when its turn comes.
+
+TOKEN, BEFORE, AFTER, WORD = range(4)  # columns of cells, int32 (bytes, 4): its token, its neighbours, its word
+KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of links, their number
+CELL, NEXT = range(2)  # of links, int32 (links, 2)
+START, LENGTH = range(2)  # of tokens, int64 (tokens, 2): where the bytes of a token stand in `raw`
+PAIRS, CHAINED, HEAP, TOKENS = range(4)  # of used, int64 (4,): how many there are of each
+PARTS = []
+# Kernels allocate nothing: so Numba need not count who holds an array, which would take longer than the work itself.
+COMPILE = {"error_model": "numpy", "_nrt": False}  # and Numba's own error model checks every division
+
+
+def part(function):
+    """Of kernels: compiled into those that call it."""
+    PARTS.append(function)
+    return function
+
+
+@functools.cache
+def _compiler():
+    import numba  # only here: importing it takes longer than encoding a megabyte without it
+    from numba.extending import register_jitable
+
+    for function in PARTS:
+        register_jitable(**COMPILE)(function)
+    return numba.njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)
+
+
+def kernel(function):
+    """`function`, compiled when it is first called."""
+    compiled = functools.cache(lambda: _compiler()(function))
+    return functools.wraps(function)(lambda *args: compiled()(*args))
 
 
 def train(texts, num_merges, progress=None):
-    """The merges of train_spec, by keeping the count of every pair, the words it occurs in, and a heap of pairs.
-
-    Calls progress(merges_done). A merge costs time in the words that contain its pair, not in the text.
-    """
-    counted = count_pretokens(texts)
-    words, freq = [list(word) for word in counted], list(counted.values())
-    tokens = [bytes([b]) for b in range(256)]  # id, here, -> bytes
-    keys = [_descending(token) for token in tokens]
-    counts, where = defaultdict(int), defaultdict(set)
-    for w, word in enumerate(words):
-        for pair in pairwise(word):
-            counts[pair] += freq[w]
-            where[pair].add(w)  # stays when the word loses the pair: joining it there then changes nothing
-    heap = [(-n, keys[a], keys[b], (a, b)) for (a, b), n in counts.items()]
-    heapq.heapify(heap)
-    merges = []
-    while heap and len(merges) < num_merges:
-        n, _, _, pair = heapq.heappop(heap)
-        if counts.get(pair) != -n:
-            continue  # the count has changed since, and was pushed again when it did
-        # A byte string becomes a token in one merge only: what was joined inside it never depends on its neighbours.
-        new = len(tokens)
-        left, right = (tokens[i] for i in pair)
-        merges.append((left, right))
-        tokens.append(left + right)
-        keys.append(_descending(left + right))
-        changes = defaultdict(int)
-        for w in where.pop(pair):
-            before = words[w]
-            after = words[w] = _joined(before, pair, new)
-            if len(after) < len(before):
-                for p in pairwise(before):
-                    changes[p] -= freq[w]
-                for p in pairwise(after):
-                    changes[p] += freq[w]
-                    if new in p:
-                        where[p].add(w)
-        for (a, b), change in changes.items():
-            if change:
-                counts[a, b] += change
-                if counts[a, b]:
-                    heapq.heappush(heap, (-counts[a, b], keys[a], keys[b], (a, b)))
-                else:
-                    del counts[a, b]
+    """The merges of train_spec, of documents or `pieces`. Calls progress(merges_done). Memory, and the time that a
+    merge takes, grow with the distinct words, not with the text."""
+    raw, words = distinct_words(texts)  # 256 single bytes, then the words; (start, stop, how often) of each
+    size, limit = len(raw), 256 + min(num_merges, len(raw))
+    cells, links = np.empty((size, 4), np.int32), np.empty((3 * size, 2), np.int32)  # of links a join makes two at most
+    tokens, merges = np.ones((limit, 2), np.int64), np.empty((limit, 2), np.int32)
+    tokens[:256, START] = np.arange(256)
+    used = np.array([0, 0, 0, 256])
+    pairs, heap = np.empty((min(size, 1 << 16), 5), np.int64), np.empty((min(size, 1 << 16), 2), np.int64)
+    slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
+    first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap)
+    for goal in [*range(256, limit, 256), limit]:
+        while need := join_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, goal):
+            pairs, heap = (np.concatenate([old, np.empty((need, old.shape[1]), np.int64)]) for old in (pairs, heap))
+            slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
+            place_pairs(pairs, slots, used)
         if progress:
-            progress(len(merges))
-    return merges
+            progress(int(used[TOKENS]) - 256)
+    made, raw = int(used[TOKENS]), raw.tobytes()
+    vocab = [raw[start : start + length] for start, length in tokens[:made].tolist()]
+    return [(vocab[left], vocab[right]) for left, right in merges[256:made].tolist()]
 
 
-def _descending(token, inverted=bytes(range(255, -1, -1))):
-    """A key that sorts byte strings in falling order, for heapq pops the smallest: ab before a before Z."""
-    return token.translate(inverted).decode("latin-1") + "\u0100"  # the end of a string sorts after every byte
+@part
+def pair_at(pairs, slots, key):
+    """The slot of a pair, or the free one where it belongs: slots hold rows of pairs, -1 is free."""
+    at = home(U(key), len(slots))
+    while slots[at] >= 0 and pairs[slots[at], KEY] != key:
+        at = (at + 1) & (len(slots) - 1)
+    return at
+
+
+@part
+def count_pair(pairs, slots, links, used, left, right, times, cell):
+    """A pair occurs `times` more often, at this cell too."""
+    key = np.int64(left) << 32 | right
+    at = pair_at(pairs, slots, key)
+    link = used[CHAINED]
+    used[CHAINED] += 1
+    links[link, CELL] = cell
+    links[link, NEXT] = -1
+    if slots[at] < 0:
+        slots[at] = used[PAIRS]
+        used[PAIRS] += 1
+        pair = pairs[slots[at]]
+        pair[KEY], pair[COUNT], pair[FIRST], pair[LINKS] = key, 0, link, 0
+    else:
+        pair = pairs[slots[at]]
+        links[pair[LAST], NEXT] = link
+    pair[LAST] = link
+    pair[COUNT] += times
+    pair[LINKS] += 1
+
+
+@kernel
+def place_pairs(pairs, slots, used):
+    """Fill the slots, which are all free, with the pairs that there are."""
+    for k in range(used[PAIRS]):
+        slots[pair_at(pairs, slots, pairs[k, KEY])] = k
+
+
+@part
+def compare(raw, tokens, a, b):
+    """Above 0 where the bytes of token a are greater than those of b, below 0 where they are less."""
+    for k in range(min(tokens[a, LENGTH], tokens[b, LENGTH])):
+        difference = np.int64(raw[tokens[a, START] + k]) - np.int64(raw[tokens[b, START] + k])
+        if difference:
+            return difference
+    return tokens[a, LENGTH] - tokens[b, LENGTH]
+
+
+@part
+def comes_first(heap, i, j, raw, tokens, pairs):
+    """Whether entry i of the heap is merged before entry j: the more frequent, of equals the greater pair."""
+    if heap[i, 0] != heap[j, 0]:
+        return heap[i, 0] > heap[j, 0]
+    one, other = pairs[heap[i, 1], KEY], pairs[heap[j, 1], KEY]
+    order = compare(raw, tokens, one >> 32, other >> 32)
+    return order > 0 or (order == 0 and compare(raw, tokens, one & 0xFFFFFFFF, other & 0xFFFFFFFF) > 0)
+
+
+@part
+def swap(heap, i, j):
+    heap[i, 0], heap[i, 1], heap[j, 0], heap[j, 1] = heap[j, 0], heap[j, 1], heap[i, 0], heap[i, 1]
+
+
+@part
+def push_pair(heap, used, pair, raw, tokens, pairs):
+    i = used[HEAP]
+    used[HEAP] += 1
+    heap[i, 0], heap[i, 1] = pairs[pair, COUNT], pair
+    while i and comes_first(heap, i, (i - 1) // 2, raw, tokens, pairs):
+        swap(heap, i, (i - 1) // 2)
+        i = (i - 1) // 2
+
+
+@part
+def settle_first(heap, used, raw, tokens, pairs):
+    """The first entry sinks to where it belongs."""
+    i = 0
+    while 2 * i + 1 < used[HEAP]:
+        child = 2 * i + 1
+        if child + 1 < used[HEAP] and comes_first(heap, child + 1, child, raw, tokens, pairs):
+            child += 1
+        if not comes_first(heap, child, i, raw, tokens, pairs):
+            break
+        swap(heap, i, child)
+        i = child
+
+
+@kernel
+def first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap):
+    """The cells of the words as they are before any merge, and their pairs."""
+    for w in range(len(words)):
+        start, stop = words[w, 0], words[w, 1]
+        for i in range(start, stop):
+            cells[i, TOKEN], cells[i, WORD] = raw[i], w
+            cells[i, BEFORE], cells[i, AFTER] = i - 1 if i > start else -1, i + 1 if i + 1 < stop else -1
+            if i + 1 < stop:
+                count_pair(pairs, slots, links, used, raw[i], raw[i + 1], words[w, 2], i)
+    for k in range(used[PAIRS]):
+        push_pair(heap, used, k, raw, tokens, pairs)
+
+
+@kernel
+def join_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, limit):
+    """Merge until there are `limit` tokens or no pair is left; 0, or how much room there must be for pairs to go on."""
+    while used[TOKENS] < limit and used[HEAP]:
+        pair = heap[0, 1]
+        if heap[0, 0] != pairs[pair, COUNT]:
+            heap[0, 0] = pairs[pair, COUNT]
+            settle_first(heap, used, raw, tokens, pairs)
+            continue
+        if not pairs[pair, COUNT]:
+            break  # so are all that are left
+        if used[PAIRS] + 2 * pairs[pair, LINKS] > len(pairs):
+            return used[PAIRS] + 2 * pairs[pair, LINKS]
+        left, right = pairs[pair, KEY] >> 32, pairs[pair, KEY] & 0xFFFFFFFF
+        new, first = used[TOKENS], used[PAIRS]
+        used[TOKENS] += 1
+        merges[new, 0], merges[new, 1] = left, right
+        tokens[new, LENGTH] = tokens[left, LENGTH] + tokens[right, LENGTH]
+        link = pairs[pair, FIRST]
+        while link >= 0:  # in the order of cells, for in aaa the left pair is joined
+            i, link = links[link, CELL], links[link, NEXT]
+            j = cells[i, AFTER]
+            if cells[i, TOKEN] != left or j < 0 or cells[j, TOKEN] != right:
+                continue  # joined to another neighbour by an earlier merge
+            tokens[new, START] = i
+            times, h, k = words[cells[i, WORD], 2], cells[i, BEFORE], cells[j, AFTER]
+            cells[i, TOKEN], cells[j, TOKEN], cells[i, AFTER] = new, -1, k
+            if h >= 0:
+                pairs[slots[pair_at(pairs, slots, np.int64(cells[h, TOKEN]) << 32 | left)], COUNT] -= times
+                count_pair(pairs, slots, links, used, cells[h, TOKEN], new, times, h)
+            if k >= 0:
+                cells[k, BEFORE] = i
+                pairs[slots[pair_at(pairs, slots, right << 32 | cells[k, TOKEN])], COUNT] -= times
+                count_pair(pairs, slots, links, used, new, cells[k, TOKEN], times, i)
+        pairs[pair, COUNT] = 0
+        for k in range(first, used[PAIRS]):
+            if pairs[k, COUNT]:
+                push_pair(heap, used, k, raw, tokens, pairs)
+    return 0
 
 
 # == 4  the tokenizer ==============================================================================================
@@ -245,52 +424,49 @@ def _byte_alphabet():
 CHARACTER = _byte_alphabet()
 BYTE = {character: b for b, character in enumerate(CHARACTER)}
 
-# What `tokenizers` applies that we do not have; any other value would give other ids than ours.
-NEUTRAL = {
-    "model.type": ["BPE", None],
-    "pre_tokenizer.type": ["ByteLevel"],
-    "pre_tokenizer.add_prefix_space": [False],
-    "pre_tokenizer.use_regex": [True, None],
-    "post_processor.type": ["ByteLevel", None],
-    "normalizer": [None],
-    "truncation": [None],
-    "padding": [None],
-    "model.dropout": [None, 0.0],
-    "model.continuing_subword_prefix": ["", None],
-    "model.end_of_word_suffix": ["", None],
-    "model.byte_fallback": [False, None],
-    "model.ignore_merges": [False, None],
-}
-
 
 class Tokenizer:
     """vocab[id] -> bytes; merges [(left, right)] of byte strings, earlier ones first; specials {name: id}.
 
-    The vocabulary holds every byte, every merge's parts and result, END, and no string twice.
+    The vocabulary holds every byte, every merge's parts and result, END, and no string twice. With byte_ids, the id of
+    each byte, it is one of SentencePiece as llama2.c has it: a text is given a space to begin with, merges join
+    characters and go across words, and a character without an id is its bytes; <s> stands between stories.
     """
 
-    def __init__(self, vocab, merges, specials):
+    def __init__(self, vocab, merges, specials, byte_ids=None):
         self.vocab, self.merges, self.specials = list(vocab), list(merges), dict(specials)
-        if END not in self.specials:
-            raise ValueError(f"the vocabulary has no special token {END}, which ends a story")
+        self.spaced = byte_ids is not None
+        end = BOS if self.spaced else END
+        if end not in self.specials:
+            raise ValueError(f"the vocabulary has no special token {end}, which ends a story")
         if "" in self.specials:
             raise ValueError("a special token is empty")
-        special_ids = set(self.specials.values())
-        ids = {token: i for i, token in enumerate(self.vocab) if i not in special_ids}
-        if len(set(self._strings())) < len(self.vocab) or len(ids) + len(special_ids) < len(self.vocab):
+        self._byte_ids = list(byte_ids or ())
+        apart = {*self.specials.values(), *self._byte_ids}
+        ids = {token: i for i, token in enumerate(self.vocab) if i not in apart}
+        if len(set(self.strings())) < len(self.vocab) or len(ids) + len(apart) < len(self.vocab):
             raise ValueError("the vocabulary holds a token twice")
-        missing = [b for b in range(256) if bytes([b]) not in ids]
-        if missing:
-            raise ValueError(f"the vocabulary has no token for byte 0x{missing[0]:02x}; expected all 256")
+        if not self.spaced:
+            missing = [b for b in range(256) if bytes([b]) not in ids]
+            if missing:
+                raise ValueError(f"the vocabulary has no token for byte 0x{missing[0]:02x}; expected all 256")
+            self._byte_ids = [ids[bytes([b])] for b in range(256)]
         for left, right in self.merges:
             for token in (left, right, left + right):
                 if token not in ids:
                     raise ValueError(f"the merge of {left!r} and {right!r} needs {token!r}, which has no id")
-        self.end = self.specials[END]
-        self._byte_ids = [ids[bytes([b])] for b in range(256)]
+        self.end = self.specials[end]
+        self._ids, self._split = ids, SPLIT
         self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
-        self._cache = _Cache(self._merge)
-        self._hash = None
+        if self.spaced:
+            # A token has one rank however it is made, or the leftmost of two joins would not be the first. Merges do
+            # not cross the beginning of a word unless a token does.
+            first = {new: rank for rank, new in reversed(self._ranks.values())}
+            self._ranks = {pair: (first[new], new) for pair, (_, new) in self._ranks.items()}
+            crossing = any(regex.search(rb"[^ ] ", token) for token in ids)
+            self._split = regex.compile(r"(?s).+" if crossing else r" *[^ ]+| +")
+        self._cache = _Cache(self.word_ids)
+        self._encoder, self._seen, self._hash = None, 0, None
 
     @classmethod
     def from_merges(cls, merges, reserve=8):
@@ -305,6 +481,11 @@ class Tokenizer:
         return len(self.vocab)
 
     @property
+    def dtype(self):
+        """Of ids in arrays and files."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    @property
     def hash(self):
         """sha256 of to_json(), in hex: what is equal in it gives equal ids."""
         if self._hash is None:
@@ -313,50 +494,110 @@ class Tokenizer:
 
     # -- text to ids
 
-    def encode(self, text, allowed_special=()):
+    def encode(self, text, allowed_special=(), disallowed_special=()):
         """str or any bytes -> list of ids. Names in allowed_special (a set, or "all") become their ids, longest first;
-        whatever else looks like a special token is plain text."""
-        return self._encode(_text(text), self._allowed(allowed_special))
+        one of disallowed_special ("all": those not allowed) is a ValueError; other names of specials are plain text."""
+        if self.takes_kernels(len(text)):
+            return self._encode_long(text, allowed_special, disallowed_special).tolist()
+        return self._encode(_text(text), *self._names(allowed_special, disallowed_special))
 
-    def encode_iterable(self, chunks, allowed_special=()):
+    def encode_array(self, text, allowed_special=(), disallowed_special=(), threads=None):
+        """The same as an array, of a long text on all cores or so many threads."""
+        if self.takes_kernels(len(text)):
+            return self._encode_long(text, allowed_special, disallowed_special, threads)
+        return np.array(self._encode(_text(text), *self._names(allowed_special, disallowed_special)), self.dtype)
+
+    def _encode_long(self, text, allowed_special, disallowed_special, threads=None):
+        segments = self._segments(utf8_of(text), *self._names(allowed_special, disallowed_special))
+        threads = threads or count_cores() if len(text) > 4 * BATCH else 1
+        return np.concatenate(list(in_order(self.kernels(), batches(segments), threads)))
+
+    def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         """Yield the ids of encode("".join(chunks)), holding back what a later chunk can still change."""
-        names = self._allowed(allowed_special)
+        names, refused = self._names(allowed_special, disallowed_special)
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        held, new, size = "", [], 0
+        held, new, size, place = "", [], 0, 0
         for chunk in chunks:
-            new.append(decoder.decode(_text(chunk).encode() if isinstance(chunk, str) else chunk))
+            new.append(decoder.decode(utf8_of(chunk) if isinstance(chunk, str) else chunk))
             size += len(new[-1])
-            if size > len(held):  # else a long word in small chunks would be read again for each of them
-                ids, held = self._settled("".join([held, *new]), names)
-                new, size = [], 0
+            if size > len(held) and not self.spaced:
+                # once it has doubled, or a long word in small chunks would be read again for each of them
+                text = "".join([held, *new])
+                ids, held = self._settled(text, names, refused, place)
+                new, size, place = [], 0, place + len(text) - len(held)
                 yield from ids
-        yield from self._encode("".join([held, *new, decoder.decode(b"", True)]), names)
+        yield from self._encode("".join([held, *new, decoder.decode(b"", True)]), names, refused, place)
 
-    def _allowed(self, names):
-        """The names to look for in text, longest first."""
-        if names == "all":
-            names = self.specials
-        elif isinstance(names, str):
-            raise ValueError(f'allowed_special={names!r}: expected "all" or a set of names')
-        names = sorted(names, key=len, reverse=True)
-        for name in names:
-            if name not in self.specials:
-                raise ValueError(f"allowed_special has {name!r}; this tokenizer has {', '.join(self.specials)}")
-        return names
+    def takes_kernels(self, size):
+        """Whether section 7 encodes a text of this size sooner: what was encoded until now counts as long as it is not
+        loaded, which takes as long as Python takes for LONG bytes, when it has been compiled before."""
+        if self.spaced or size < LONG_WHEN_LOADED:
+            return False
+        self._seen += size
+        return self._encoder is not None or self._seen >= LONG
 
-    def _encode(self, text, names):
+    def kernels(self):
+        """A function from a Batch to its ids: section 7."""
+        if self._encoder is None:
+            self._encoder = Encoder(self._byte_ids, self._ranks, self.dtype)
+        return self._encoder.encode
+
+    def encode_batch(self, batch):
+        """The same in Python."""
+        ids = (self._encode(_text(text)) + [end] * (end >= 0) for text, end in batch.segments)
+        return np.array(list(chain.from_iterable(ids)), self.dtype)
+
+    def _names(self, allowed, refused):
+        """(the names to look for in text, longest first; those of them that are an error)."""
+        found = []
+        for what, names in (("allowed_special", allowed), ("disallowed_special", refused)):
+            if names == "all":
+                names = self.specials
+            elif isinstance(names, str):
+                raise ValueError(f'{what}={names!r}: expected "all" or a set of names')
+            for name in names:
+                if name not in self.specials:
+                    raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
+            found.append(set(names))
+        allowed, refused = found
+        return sorted(allowed | refused, key=lambda name: (-len(name), name)), refused - allowed
+
+    def _special(self, name, refused, place):
+        if name in refused:
+            raise ValueError(
+                f"text has the special token {name} at position {place}; name it in allowed_special to have its id, "
+                "leave it out of disallowed_special to have it as text"
+            )
+        return self.specials[name]
+
+    def _encode(self, text, names=(), refused=(), place=0):
         ids, start = [], 0
-        if names:
-            for match in _finder(names).finditer(text):
-                ids += self._plain(SPLIT.findall(text[start : match.start()]))
-                ids.append(self.specials[match.group()])
-                start = match.end()
-        return ids + self._plain(SPLIT.findall(text[start:] if start else text))
+        for match in _finder(names).finditer(text) if names else ():
+            ids += self._plain(text[start : match.start()])
+            ids.append(self._special(match.group(), refused, place + match.start()))
+            start = match.end()
+        return ids + self._plain(text[start:] if start else text)
 
-    def _plain(self, words):
+    def _segments(self, data, names, refused):
+        """Bytes -> (plain text, the id that follows it or -1)."""
+        start = 0
+        for match in _finder([name.encode() for name in names]).finditer(data) if names else ():
+            place = len(_text(data[: match.start()])) if refused else None
+            yield data[start : match.start()], self._special(match.group().decode(), refused, place)
+            start = match.end()
+        yield data[start:] if start else data, -1
+
+    def pretokens(self, text):
+        """Plain text in the parts that are encoded one by one."""
+        return self._split.findall(" " + text if self.spaced and text else text)
+
+    def _plain(self, text):
+        return self._words(self.pretokens(text))
+
+    def _words(self, words):
         return list(chain.from_iterable(map(self._cache.__getitem__, words)))
 
-    def _settled(self, text, names):
+    def _settled(self, text, names, refused, place):
         """The beginning of a text of unknown continuation -> (ids that nothing can change, the rest of the text)."""
         ids, start, longest = [], 0, len(names[0]) if names else 0
         while True:
@@ -369,134 +610,422 @@ class Tokenizer:
             match = _finder(names).search(text, start) if names else None
             if not match or match.start() >= stop:
                 break
-            ids += self._encode(text[start : match.end()], names)
+            ids += self._encode(text[start : match.end()], names, refused, place + start)
             start = match.end()
         # The end of a pre-token is certain once two more characters are known: one shows that a run is over and how
         # much white space it leaves, and after an apostrophe two decide between 'll and a mere apostrophe.
         words, known = SPLIT.findall(text[start:stop]), 0
         while words and known < 2:
             known += len(words.pop())
-        return ids + self._plain(words), text[start + sum(map(len, words)) :]
+        return ids + self._words(words), text[start + sum(map(len, words)) :]
 
-    def _merge(self, word):
-        """One pre-token -> its ids: join the pair of the earliest merge, of equals the leftmost, until none is left."""
-        ids = [self._byte_ids[b] for b in word.encode("utf-8", "surrogateescape")]
-        n = len(ids)
-        after, before = list(range(1, n + 1)), list(range(-1, n - 1))  # a linked list, for words can be long
-        ranks = self._ranks
-        heap = [(ranks[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = after[i]
-            found, new = ranks.get((ids[i], ids[j]), (None, None)) if j < n else (None, None)
-            if found != rank:
-                continue  # one of the two was joined to another neighbour since
-            ids[i], ids[j] = new, None
-            after[i] = after[j]
-            if after[j] < n:
-                before[after[j]] = i
-            for k in (before[i], i):
-                pair = (ids[k], ids[after[k]]) if k >= 0 and after[k] < n else None
-                if pair in ranks:
-                    heapq.heappush(heap, (ranks[pair][0], k))
-        return tuple(i for i in ids if i is not None)
+    def word_ids(self, word):
+        """One pre-token -> its ids."""
+        return joined_ids(self._first_ids(word), self._ranks)
+
+    def _first_ids(self, word):
+        """A pre-token before any merge: its bytes, or characters."""
+        ids = []
+        for character in word if self.spaced else [word]:
+            token = character.encode("utf-8", "surrogateescape")
+            known = self.spaced and self._ids.get(token)
+            ids += [known] if known else [self._byte_ids[b] for b in token]
+        return ids
+
+    def steps(self, word):
+        """A pre-token on the way to its ids: (None, its byte strings), then (a merge's number, the same after it)."""
+        ids, best = self._first_ids(word), (None, None)
+        while True:
+            yield best[0], [self.vocab[i] for i in ids]
+            found = [(self._ranks[pair], k) for k, pair in enumerate(pairwise(ids)) if pair in self._ranks]
+            if not found:
+                return
+            best, k = min(found)
+            ids[k : k + 2] = [best[1]]
 
     # -- ids to text
 
-    def decode_bytes(self, ids):
-        """Ids -> the bytes that they stand for, exactly."""
+    def decode_bytes(self, ids, previous=None):
+        """Ids -> the bytes that they stand for, exactly. `previous` is the id before them, None at the beginning."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(self.vocab):
             bad = next(i for i in ids if not 0 <= i < len(self.vocab))
             raise ValueError(f"token id {bad} is not in this vocabulary; expected 0 to {len(self.vocab) - 1}")
-        return b"".join([self.vocab[i] for i in ids])
+        tokens = [self.vocab[i] for i in ids]
+        if self.spaced:
+            first = {None, *self.specials.values()}  # after these the space is not the text's own
+            tokens = [t.removeprefix(b" ") if p in first else t for p, t in zip([previous, *ids], tokens)]
+        return b"".join(tokens)
 
-    def decode(self, ids):
+    def decode(self, ids, previous=None):
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self.decode_bytes(ids, previous).decode("utf-8", "replace")
 
-    # -- tokenizer.json, the format of Hugging Face tokenizers
+    # -- files: section 5
 
-    def _strings(self):
-        """id -> its key in tokenizer.json: a special's name, or one character for each byte."""
+    def strings(self):
+        """id -> its key in vocab.json: a special's name; else a character for each byte, or as SentencePiece has it."""
         names = {i: name for name, i in self.specials.items()}
-        return [names[i] if i in names else _characters(token) for i, token in enumerate(self.vocab)]
+        if self.spaced:
+            names |= {i: f"<0x{b:02X}>" for b, i in enumerate(self._byte_ids)}
+        string = _marked if self.spaced else _characters
+        return [names[i] if i in names else string(token) for i, token in enumerate(self.vocab)]
 
     def to_json(self):
         """The text of a tokenizer.json with which `tokenizers` gives the ids of encode(text, allowed_special="all")."""
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        by_id = sorted(self.specials.items(), key=lambda item: item[1])
-        data = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {string: i for i, string in enumerate(self._strings())},
-                "merges": [[_characters(left), _characters(right)] for left, right in self.merges],
-            },
-        }
-        return json.dumps(data, ensure_ascii=False, indent=0) + "\n"
+        return to_json(self)
 
-    @classmethod
-    def from_json(cls, text):
+    @staticmethod
+    def from_json(text):
         """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what this file does not do."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
-            raise ValueError("not a tokenizer: expected the JSON of a tokenizer.json") from None
-        if not _setting(data, "model.vocab"):
-            raise ValueError("not a tokenizer: the JSON has no model with a vocabulary")
-        for name, neutral in NEUTRAL.items():
-            if (value := _setting(data, name)) not in neutral:
-                raise ValueError(f"{name} is {value!r}; expected {json.dumps(neutral[0])}: only byte-level BPE is read")
-        try:
-            strings, added = data["model"]["vocab"], data.get("added_tokens") or []
-            specials = {token["content"]: token["id"] for token in added}
-            for flag in ("single_word", "lstrip", "rstrip"):
-                if any(token.get(flag) for token in added):
-                    raise ValueError(f"a special token has {flag} set; expected false: only plain matches are read")
-            if any(strings.get(name, i) != i for name, i in specials.items()):
-                raise ValueError("a special token has two ids")
-            if len(set({**strings, **specials}.values())) < len({**strings, **specials}):
-                raise ValueError("two tokens have the same id")
-            strings = {i: string for string, i in {**strings, **specials}.items()}
-            gap = next((i for i in range(len(strings)) if i not in strings), None)
-            if gap is not None:
-                raise ValueError(f"the vocabulary has no token of id {gap}; expected 0 to {len(strings) - 1}")
-            vocab = [s.encode() if s in specials else _bytes(s) for s in map(strings.get, range(len(strings)))]
-            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
-            if any(len(pair) != 2 for pair in pairs):
-                raise ValueError("a damaged tokenizer.json: a merge is not a pair")
-            return cls(vocab, [(_bytes(left), _bytes(right)) for left, right in pairs], specials)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error}") from None
+        return from_json(text)
 
     def save(self, path):
-        with _aside(path) as file:
-            file.write(self.to_json().encode())
+        """As a rank file where the name ends in .tiktoken, as vocab.json with merges.txt beside it where it ends in
+        vocab.json, else as tokenizer.json. ValueError where the file would not give this tokenizer again."""
+        save(self, path)
 
-    @classmethod
-    def load(cls, path):
-        data = Path(path).read_bytes()
+    @staticmethod
+    def load(path):
+        """The tokenizer in a file of any format of section 5, whose content says which."""
+        return load(path)
+
+
+def joined_ids(ids, ranks):
+    """Join the pair of the lowest rank, of equals the leftmost, until none is left; ranks {(id, id): (rank, id)}."""
+    ids, n = list(ids), len(ids)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))  # a linked list, for words can be long
+    heap = [(ranks[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
+    heapq.heapify(heap)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = after[i]
+        found, new = ranks.get((ids[i], ids[j]), (None, None)) if j < n else (None, None)
+        if found != rank:
+            continue  # one of the two was joined to another neighbour since
+        ids[i], ids[j] = new, None
+        after[i] = after[j]
+        if after[j] < n:
+            before[after[j]] = i
+        for k in (before[i], i):
+            pair = (ids[k], ids[after[k]]) if k >= 0 and after[k] < n else None
+            if pair in ranks:
+                heapq.heappush(heap, (ranks[pair][0], k))
+    return tuple(i for i in ids if i is not None)
+
+
+LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # characters or bytes of text: 0.3 s in Python; 0.5 ms
+
+
+def _finder(names):
+    """A pattern that finds names, all str or all bytes; the regex package remembers it."""
+    return regex.compile((b"|" if isinstance(names[0], bytes) else "|").join(map(regex.escape, names)))
+
+
+class _Cache(dict):
+    """pre-token -> its ids, as a tuple; worked out when first asked for, emptied when full."""
+
+    def __init__(self, merge, entries=1 << 17, longest=64):
+        self.merge, self.entries, self.longest = merge, entries, longest
+
+    def __missing__(self, word):
+        ids = self.merge(word)
+        if len(word) <= self.longest:
+            if len(self) >= self.entries:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class Decoder:
+    """Ids to text one at a time: what push and finish return, joined, is decode of all ids (previous: see there)."""
+
+    def __init__(self, tokenizer, previous=None):
+        self._tokenizer, self._previous = tokenizer, previous
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id):
+        """The text that this id completes; never half a character."""
+        data, self._previous = self._tokenizer.decode_bytes([token_id], self._previous), token_id
+        return self._decoder.decode(data)
+
+    def finish(self):
+        """The rest: U+FFFD where the ids ended inside a character. The decoder is then at a beginning."""
+        self._previous = None
+        return self._decoder.decode(b"", True)
+
+
+# == 5  tokenizers in files ========================================================================================
+#
+# tokenizer.json of Hugging Face `tokenizers`, the only one that holds everything; GPT-2's vocab.json with merges.txt;
+# tiktoken's ranks, a line "base64 id" for each token; llama2.c's tokenizer.bin, which is only read.
+
+BOS, UNKNOWN, EOS = "<s>", "<unk>", "</s>"  # of SentencePiece, as Llama has it; llama2.c puts <s> between stories
+BLANK_MARK = "\u2581"  # stands for a space in SentencePiece's files, not in llama2.c's
+SPACED = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": BLANK_MARK},
+            {"type": "Replace", "pattern": {"String": " "}, "content": BLANK_MARK},
+        ],
+    },
+    "pre_tokenizer": None,
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": BLANK_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PLAIN = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
+
+# What `tokenizers` applies that we do not have; any other value would give other ids than ours.
+NEUTRAL = {
+    "model.type": ["BPE", None],
+    "post_processor.type": ["ByteLevel", None],
+    "truncation": [None],
+    "padding": [None],
+    "model.dropout": [None, 0.0],
+    "model.continuing_subword_prefix": ["", None],
+    "model.end_of_word_suffix": ["", None],
+    "model.ignore_merges": [False, None],
+}
+NEUTRAL_PLAIN = NEUTRAL | {
+    "pre_tokenizer.type": ["ByteLevel"],
+    "pre_tokenizer.add_prefix_space": [False],
+    "pre_tokenizer.use_regex": [True, None],
+    "normalizer": [None],
+}
+NEUTRAL_SPACED = NEUTRAL | {name: [value] for name, value in SPACED.items() if name != "decoder"}
+
+
+def to_json(tokenizer):
+    """The text of a tokenizer.json with which `tokenizers` gives the ids of encode(text, allowed_special="all")."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    by_id = sorted(tokenizer.specials.items(), key=lambda item: item[1])
+    spaced = tokenizer.spaced
+    string = _marked if spaced else _characters
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id],
+        **(SPACED if spaced else PLAIN),
+        "post_processor": None,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNKNOWN if spaced else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": spaced,
+            "byte_fallback": spaced,
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in enumerate(tokenizer.strings())},
+            "merges": [[string(left), string(right)] for left, right in tokenizer.merges],
+        },
+    }
+    # the order of the keys is part of a tokenizer's hash
+    order = ["version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"]
+    return json.dumps({key: data[key] for key in [*order, "decoder", "model"]}, ensure_ascii=False, indent=0) + "\n"
+
+
+def from_json(text):
+    """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what this file does not do."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"not a tokenizer: expected {EXPECTED}") from None
+    if not _setting(data, "model.vocab"):
+        raise ValueError("not a tokenizer: the JSON has no model with a vocabulary")
+    spaced = _setting(data, "model.byte_fallback") is True
+    for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
+        if (value := _setting(data, name)) not in neutral:
+            kind = "byte-level BPE, and that of llama2.c, are read"
+            raise ValueError(f"{name} is {value!r}; expected {json.dumps(neutral[0])}: only {kind}")
+    try:
+        strings, added = data["model"]["vocab"], data.get("added_tokens") or []
+        specials = {token["content"]: token["id"] for token in added}
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if any(token.get(flag) for token in added):
+                raise ValueError(f"a special token has {flag} set; expected false: only plain matches are read")
+        if any(strings.get(name, i) != i for name, i in specials.items()):
+            raise ValueError("a special token has two ids")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a damaged tokenizer.json: a merge is not a pair")
+        strings = _in_order({**strings, **specials})
+        if not spaced:
+            return _byte_level(strings, pairs, specials)
+        byte_ids = [strings.index(f"<0x{b:02X}>") for b in range(256)]
+        vocab = [name.replace(BLANK_MARK, " ").encode() for name in strings]
+        for b, i in enumerate(byte_ids):
+            vocab[i] = bytes([b])
+        merges = [tuple(name.replace(BLANK_MARK, " ").encode() for name in pair) for pair in pairs]
+        return Tokenizer(vocab, merges, specials, byte_ids)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error}") from None
+
+
+def _byte_level(strings, pairs, specials):
+    vocab = [s.encode() if s in specials else _bytes(s) for s in strings]
+    return Tokenizer(vocab, [(_bytes(left), _bytes(right)) for left, right in pairs], specials)
+
+
+def _in_order(ids):
+    """{string: id} -> the strings, in the order of their ids."""
+    strings = {i: string for string, i in ids.items()}
+    if len(strings) < len(ids):
+        raise ValueError("two tokens have the same id")
+    gap = next((i for i in range(len(strings)) if i not in strings), None)
+    if gap is not None:
+        raise ValueError(f"the vocabulary has no token of id {gap}; expected 0 to {len(strings) - 1}")
+    return [strings[i] for i in range(len(strings))]
+
+
+def to_vocab_and_merges(tokenizer):
+    """(the text of a vocab.json, that of a merges.txt)."""
+    vocab = {name: i for i, name in enumerate(tokenizer.strings())}
+    merges = "".join(f"{_characters(left)} {_characters(right)}\n" for left, right in tokenizer.merges)
+    return json.dumps(vocab, ensure_ascii=False), "#version: 0.2\n" + merges
+
+
+def from_vocab_and_merges(vocab, merges):
+    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it."""
+    vocab = json.loads(vocab)
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    pairs = [line.split(" ") for line in lines]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"merges.txt has a line {next(' '.join(p) for p in pairs if len(p) != 2)!r}; expected two tokens"
+        )
+    made = {*CHARACTER, *(left + right for left, right in pairs)}
+    return _byte_level(_in_order(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
+
+
+def to_ranks(tokenizer):
+    """The bytes of a rank file: every token but the specials, whose ids no such file holds."""
+    plain = [(i, token) for i, token in enumerate(tokenizer.vocab) if i not in tokenizer.specials.values()]
+    return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in plain)
+
+
+def from_ranks(data):
+    """A token's rank is its id and the place of its merge: of the two parts that lower ranks join its bytes to. END
+    gets the first id behind them, as it has in GPT-2's."""
+    try:
+        lines = [line.split() for line in data.splitlines() if line]
+        ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise ValueError("a damaged rank file: expected lines of a token in base64 and its rank") from None
+    vocab = _in_order(ids)
+    byte_ids = {token[0]: i for i, token in enumerate(vocab) if len(token) == 1}
+    ranks, merges = {}, []
+    for i, token in enumerate(vocab):
+        if len(token) > 1:
+            parts = joined_ids([byte_ids[b] for b in token], ranks) if byte_ids.keys() >= set(token) else ()
+            if len(parts) != 2:
+                raise ValueError(f"{token!r} is not made of two tokens of lower rank: no merge gives it")
+            ranks[parts] = (i, i)
+            merges.append((vocab[parts[0]], vocab[parts[1]]))
+    return Tokenizer([*vocab, END.encode()], merges, {END: len(vocab)})
+
+
+def from_llama2c(data):
+    """int32 longest token, then of each token float32 score, int32 bytes, bytes. 0 is unknown, 1 ends a story, 3 to 258
+    are bytes. Any two tokens may be joined to a third, the highest score first; of equals the leftmost."""
+    tokens, scores, at = [], [], 4
+    while at + 8 <= len(data):
+        score, size = struct.unpack_from("<fi", data, at)
+        tokens.append(data[at + 8 : at + 8 + max(size, 0)])
+        scores.append(score)
+        at += 8 + max(size, 0)
+    if at != len(data) or len(tokens) < 259 or tokens[3:259] != [b"<0x%02X>" % b for b in range(256)]:
+        raise ValueError("a damaged tokenizer.bin: expected scores and tokens, 3 to 258 of them <0x00> to <0xFF>")
+    ids = {token: i for i, token in enumerate(tokens) if i >= 259}
+    made = {
+        token: [(token[:k], token[k:]) for k in range(1, len(token)) if ids.keys() >= {token[:k], token[k:]}]
+        for token in ids
+    }
+    made = {token: pairs for token, pairs in made.items() if pairs}
+    if len({scores[ids[token]] for token in made}) < len(made):
+        raise ValueError("two tokens of tokenizer.bin have one score: which is joined first would depend on the text")
+    merges = list(chain.from_iterable(made[token] for token in sorted(made, key=lambda token: -scores[ids[token]])))
+    specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
+    vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
+    return Tokenizer(vocab, merges, specials, range(3, 259))
+
+
+EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"
+
+
+VOCAB = regex.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[0-9]')  # an object whose first value is a number
+RANKS = regex.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+
+
+def load(path):
+    """The tokenizer in a file, whose content says of which format it is."""
+    path = Path(path)
+    data = path.read_bytes()
+    try:
+        if VOCAB.match(data):
+            return from_vocab_and_merges(data, _beside(path, "vocab.json", "merges.txt").read_text("utf-8"))
+        if path.name.endswith("merges.txt"):
+            return from_vocab_and_merges(_beside(path, "merges.txt", "vocab.json").read_text("utf-8"), data.decode())
+        if RANKS.match(data):
+            return from_ranks(data)
+        if len(data) > 12 and 0 < struct.unpack_from("<i", data)[0] < 1 << 16 and data[12:17] == b"<unk>":
+            return from_llama2c(data)
+        return from_json(data.decode("utf-8", "replace"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save(tokenizer, path):
+    """As a rank file where the name ends in .tiktoken, as vocab.json and merges.txt beside it where it ends in
+    vocab.json, else as tokenizer.json. ValueError where a file would not give the same tokenizer again."""
+    path = Path(path)
+    files = {path: tokenizer.to_json()}
+    if path.name.endswith(".tiktoken"):
+        files = {path: to_ranks(tokenizer)}
+        _check_same(tokenizer, path, from_ranks, *files.values())
+    elif path.name.endswith("vocab.json"):
+        files = dict(zip((path, _beside(path, "vocab.json", "merges.txt")), to_vocab_and_merges(tokenizer)))
+        _check_same(tokenizer, path, from_vocab_and_merges, *files.values())
+    for name, data in files.items():
+        with _aside(name) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+
+def _beside(path, name, other):
+    """The path of merges.txt for that of vocab.json, of gpt2-merges.txt for gpt2-vocab.json."""
+    if not path.name.endswith(name):
+        raise ValueError(f"not a tokenizer: a vocabulary without merges; expected a {name} beside its {other}")
+    return path.with_name(path.name.removesuffix(name) + other)
+
+
+def _check_same(tokenizer, path, read, *data):
+    """ValueError that says what is lost where `data` does not give the same tokenizer again."""
+    lost = None
+    if tokenizer.spaced:
+        lost = "that characters without an id are bytes and a text begins with a space"
+    else:
         try:
-            return cls.from_json(data.decode("utf-8", "replace"))
+            again = read(*data)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            lost = f"it ({error})"
+        else:
+            names = [name for name, i in tokenizer.specials.items() if again.specials.get(name) != i]
+            if names:
+                lost = f"the special tokens {', '.join(names)}"
+            elif again.to_json() != tokenizer.to_json():
+                lost = "merges in an order that is not that of their ids"
+    if lost:
+        raise ValueError(f"{path} cannot hold {lost}; save a tokenizer.json")
 
 
 def _setting(data, dotted):
@@ -517,59 +1046,27 @@ def _bytes(string):
         raise ValueError(f"token {string!r} is not byte-level: it has {error.args[0]!r}") from None
 
 
-def _finder(names):
-    return regex.compile("|".join(map(regex.escape, names)))  # the regex package remembers it
+def _marked(token):
+    return token.decode("utf-8", "replace").replace(" ", BLANK_MARK)
 
 
-class _Cache(dict):
-    """pre-token -> its ids, as a tuple; worked out when first asked for, emptied when full."""
-
-    def __init__(self, merge, entries=1 << 17, longest=64):
-        self.merge, self.entries, self.longest = merge, entries, longest
-
-    def __missing__(self, word):
-        ids = self.merge(word)
-        if len(word) <= self.longest:
-            if len(self) >= self.entries:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
-class Decoder:
-    """Ids to text one at a time: what push and finish return, joined, is decode of all ids."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id):
-        """The text that this id completes; never half a character."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token_id]))
-
-    def finish(self):
-        """The rest: U+FFFD where the ids ended inside a character. The decoder is then as new."""
-        return self._decoder.decode(b"", True)
-
-
-# == 5  token files: NAME.bin and NAME.bin.json ====================================================================
+# == 6  token files: NAME.bin and NAME.bin.json ====================================================================
 
 FORMAT_VERSION = 1
 
 
-def write_tokens(documents, tokenizer, path, progress=None, processes=None):
-    """Write each document's ids and END's id as raw little-endian integers, and beside it what they are, as JSON.
-
-    Returns what it wrote there. Calls progress(bytes of text done). On all cores by default, in this process where
-    the text is small or processes is 1; the bytes written are the same.
+def write_tokens(documents, tokenizer, path, progress=None, threads=None):
+    """Write the ids of each document, or of `pieces` of them, and the end's, as raw little-endian integers, and beside
+    it what they are, as JSON. Returns that. Calls progress(bytes of text done). On all cores by default; the bytes
+    written are the same with any number of threads.
     """
-    path, dtype = os.fspath(path), _dtype(tokenizer)
-    info = {"format_version": FORMAT_VERSION, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
+    path = os.fspath(path)
+    info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
     with _aside(path) as file:
-        for ids, stories, size in _encoded(documents, tokenizer, processes):
-            file.write(ids)
-            info["tokens"] += len(ids) // dtype.itemsize
+        for ids, stories, size in _encoded(documents, tokenizer, threads):
+            file.write(ids.data)
+            info["tokens"] += len(ids)
             info["stories"] += stories
             info["bytes"] += size
             if progress:
@@ -616,62 +1113,23 @@ def read_tokens(path, tokenizer=None):
     return ids, info
 
 
-def _dtype(tokenizer):
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def _encoded(documents, tokenizer, threads=None):
+    """Yield (ids, stories, bytes of text) for one batch of documents after the other, in order."""
+    whole = tokenizer.spaced  # its text cannot be cut
+    segments = ((text, tokenizer.end if ends else -1) for text, ends in as_pieces(documents, whole))
+    todo = batches(segments, whole=whole)
+    first = list(islice(todo, LONG // BATCH))
+    kernels = tokenizer.takes_kernels(sum(batch.size for batch in first))
+    encode = tokenizer.kernels() if kernels else tokenizer.encode_batch
+
+    def work(batch):
+        return encode(batch), int((batch.ends >= 0).sum()), batch.size
+
+    yield from in_order(work, chain(first, todo), threads or count_cores())
 
 
-def _encoded(documents, tokenizer, processes=None):
-    """Yield (ids as raw bytes, stories, bytes of text) for one batch of documents after the other, in order."""
-    batches = _batches(documents)
-    first = list(islice(batches, 8))  # starting processes takes as long as encoding some of these here
-    if processes is None:
-        processes = _cores() if len(first) == 8 else 1
-    if processes == 1:
-        yield from (_encode_batch(batch, tokenizer) for batch in chain(first, batches))
-        return
-    # spawn, because fork does not exist everywhere; an executor, because it notices a process that dies
-    with ProcessPoolExecutor(
-        min(processes, 61), multiprocessing.get_context("spawn"), _start_process, (tokenizer.to_json(),)
-    ) as pool:
-        waiting = deque()
-        for batch in chain(first, batches):
-            waiting.append(pool.submit(_encode_batch, batch))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _batches(documents, size=1 << 20):
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= size:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _cores():
+def count_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_process(tokenizer_json):
-    global _process_tokenizer  # of a process that _encoded started, nowhere else
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    _process_tokenizer = Tokenizer.from_json(tokenizer_json)
-
-
-def _encode_batch(batch, tokenizer=None):
-    tokenizer = tokenizer or _process_tokenizer
-    ids, size = [], 0
-    for document in batch:
-        ids += tokenizer.encode(document)
-        ids.append(tokenizer.end)
-        size += len(document.encode() if isinstance(document, str) else document)
-    return np.array(ids, _dtype(tokenizer)).tobytes(), len(batch), size
 
 
 def _check_out(path):
@@ -702,27 +1160,505 @@ def _aside(path):
         raise
 
 
-# == 6  command line ===============================================================================================
+# == 7  long texts: the scanner, and a table of words, in Numba ======================================================
+#
+# The same pre-tokens and ids as SPLIT and Tokenizer.encode, at some 100 MB a second and thread, from UTF-8 bytes. Eight
+# bytes at a time are one integer. A word that was seen before is a row of a table; another is joined pair by pair.
+
+U = np.uint64
+U0, U1, U7, U31, U32, U56, U62, U63 = map(U, (0, 1, 7, 31, 32, 56, 62, 63))
+EACH, HIGH, LOW = U(0x0101010101010101), U(0x8080808080808080), U(0x7F7F7F7F7F7F7F7F)  # of eight bytes
+CASE, FROM_A, PAST_Z = EACH * U(0x20), EACH * U(0x80 - ord("a")), EACH * U(0x7F - ord("z"))
+FIRST_BYTE, BLANK = U(0xFF), U(ord(" "))
+ID, NONE = U((1 << 31) - 1), U((1 << 64) - 1)
+GOLDEN, MURMUR = U(0x9E3779B97F4A7C15), U(0xFF51AFD7ED558CCD)  # odd multipliers: 2^64 / golden ratio; MurmurHash3's
+LETTER, NUMBER, SPACE, OTHER = range(4)
+
+BATCH = 1 << 18  # bytes of text in a call of a kernel: what it reads and writes stays in a core's cache
+PADDING = 24  # bytes that a kernel may read after the last
+SHORT = 64  # longest word, in bytes, whose pairs are searched one by one rather than kept in a heap
+KEPT = 256  # longest word, in bytes, whose ids are kept
+
+
+@functools.cache
+def classes():
+    """Code point -> LETTER, NUMBER, SPACE or OTHER, (0x110000,): what `regex` says that they are."""
+    every = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    table = np.full(len(every), OTHER, np.uint8)
+    for kind, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (SPACE, r"\s+")):
+        for match in regex.finditer(pattern, every):
+            table[match.start() : match.end()] = kind
+    return table
+
+
+@part
+def eight(words, i):
+    """Bytes i to i + 7 of the text as one integer, byte i lowest; words is the text as uint64."""
+    shift = U((i & 7) << 3)
+    return words[i >> 3] >> shift | words[(i >> 3) + 1] << U1 << (U63 - shift)
+
+
+@part
+def no_letters(x):
+    """The high bit of each byte that is no ASCII letter."""
+    y = (x | CASE) & LOW
+    return ~((y + FROM_A) & ~(y + PAST_Z) & ~x) & HIGH
+
+
+@part
+def below(marks):
+    """The bytes below the lowest that is marked by its high bit: all ones there, zeros above."""
+    return ((marks & (~marks + U1)) >> U7) - U1
+
+
+@part
+def first_bytes(n):
+    """Ones in the first n of eight bytes; n may be below 0 or above 8."""
+    return NONE if n >= 8 else (U1 << U(8 * n)) - U1 if n > 0 else U0
+
+
+@part
+def character(text, i, stop, classes):
+    """(class, bytes) of the character at byte i. A byte that begins no valid UTF-8 is one of class OTHER."""
+    lead = np.int64(text[i])
+    if lead < 0x80:
+        return np.int64(classes[lead]), 1
+    size = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+    if lead < 0xC2 or lead > 0xF4 or i + size > stop:
+        return OTHER, 1
+    code = lead & (0x7F >> size)
+    for k in range(i + 1, i + size):
+        if text[k] & 0xC0 != 0x80:
+            return OTHER, 1
+        code = code << 6 | np.int64(text[k] & 0x3F)
+    overlong = code < (0x80 if size == 2 else 0x800 if size == 3 else 0x10000)
+    if overlong or 0xD800 <= code < 0xE000 or code >= 0x110000:
+        return OTHER, 1
+    return np.int64(classes[code]), size
+
+
+@part
+def pretoken(text, i, stop, classes):
+    """Where the pre-token ends that begins at byte i: the alternatives of PATTERN, in their order."""
+    lead, second = text[i], text[i + 1] if i + 1 < stop else 0
+    if lead == ord("'"):
+        if second == ord("s") or second == ord("d") or second == ord("m") or second == ord("t"):
+            return i + 2
+        third = text[i + 2] if i + 2 < stop else 0
+        if (second == ord("l") and third == ord("l")) or (
+            (second == ord("v") or second == ord("r")) and third == ord("e")
+        ):
+            return i + 3
+    kind, size = character(text, i, stop, classes)
+    end = i + size
+    if lead == ord(" ") and end < stop:
+        kind, size = character(text, end, stop, classes)
+        end += size if kind != SPACE else 0
+    last = i  # where the last character of a run of white space begins, if it has several
+    while end < stop:
+        next_kind, size = character(text, end, stop, classes)
+        if next_kind != kind:
+            return last if kind == SPACE and last > i else end
+        last = end
+        end += size
+    return end
+
+
+@part
+def word_at(text, words, i, stop, classes):
+    """(bytes of the pre-token that begins at byte i, its first eight as an integer, its next eight)."""
+    x = eight(words, i)
+    blank = x & FIRST_BYTE == BLANK
+    marks = no_letters(x) & ~(FIRST_BYTE if blank else U0)
+    inside = below(marks)
+    size = np.int64((inside & EACH) * EACH >> U56)  # sums the bytes of inside & EACH
+    if size > blank and size < 8 and x & marks & (~marks + U1) == U0:  # letters, then something else of ASCII
+        return size, x & inside, U0
+    if size == 8:
+        y = eight(words, i + 8)
+        marks = no_letters(y)
+        inside = below(marks)
+        size += np.int64((inside & EACH) * EACH >> U56)
+        if size < 16 and y & marks & (~marks + U1) == U0:
+            return size, x, y & inside
+    size = pretoken(text, i, stop, classes) - i
+    return size, x & first_bytes(size), eight(words, i + 8) & first_bytes(size - 8)
+
+
+# A table of words: rows of four integers, a power of two of them, at most two thirds used. A word is its first eight
+# bytes, the next eight, its length, and a value; of one that is longer than 16 bytes a hash stands first, and the whole
+# in the arena at the place that stands second. Length 0 is a free row.
+
+ROWS, ARENA = range(2)  # of used, int64 (2,): rows of the table, integers of the arena
+
+
+@part
+def home(key, slots):
+    """The place where a search for a key begins, of a power of two of slots."""
+    key = (key ^ key >> U32) * GOLDEN
+    return np.int64((key ^ key >> U32) & U(slots - 1))
+
+
+@part
+def row_of(table, arena, words, i, size, first, second):
+    """(row of the word at byte i or the free one where it belongs, what stands first in it)."""
+    if size > 16:
+        for k in range(8, size, 8):
+            first = (first ^ first >> U32) * GOLDEN + (eight(words, i + k) & first_bytes(size - k))
+        second = U0
+    last = len(table) - 4
+    row = home(first ^ second * MURMUR, len(table) >> 2) << 2
+    while table[row + 2] != U0:
+        if table[row] == first and table[row + 2] == U(size):
+            if size <= 16:
+                if table[row + 1] == second:
+                    break
+            else:
+                at, k = np.int64(table[row + 1]), 0
+                while k < size and arena[at + (k >> 3)] == eight(words, i + k) & first_bytes(size - k):
+                    k += 8
+                if k >= size:
+                    break
+        row = (row + 4) & last
+    return row, first
+
+
+@part
+def enter(table, arena, used, row, words, i, size, first, second):
+    """The word at byte i takes its row."""
+    table[row], table[row + 1], table[row + 2] = first, second, U(size)
+    used[ROWS] += 1
+    if size > 16:
+        table[row + 1] = U(used[ARENA])
+        for k in range(0, size, 8):
+            arena[used[ARENA]] = eight(words, i + k) & first_bytes(size - k)
+            used[ARENA] += 1
+
+
+@kernel
+def count_words(text, words, starts, stops, classes, table, arena, used):
+    """Count the pre-tokens of text[start : stop] for each start and stop."""
+    for k in range(len(starts)):
+        i, stop = starts[k], stops[k]
+        while i < stop:
+            size, first, second = word_at(text, words, i, stop, classes)
+            row, first = row_of(table, arena, words, i, size, first, second)
+            if table[row + 2] == U0:
+                enter(table, arena, used, row, words, i, size, first, second)
+            table[row + 3] += U1
+            i += size
+
+
+@kernel
+def place_rows(table, wider):
+    """Copy the rows of a table to a larger one that is empty."""
+    for old in range(0, len(table), 4):
+        if table[old + 2] != U0:
+            second = table[old + 1] if table[old + 2] <= U(16) else U0
+            row = home(table[old] ^ second * MURMUR, len(wider) >> 2) << 2
+            while wider[row + 2] != U0:
+                row = (row + 4) & (len(wider) - 4)
+            for k in range(4):
+                wider[row + k] = table[old + k]
+
+
+@part
+def look_up(pairs, left, right):
+    """rank << 32 | new id of a pair of ids, NONE where no merge joins it."""
+    key = U(left) << U32 | U(right)
+    at = home(key, len(pairs))
+    while pairs[at, 0] != key and pairs[at, 0] != NONE:
+        at = (at + 1) & (len(pairs) - 1)
+    return pairs[at, 1]
+
+
+@part
+def join_short(ids, n, pairs, ranks):
+    """joined_ids of ids[:n], in place, the lowest rank searched for each time; how many are left."""
+    for k in range(n - 1):
+        ranks[k] = look_up(pairs, ids[k], ids[k + 1])
+    while n > 1:
+        at = 0
+        for k in range(1, n - 1):
+            if ranks[k] < ranks[at]:
+                at = k
+        if ranks[at] == NONE:
+            break
+        ids[at] = ranks[at] & ID
+        n -= 1
+        for k in range(at + 1, n):
+            ids[k], ranks[k - 1] = ids[k + 1], ranks[k]
+        if at:
+            ranks[at - 1] = look_up(pairs, ids[at - 1], ids[at])
+        if at + 1 < n:
+            ranks[at] = look_up(pairs, ids[at], ids[at + 1])
+    return n
+
+
+@part
+def push(heap, n, value):
+    heap[n] = value
+    while n and heap[n] < heap[(n - 1) >> 1]:
+        heap[n], heap[(n - 1) >> 1] = heap[(n - 1) >> 1], heap[n]
+        n = (n - 1) >> 1
+
+
+@part
+def pop(heap, n):
+    """The lowest of n values; the others are then heap[: n - 1]."""
+    lowest, heap[0], i = heap[0], heap[n - 1], 0
+    while 2 * i + 1 < n - 1:
+        child = 2 * i + 1
+        if child + 1 < n - 1 and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= heap[i]:
+            break
+        heap[i], heap[child] = heap[child], heap[i]
+        i = child
+    return lowest
+
+
+@part
+def join_long(ids, n, pairs, heap, before, after):
+    """joined_ids of ids[:n], in place, as it is there: a heap, of rank << 32 | place, and a linked list."""
+    waiting = 0
+    for k in range(n):
+        before[k], after[k] = k - 1, k + 1
+    for k in range(n - 1):
+        found = look_up(pairs, ids[k], ids[k + 1])
+        if found != NONE:
+            push(heap, waiting, (found >> U32) << U32 | U(k))
+            waiting += 1
+    while waiting:
+        lowest = pop(heap, waiting)
+        waiting -= 1
+        i = np.int64(lowest & U(0xFFFFFFFF))
+        j = after[i]
+        found = look_up(pairs, ids[i], ids[j]) if ids[i] >= 0 and j < n else NONE
+        if found == NONE or found >> U32 != lowest >> U32:
+            continue
+        ids[i], ids[j], after[i] = found & ID, -1, after[j]
+        if after[j] < n:
+            before[after[j]] = i
+        for k in (np.int64(before[i]), i):
+            found = look_up(pairs, ids[k], ids[after[k]]) if k >= 0 and after[k] < n else NONE
+            if found != NONE:
+                push(heap, waiting, (found >> U32) << U32 | U(k))
+                waiting += 1
+    left = 0
+    for k in range(n):
+        if ids[k] >= 0:
+            ids[left] = ids[k]
+            left += 1
+    return left
+
+
+@kernel
+def encode_words(
+    text, words, starts, stops, ends, classes, byte_ids, pairs, table, arena, used, ids, heap, before, after
+):
+    """The ids of text[start : stop], and `end` where it is not below 0, for each start, stop and end; how many.
+
+    The value of a word is its number of ids, 1 or 2, in two bits, and these in 31 bits each, the second higher; or 3,
+    and where in the arena their number stands and they follow.
+    """
+    n = 0
+    for s in range(len(starts)):
+        i, stop = starts[s], stops[s]
+        while i < stop:
+            size, first, second = word_at(text, words, i, stop, classes)
+            row = -1
+            if size <= KEPT:
+                row, first = row_of(table, arena, words, i, size, first, second)
+                if table[row + 2] != U0:
+                    value = table[row + 3]
+                    ids[n], ids[n + 1] = value & ID, value >> U31 & ID
+                    if value >> U62 != U(3):
+                        n += np.int64(value >> U62)
+                    else:
+                        at = np.int64(value & ID)
+                        for k in range(np.int64(arena[at])):
+                            ids[n + k] = arena[at + 1 + k]
+                        n += np.int64(arena[at])
+                    i += size
+                    continue
+            for k in range(size):
+                ids[n + k] = byte_ids[text[i + k]]
+            if size <= SHORT:
+                made = join_short(ids[n:], size, pairs, heap)
+            else:
+                made = join_long(ids[n:], size, pairs, heap, before, after)
+            if row >= 0:
+                if 3 * used[ROWS] > len(table) >> 1 or used[ARENA] + size // 8 + 2 + made > len(arena):
+                    table[:], used[:] = 0, 0  # full: begin again
+                    row, first = row_of(table, arena, words, i, size, first, second)
+                enter(table, arena, used, row, words, i, size, first, second)
+                if made <= 2:
+                    table[row + 3] = U(made) << U62 | U(ids[n]) | (U(ids[n + 1]) << U31 if made == 2 else U0)
+                else:
+                    table[row + 3] = U(3) << U62 | U(used[ARENA])
+                    arena[used[ARENA]] = made
+                    for k in range(made):
+                        arena[used[ARENA] + 1 + k] = ids[n + k]
+                    used[ARENA] += 1 + made
+            n += made
+            i += size
+        if ends[s] >= 0:
+            ids[n] = ends[s]
+            n += 1
+    return n
+
+
+def pair_table(ranks):
+    """{(left, right): (rank, new id)} -> the table that look_up reads, uint64 (slots, 2), at most half full."""
+    table = np.full((2 << len(ranks).bit_length(), 2), NONE)
+    ids = np.array(list(ranks), np.uint64).reshape(-1, 2)
+    found = np.array(list(ranks.values()), np.uint64).reshape(-1, 2)
+    rows = np.stack([ids[:, 0] << U32 | ids[:, 1], found[:, 0] << U32 | found[:, 1]], 1)
+    at = home(rows[:, 0], len(table))
+    while len(rows):
+        free = table[at, 0] == NONE
+        table[at[free]] = rows[free]  # of several that want a slot the last gets it
+        lost = table[at, 0] != rows[:, 0]
+        rows, at = rows[lost], (at[lost] + 1) & (len(table) - 1)
+    return table
+
+
+class Batch:
+    """Segments of text, each (bytes, the id that follows it or -1), laid out for the kernels."""
+
+    def __init__(self, segments):
+        self.segments = segments
+        texts = [text for text, _ in segments]
+        lengths = np.array([len(text) for text in texts], np.int64)
+        self.stops = np.cumsum(lengths + 1) - 1
+        self.starts = self.stops - lengths
+        # NUL between two segments: letters that the kernels read eight at a time end there.
+        joined = b"\0".join([*texts, bytes(PADDING + -int(self.stops[-1] + 1) % 8)])
+        self.text, self.words = np.frombuffer(joined, np.uint8), np.frombuffer(joined, np.uint64)
+        self.ends = np.array([end for _, end in segments], np.int64)
+        self.size = int(lengths.sum())
+
+
+def batches(segments, size=BATCH, whole=False):
+    """Batches of at least `size` bytes, the last excepted; longer segments are cut, where that changes no pre-token,
+    unless they must stay whole."""
+    batch, held = [], 0
+    for text, end in segments:
+        start = 0
+        while not whole and len(text) - start > size and (place := CUT_BYTES.search(text, start + size)):
+            yield Batch([*batch, (memoryview(text)[start : place.start()], -1)])
+            batch, held, start = [], 0, place.start()
+        batch.append((memoryview(text)[start:], end))
+        held += len(text) - start
+        if held >= size:
+            yield Batch(batch)
+            batch, held = [], 0
+    if batch:
+        yield Batch(batch)
+
+
+def distinct_words(texts):
+    """Documents or pieces -> (256 single bytes and then their distinct pre-tokens, uint8; (start, stop, how often) of
+    each pre-token, int64 (words, 3))."""
+    table, arena, used, end = np.zeros(1 << 16, np.uint64), np.empty(0, np.uint64), np.zeros(2, np.int64), END.encode()
+    for batch in batches((story, -1) for text, _ in as_pieces(texts) for story in text.split(end)):
+        # At most: 256 words of one byte, else one for two bytes; one integer of the arena for 8 bytes and one a word.
+        rows, stored = used + [256 + len(batch.text) // 2, len(batch.words) + len(batch.text) // 17]
+        if 6 * rows > len(table):
+            wider = np.zeros(4 << int(3 * rows // 2).bit_length(), np.uint64)
+            place_rows(table, wider)
+            table = wider
+        if stored > len(arena):
+            arena = np.concatenate([arena, np.empty(stored, np.uint64)])
+        count_words(batch.text, batch.words, batch.starts, batch.stops, classes(), table, arena, used)
+    rows = table.reshape(-1, 4)
+    rows = rows[rows[:, 2] > 0]
+    rows = rows[np.argsort(rows[:, 2] > 16, kind="stable")]
+    lengths = rows[:, 2].astype(np.int64)
+    short = np.ascontiguousarray(rows[lengths <= 16, :2]).view(np.uint8)  # (short words, 16)
+    raw = [np.arange(256, dtype=np.uint8), short[np.arange(16) < lengths[: len(short), None]]]
+    stored = arena.view(np.uint8)
+    raw += [stored[8 * int(row[1]) :][: int(row[2])] for row in rows[len(short) :]]
+    stops = 256 + np.cumsum(lengths)
+    return np.concatenate(raw), np.stack([stops - lengths, stops, rows[:, 3].astype(np.int64)], 1)
+
+
+def as_pieces(texts, whole=False):
+    """A document, documents, or `pieces` of them -> (bytes, whether the document ends there); whole: documents."""
+    held = []
+    for text in [texts] if isinstance(texts, (str, bytes)) else texts:
+        text, ends = text if isinstance(text, tuple) else (text, True)
+        held.append(utf8_of(text))
+        if ends or not whole:
+            yield b"".join(held), ends
+            held = []
+
+
+def in_order(function, items, threads):
+    """function(item) for each, in their order, on so many threads; reads no more items ahead than these need."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Encoder:
+    """What the kernels need to encode with a tokenizer; a table of words for each thread."""
+
+    def __init__(self, byte_ids, ranks, dtype):
+        self.byte_ids, self.pairs, self.dtype = np.array(byte_ids, np.int32), pair_table(ranks), dtype
+        self.idle = []
+        self.encode(Batch([(b"", -1)]))  # compiles, once for all threads
+
+    def encode(self, batch):
+        try:
+            words = self.idle.pop()  # of a thread that has done with it
+        except IndexError:
+            words = np.zeros(4 << 16, np.uint64), np.empty(1 << 17, np.uint64), np.zeros(2, np.int64)
+        size = len(batch.text)
+        ids, links = np.empty(size + len(batch.ends), np.int32), np.empty((2, size), np.int32)
+        heap = np.empty(2 * size + SHORT, np.uint64)  # a join takes one and adds two at most
+        n = encode_words(
+            batch.text, batch.words, batch.starts, batch.stops, batch.ends, classes(), self.byte_ids, self.pairs,
+            *words, ids, heap, *links,
+        )  # fmt: skip
+        self.idle.append(words)
+        return ids[:n].astype(self.dtype)
+
+
+# == 8  command line ===============================================================================================
 
 
 class _Bar:
-    """Shows progress on stderr where that is a terminal; with it closes, the line is empty again."""
+    """Shows progress and the time left on stderr where that is a terminal; with it closes, the line is empty again."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.next = what, max(total, 1), time.monotonic() + 0.2
+        self.what, self.total, self.start = what, max(total, 1), time.monotonic()
+        self.next = self.start + 0.2
 
     def __call__(self, done):
-        if sys.stderr.isatty() and time.monotonic() >= self.next:
-            self.next = time.monotonic() + 0.1
-            share = min(done / self.total, 1)
-            print(f"\r{self.what} [{'#' * int(30 * share):30}] {share:4.0%}", end="", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if sys.stderr.isatty() and now >= self.next:
+            self.next = now + 0.1
+            share = min(max(done / self.total, 1e-9), 1)
+            left = int(min((now - self.start) * (1 / share - 1), 359_999))
+            line = f"{self.what} [{'#' * int(30 * share):30}] {share:4.0%}, {left // 60}:{left % 60:02} left "
+            print("\r" + line, end="", file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if sys.stderr.isatty():
-            print("\r" + " " * (len(self.what) + 40), end="\r", file=sys.stderr, flush=True)
+            print("\r" + " " * (len(self.what) + 60), end="\r", file=sys.stderr, flush=True)
 
 
 def _size(paths):
@@ -750,7 +1686,7 @@ def _train(args):
         raise ValueError(f"--vocab-size is {args.vocab_size}; expected at least {least} ({parts})")
     _check_names(args.files, args.out)
     with _Bar("reading", _size(args.files)) as reading, _Bar("merging", args.vocab_size - least) as merging:
-        merges = train(documents(args.files, reading), args.vocab_size - least, merging)
+        merges = train(pieces(args.files, reading), args.vocab_size - least, merging)
     most = least + len(merges)
     if most < args.vocab_size:
         raise ValueError(f"--vocab-size is {args.vocab_size}, but this text gives {most}; lower it or add text")
@@ -763,7 +1699,7 @@ def _encode(args):
     tokenizer = Tokenizer.load(args.tokenizer)
     _check_names([*args.files, args.tokenizer], args.out, args.out + ".json")
     with _Bar("encoding", _size(args.files)) as bar:
-        info = write_tokens(documents(args.files), tokenizer, args.out, bar)
+        info = write_tokens(pieces(args.files), tokenizer, args.out, bar)
     _note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
 
 
@@ -781,8 +1717,8 @@ def _stats(args):
     tokenizer = Tokenizer.load(args.tokenizer)
     uses, stories, size = np.zeros(tokenizer.vocab_size, np.int64), 0, 0
     with _Bar("encoding", _size(args.files)) as bar:
-        for ids, more_stories, more_bytes in _encoded(documents(args.files), tokenizer):
-            uses += np.bincount(np.frombuffer(ids, _dtype(tokenizer)), minlength=len(uses))
+        for ids, more_stories, more_bytes in _encoded(pieces(args.files), tokenizer):
+            uses += np.bincount(ids, minlength=len(uses))
             stories, size = stories + more_stories, size + more_bytes
             bar(size)
     tokens, unused = int(uses.sum()), int((uses == 0).sum())
@@ -796,6 +1732,25 @@ def _stats(args):
         print(f"{len(tokenizer.vocab[i]):22} {i:5} {uses[i]:8,}  {tokenizer.decode([i])!r}")
 
 
+def _explain(args):
+    path = args.tokenizer or _newest_tokenizer()
+    tokenizer = Tokenizer.load(path)
+    print(path)
+    for word in tokenizer.pretokens(args.text):
+        for number, tokens in tokenizer.steps(word):
+            label = f"merge {number + 1:,}" if number is not None else "characters" if tokenizer.spaced else "bytes"
+            print(f"{label:>14}  {' | '.join(token.decode('utf-8', 'backslashreplace') for token in tokens)}")
+        print(f"{'ids':>14}  {' '.join(map(str, tokenizer.word_ids(word)))}")
+
+
+def _newest_tokenizer():
+    """tokenizer.json in this folder, or the last one that train.py made for its data."""
+    found = [*Path().glob("tokenizer.json"), *Path("data", "tokens").glob("*/tokenizer.json")]
+    if not found:
+        raise ValueError("there is no tokenizer.json here and none in data/tokens; name one with --tokenizer FILE")
+    return min(found, key=lambda path: (path.parent != Path(), -path.stat().st_mtime))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
@@ -803,7 +1758,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     parser = _Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories, decode them again.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats|explain")
     text = "text file with stories that end in " + END + ", .jsonl file with a field `text`, or a folder of them"
 
     command = commands.add_parser("train", help="learn the merges of a tokenizer from text")
@@ -828,6 +1783,13 @@ def _parser():
     command.add_argument("file", metavar="FILE.bin", help="token file to read")
     command.add_argument(
         "--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with"
+    )
+
+    command = commands.add_parser("explain", help="the merges that make the tokens of a word, in their order")
+    command.set_defaults(run=_explain)
+    command.add_argument("text", metavar="WORD", help="a word, or any text: each of its words in turn")
+    command.add_argument(
+        "--tokenizer", metavar="FILE", help="default: tokenizer.json here, else the newest of train.py"
     )
 
     command = commands.add_parser("stats", help="bytes per token, unused entries and longest tokens on a text")

@@ -40,7 +40,7 @@ def load(path, tokenizer_path=None):
 
 def never_drawn(cfg, tokenizer):
     """Ids that mean nothing to a reader: reserved specials, and rows of the model beyond the tokenizer."""
-    reserved = [i for name, i in tokenizer.specials.items() if name != bpe.END]
+    reserved = [i for i in tokenizer.specials.values() if i != tokenizer.end]
     return [*reserved, *range(tokenizer.vocab_size, cfg.vocab_size)]
 
 
@@ -62,10 +62,11 @@ def note(line):
 
 def tell(p, cfg, tokenizer, args, number):
     """Print one story as it is drawn; returns (tokens, seconds)."""
-    decoding, decoder = tinygpt.Decoding(p, cfg, tinygpt.OPS[args.kernels]), bpe.Decoder(tokenizer)
+    decoding = tinygpt.Decoding(p, cfg, tinygpt.OPS[args.kernels])
     filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     filters["banned"] = never_drawn(cfg, tokenizer)
     ids = prompt_ids(args.prompt, cfg, tokenizer)
+    decoder = bpe.Decoder(tokenizer, ids[-1])
     print(args.prompt, end="", flush=True)
     start, count = time.monotonic(), 0
     story = tinygpt.generate(decoding, ids, args.seed + number, tokenizer.end, args.max_new_tokens, **filters)

@@ -129,8 +129,8 @@ def train_tokenizer(sources, folder, vocab_size, explicit):
     except (OSError, ValueError):
         folder.mkdir(parents=True, exist_ok=True)
         with Progress("learning the tokenizer", min(total_bytes(sources), TOKENIZER_BYTES)) as progress:
-            documents = first_bytes(bpe.documents(sources, progress), TOKENIZER_BYTES)
-            bpe.Tokenizer.from_merges(bpe.train(documents, vocab_size - fixed), RESERVED).save(path)
+            pieces = first_bytes(bpe.pieces(sources, progress), TOKENIZER_BYTES)
+            bpe.Tokenizer.from_merges(bpe.train(pieces, vocab_size - fixed), RESERVED).save(path)
         tokenizer = bpe.Tokenizer.load(path)
     if tokenizer.vocab_size < vocab_size:
         line = f"the text gives {tokenizer.vocab_size} tokens, fewer than {vocab_size}"
@@ -140,12 +140,12 @@ def train_tokenizer(sources, folder, vocab_size, explicit):
     return tokenizer
 
 
-def first_bytes(documents, limit):
-    for text in documents:
+def first_bytes(pieces, limit):
+    for text, ends in pieces:
         if limit <= 0:
             return
         limit -= len(text)
-        yield text
+        yield text, ends
 
 
 def total_bytes(sources):
@@ -161,7 +161,7 @@ def encode(sources, tokenizer, path):
     except (OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with Progress("encoding", total_bytes(sources)) as progress:
-            bpe.write_tokens(bpe.documents(sources, progress), tokenizer, path)
+            bpe.write_tokens(bpe.pieces(sources, progress), tokenizer, path)
     return [str(path)]
 
 
@@ -381,11 +381,11 @@ def bits_per_byte(nats, tokens, tokenizer):
 
 def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
     """A story from the model as it is."""
-    banned = [i for name, i in tokenizer.specials.items() if name != bpe.END]
+    banned = [i for i in tokenizer.specials.values() if i != tokenizer.end]
     decoding = tinygpt.Decoding(state.p, state.cfg, ops)
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-state.cfg.seq_len :]
     story = tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, temperature=0.8, banned=banned)
-    return prompt + tokenizer.decode(list(story))
+    return prompt + tokenizer.decode(list(story), ids[-1])
 
 
 # == 5  the run ========================================================================================================

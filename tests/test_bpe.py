@@ -1,5 +1,6 @@
 """bpe.py: the trainers against each other, ids against other implementations, files and command line against misuse."""
 
+import io
 import json
 import os
 import random
@@ -408,11 +409,11 @@ def changed(dotted, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a tokenizer: expected the JSON"),
-        ("\x00\x01", "not a tokenizer: expected the JSON"),
+        ("", "not a tokenizer: expected tokenizer.json, "),
+        ("\x00\x01", "not a tokenizer: expected tokenizer.json, "),
         ("[" * 100_000, "not a tokenizer"),
         ("[1, 2]", "no model"),
-        ('{"model": 3}', "no model"),
+        ('{"model": 3}', "a vocabulary without merges; expected a vocab.json beside its merges.txt"),
         ('{"config": {}, "model": {"type": "BPE"}}', "no model"),
         (changed("model.type", "WordPiece"), "model.type is 'WordPiece'; expected \"BPE\""),
         (changed("pre_tokenizer", None), "pre_tokenizer.type is None"),
@@ -476,7 +477,10 @@ def test_documents_do_not_depend_on_where_the_file_is_cut(size, tmp_path):
     stories = ["<|endoftext|", "\u65e5\u672c" * 20, "x", "<<|endof|text|>"] * 3
     path = write(tmp_path / "s.txt", f"\n{END}".join(stories))
     with open(path, "rb") as file:
-        assert [text.strip() for text in bpe._txt_texts(file, path, size)] == stories
+        assert (
+            "".join(text + END * ends for text, ends in bpe._txt_texts(file, path, size))
+            == path.read_text("utf-8") + END
+        )
 
 
 def test_reading_reports_its_progress_in_bytes(tmp_path):
@@ -557,12 +561,12 @@ def test_more_than_65536_entries_take_four_bytes_an_id(tmp_path):
         assert info["dtype"] == ids.dtype.name == dtype and large.decode(ids) == f"abc xyz{END}"
 
 
-def test_two_processes_write_the_bytes_of_one(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe._batches, "__defaults__", (1 << 10,))
+def test_two_threads_write_the_bytes_of_one(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe.batches, "__defaults__", (1 << 10, False))
     stories = [f"{i} {STORIES[i % 4]}" for i in range(200)]
     done = []
-    one = bpe.write_tokens(stories, tokenizer, tmp_path / "1.bin", processes=1)
-    two = bpe.write_tokens(iter(stories), tokenizer, tmp_path / "2.bin", done.append, processes=2)
+    one = bpe.write_tokens(stories, tokenizer, tmp_path / "1.bin", threads=1)
+    two = bpe.write_tokens(iter(stories), tokenizer, tmp_path / "2.bin", done.append, threads=2)
     assert one == two and (tmp_path / "1.bin").read_bytes() == (tmp_path / "2.bin").read_bytes()
     assert len(done) > 9 and done == sorted(done) and done[-1] == two["bytes"]
 
@@ -739,3 +743,20 @@ def test_importing_does_no_work_beyond_definitions(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(bpe.__file__).parent)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, timeout=60)
     assert os.listdir(tmp_path) == []
+
+
+def test_progress_shows_the_time_left_and_clears_its_line(monkeypatch):
+    terminal, now = io.StringIO(), [100.0]
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(bpe.time, "monotonic", lambda: now[0])
+    with bpe._Bar("encoding", 1000) as bar:
+        bar(0)
+        assert terminal.getvalue() == ""
+        now[0] = 130.0
+        bar(250)
+        assert terminal.getvalue().startswith("\rencoding [#######") and "25%, 1:30 left" in terminal.getvalue()
+        bar(260)  # too soon after the last
+        assert "26%" not in terminal.getvalue()
+    shown, blank, end = terminal.getvalue().split("\r")[1:]
+    assert not blank.strip() and len(blank) >= len(shown) and end == ""

@@ -1,0 +1,358 @@
+"""bpe.py, section 5: tokenizers in the formats of other systems, and the same ids as those systems give."""
+
+import base64
+import json
+import random
+import struct
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_bpe import GOLDEN, STORIES, gpt2_json, random_texts, shuffled, with_specials
+from test_bpe_long import by_kernels
+
+import bpe
+
+END = bpe.END
+TOK512 = Path(__file__).parent / "golden" / "tok512.bin"  # the tokenizer of llama2.c's stories260K, MIT licence
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120), reserve=0)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return bpe.Tokenizer.load(TOK512)
+
+
+def parts(tokenizer):
+    return tokenizer.vocab, tokenizer.merges, tokenizer.specials, tokenizer._byte_ids, tokenizer.spaced, tokenizer.end
+
+
+# -- round trips
+
+
+def test_every_format_gives_the_same_tokenizer_again(tokenizer, bare, gpt2, llama, tmp_path):
+    odd = with_specials(tokenizer, " lead", "\u00e9 \u00e9", '"quoted"')
+    todo = [(each, "tokenizer.json") for each in (tokenizer, bare, gpt2, llama, odd, shuffled(tokenizer)[0])]
+    todo += [(each, "x-vocab.json") for each in (tokenizer, bare, gpt2, odd, shuffled(tokenizer)[0])]
+    todo += [(bare, "x.tiktoken")]
+    for each, name in todo:
+        each.save(tmp_path / name)
+        loaded = bpe.Tokenizer.load(tmp_path / name)
+        assert parts(loaded) == parts(each) and loaded.hash == each.hash, name
+        before = (tmp_path / name).read_bytes()
+        loaded.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+        if name == "x-vocab.json":
+            assert bpe.Tokenizer.load(tmp_path / "x-merges.txt").hash == each.hash
+
+
+def test_the_content_says_what_a_file_is_and_not_its_name(bare, tmp_path):
+    bare.save(tmp_path / "a.tiktoken")
+    (tmp_path / "a.tiktoken").rename(tmp_path / "a.json")
+    (tmp_path / "b.txt").write_bytes(TOK512.read_bytes())
+    bare.save(tmp_path / "c.bin")
+    assert bpe.Tokenizer.load(tmp_path / "a.json").hash == bpe.Tokenizer.load(tmp_path / "c.bin").hash == bare.hash
+    assert bpe.Tokenizer.load(tmp_path / "b.txt").spaced
+
+
+def test_a_format_that_cannot_hold_a_tokenizer_says_what(tokenizer, bare, llama, tmp_path):
+    reordered = [*bare.merges[:-2], bare.merges[-1], bare.merges[-2]]
+    other = bpe.Tokenizer(bare.vocab, reordered, bare.specials)
+    for each, name, message in [
+        (
+            tokenizer,
+            "t.tiktoken",
+            r"t\.tiktoken cannot hold the special tokens <\|reserved_0\|>, <\|res.*tokenizer\.json$",
+        ),
+        (other, "t.tiktoken", "cannot hold merges in an order that is not that of their ids"),
+        (shuffled(bare)[0], "t.tiktoken", "cannot hold"),
+        (llama, "t.tiktoken", "cannot hold that characters without an id are bytes"),
+        (llama, "vocab.json", "cannot hold that characters without an id are bytes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            each.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_only_looks_like_a_tokenizer_is_refused_in_one_line(bare, tmp_path):
+    llama2c = TOK512.read_bytes()
+    bare.save(tmp_path / "vocab.json")
+    vocab = (tmp_path / "vocab.json").read_bytes()
+    ranks = bpe.to_ranks(bare)
+    for name, data, message in [
+        ("a.bin", llama2c[:-1], "damaged tokenizer.bin"),
+        ("a.bin", llama2c[:3000], "tokenizer.bin"),
+        ("a.bin", llama2c.replace(b"<0x41>", b"<0x4_>"), "damaged tokenizer.bin"),
+        ("a.bin", llama2c.replace(struct.pack("<f", -6.0), struct.pack("<f", -5.0)), "have one score"),
+        ("a.tiktoken", ranks.replace(b" 7\n", b" 8\n", 1), "same id"),
+        ("a.tiktoken", ranks + b"YWJj 999\n", "no token of id 376"),
+        ("a.tiktoken", ranks + b"AAECAwQF 376\n", "is not made of two tokens of lower rank"),
+        ("a.tiktoken", ranks + b"???? 376\n", "damaged rank file"),
+        ("a.tiktoken", ranks + b"YWJj\n", "damaged rank file"),
+        ("b.json", vocab, "a vocabulary without merges"),
+        ("2-vocab.json", vocab, "2-merges.txt"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            bpe.Tokenizer.load(tmp_path / name)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="merges.txt has a line 'a b c'"):
+        bpe.Tokenizer.load(tmp_path / "vocab.json")
+
+
+def test_merges_without_a_version_line_are_read_too(bare, tmp_path):
+    bare.save(tmp_path / "vocab.json")
+    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n", 1)
+    assert lines[0] == "#version: 0.2"
+    (tmp_path / "merges.txt").write_text(lines[1], encoding="utf-8")
+    assert bpe.Tokenizer.load(tmp_path / "vocab.json").hash == bare.hash
+
+
+def test_reserve_0_leaves_the_reserved_specials_out(tmp_path, capsys):
+    (tmp_path / "s.txt").write_text("ab ab", encoding="utf-8")
+    args = [
+        "train",
+        str(tmp_path / "s.txt"),
+        "--vocab-size",
+        "258",
+        "--out",
+        str(tmp_path / "t.json"),
+        "--reserve",
+        "0",
+    ]
+    assert bpe.main(args) == 0
+    assert bpe.Tokenizer.load(tmp_path / "t.json").specials == {END: 257}
+
+
+# -- the ids of others
+
+
+def test_tiktoken_reads_our_rank_file_and_gives_the_same_ids(bare, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    bare.save(tmp_path / "ours.tiktoken")
+    lines = (tmp_path / "ours.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    theirs = tiktoken.Encoding("x", pat_str=bpe.PATTERN, mergeable_ranks=ranks, special_tokens=bare.specials)
+    for text in [*STORIES, *random_texts(20, 300)]:
+        assert bare.encode(text, "all") == theirs.encode(text, allowed_special="all")
+
+
+def test_tokenizers_reads_our_vocab_and_merges_and_gives_the_same_ids(tokenizer, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer.save(tmp_path / "vocab.json")
+    theirs = tokenizers.ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    for text in [*STORIES, *random_texts(21, 300)]:
+        assert tokenizer.encode(text) == theirs.encode(text).ids
+
+
+@cache
+def agreed():
+    """The characters whose class regex, tiktoken and tokenizers agree on: their Unicode versions differ."""
+    tiktoken, tokenizers = pytest.importorskip("tiktoken"), pytest.importorskip("tokenizers")
+    assigned = [*range(0xD800), *range(0xE000, 0x33480), *range(0xE0000, 0xE0200)]  # no others are, in any version yet
+    every = list(map(chr, assigned))
+    text, single = "".join(every), {bytes([b]): b for b in range(256)}
+    differ = set()
+    for pattern in (r"\p{L}", r"\p{N}", r"\s"):
+        ours = set(bpe.regex.findall(pattern, text))
+        encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=single, special_tokens={})
+        one = set(encoding.decode(encoding.encode_ordinary(text)))  # it drops what the pattern does not match
+        replace = tokenizers.normalizers.Replace(tokenizers.Regex(pattern), "")
+        other = set(text) - set(replace.normalize_str(text))
+        differ |= (ours ^ one) | (ours ^ other)
+    assert len(differ) < 20_000
+    return [character for character in every if character not in differ]
+
+
+def test_ids_are_those_of_tiktoken_and_tokenizers_on_any_text_whose_classes_they_agree_on(tokenizer):
+    characters = agreed()
+    import tiktoken
+    import tokenizers
+
+    more = with_specials(tokenizer, "<a>", "<a><b>")
+    ranks = {token: i for i, token in enumerate(more.vocab) if i not in more.specials.values()}
+    one = tiktoken.Encoding("x", pat_str=bpe.PATTERN, mergeable_ranks=ranks, special_tokens=more.specials)
+    other = tokenizers.Tokenizer.from_str(more.to_json())
+    rng = random.Random(22)
+    pool = [*characters[:0x3000:7], *" \n'ste", "  ", "'ll", END, "<a>", "<a><b>", " the", "\u3000", "1"]
+    texts = ["".join(rng.choices(rng.choice([pool, characters]), k=rng.randint(0, 30))) for _ in range(1500)]
+    for text, kernel in zip(texts, by_kernels(more, texts)):
+        plain, special = more.encode(text), more.encode(text, "all")
+        assert plain == kernel == one.encode_ordinary(text), text
+        other.encode_special_tokens = True
+        assert plain == other.encode(text).ids, text
+        other.encode_special_tokens = False
+        assert special == other.encode(text).ids, text
+        if "<a>" not in text:
+            assert special == one.encode(text, allowed_special="all"), text
+
+
+def test_a_special_that_is_disallowed_is_an_error_where_it_stands_for_itself(tokenizer):
+    text = f"a story{END}"
+    more = with_specials(tokenizer, "<a>", "<a><b>")
+    for data in (text, text.encode()):
+        with pytest.raises(
+            ValueError, match=r"special token <\|endoftext\|> at position 7; name it in allowed_special"
+        ):
+            tokenizer.encode(data, disallowed_special="all")
+    with pytest.raises(ValueError, match="position 7"):
+        list(tokenizer.encode_iterable(text, disallowed_special={END}))
+    assert tokenizer.encode(text, {END}, "all") == [*tokenizer.encode("a story"), tokenizer.end]
+    assert more.encode("<a><b>", {"<a><b>"}, "all") == [more.specials["<a><b>"]]
+    with pytest.raises(ValueError, match="special token <a> at position 0"):
+        more.encode("<a>", {"<a><b>"}, "all")
+    assert more.encode("<a>", (), {"<a><b>"}) == more.encode("<a>")
+    with pytest.raises(ValueError, match="disallowed_special has '<x>'"):
+        more.encode("", (), {"<x>"})
+    with pytest.raises(ValueError, match='disallowed_special=.* expected "all" or a set'):
+        more.encode("", (), END)
+
+
+# -- llama2.c
+
+
+def llama2c_encode(text):
+    """What run.c of llama2.c does: the whole text at once, the best score first, the leftmost of equals."""
+    data, tokens, scores, at = TOK512.read_bytes(), [], [], 4
+    while at < len(data):
+        score, size = struct.unpack_from("<fi", data, at)
+        tokens.append(data[at + 8 : at + 8 + size])
+        scores.append(score)
+        at += 8 + size
+    ids = {token: i for i, token in enumerate(tokens)}
+    found = [ids[b" "]] if text else []
+    for character in text:
+        token = character.encode()
+        found += [ids[token]] if token in ids else [b + 3 for b in token]
+    while True:
+        best, where = -1e10, -1
+        for i in range(len(found) - 1):
+            joined = ids.get(tokens[found[i]] + tokens[found[i + 1]])
+            if joined is not None and scores[joined] > best:
+                best, where, new = scores[joined], i, joined
+        if where < 0:
+            return found
+        found[where : where + 2] = [new]
+
+
+LLAMA_TEXTS = [
+    "",
+    " ",
+    "   ",
+    "a",
+    " a",
+    "Once upon a time",
+    "the the  the   the",
+    'he said "yes"\n\n\tand',
+    "\u65e5\u672c caf\u00e9",
+]
+LLAMA_TEXTS += ["<0x41> <s> </s>", "aaaaaaaaa", "\u2581x", "zzz \U0001f600 \x00"]
+
+
+def test_ids_are_those_of_llama2c(llama):
+    for text in [*LLAMA_TEXTS, *STORIES, *random_texts(23, 150)]:
+        assert llama.encode(text) == llama2c_encode(text), text
+        assert llama.encode_array(text).tolist() == list(llama.encode_iterable(text)) == llama.encode(text)
+
+
+def test_a_merge_by_another_order_gives_other_ids(llama):
+    """Negative control: the texts do depend on the scores."""
+    other = bpe.Tokenizer(llama.vocab, llama.merges[::-1], llama.specials, llama._byte_ids)
+    assert any(other.encode(text) != llama.encode(text) for text in STORIES)
+
+
+def test_tokenizers_gives_the_ids_of_llama2c_from_our_json(llama):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(llama.to_json())
+    for text in [*LLAMA_TEXTS, *STORIES, *random_texts(24, 300), "a<s> b</s>c <unk>"]:
+        if "\u2581" not in text:  # which `tokenizers` takes for a space
+            assert theirs.encode(text).ids == llama.encode(text, "all"), text
+            assert theirs.decode(llama.encode(text)) == llama.decode(llama.encode(text)) == text
+
+
+def test_text_of_llama2c_comes_back_without_the_space_that_it_was_given(llama):
+    rng = random.Random(25)
+    for text in [*LLAMA_TEXTS, *STORIES, *random_texts(26, 200), "a<s> b</s><s>  c"]:
+        for allowed in ((), "all"):
+            ids = llama.encode(text, allowed)
+            assert llama.decode(ids) == text
+            decoder = bpe.Decoder(llama)
+            assert "".join([*map(decoder.push, ids), decoder.finish()]) == text
+    for _ in range(200):
+        data = rng.randbytes(rng.randint(0, 20))
+        assert llama.decode_bytes(llama.encode(data)) == data
+    ids = llama.encode("Lily was")
+    assert llama.decode(ids[1:], ids[0]) == "Lily was"[len(llama.decode(ids[:1])) :]
+    decoder = bpe.Decoder(llama, ids[0])
+    assert "".join(map(decoder.push, ids[1:])) == "Lily was"[len(llama.decode(ids[:1])) :]
+    assert llama.decode(ids, llama.end) == "Lily was" and llama.decode(ids, ids[0]) == " Lily was"
+
+
+def test_a_story_of_llama2c_ends_with_its_bos(llama, tmp_path):
+    assert llama.end == 1 and llama.specials == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    info = bpe.write_tokens(iter([("one", False), (" two", True), ("three", True)]), llama, tmp_path / "t.bin")
+    ids, _ = bpe.read_tokens(tmp_path / "t.bin", llama)
+    assert ids.tolist() == [*llama.encode("one two"), 1, *llama.encode("three"), 1]
+    assert info["stories"] == 2 and info["bytes"] == 12
+
+
+def test_merges_that_cross_words_are_made(llama):
+    """Of a vocabulary with a token that has a space inside, the text is not cut into words."""
+    vocab = [*llama.vocab, b"d the"]
+    other = bpe.Tokenizer(vocab, [*llama.merges, (b"d", b" the")], llama.specials, llama._byte_ids)
+    ids = other.encode("z the zd the")
+    assert ids[-1] == len(vocab) - 1 and other.decode(ids) == "z the zd the"
+
+
+# -- explain
+
+
+def test_explain_shows_the_merges_in_their_order(gpt2, llama, tmp_path, capsys):
+    for each, text in [(gpt2, "antidisestablishmentarianism"), (gpt2, "aaaaaaa"), (llama, "Once"), (gpt2, "\u65e5")]:
+        (word,) = each.pretokens(text)
+        steps = list(each.steps(word))
+        assert steps[0][0] is None and b"".join(steps[0][1]) == word.encode()
+        for (_, before), (number, after) in zip(steps, steps[1:]):
+            k = next(k for k, token in enumerate(after) if token != before[k])
+            assert before[k : k + 2] == list(each.merges[number]) or each.spaced
+            assert after == [*before[:k], before[k] + before[k + 1], *before[k + 2 :]]
+        assert steps[-1][1] == [each.vocab[i] for i in each.encode(text)]
+    gpt2.save(tmp_path / "t.json")
+    assert bpe.main(["explain", "It's", "--tokenizer", str(tmp_path / "t.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(tmp_path / "t.json") and lines[1].split() == ["bytes", "I", "|", "t"]
+    assert lines[-1].split() == ["ids", str(gpt2.encode("It's")[-1])]
+
+
+def test_explain_takes_the_tokenizer_here_or_the_newest_of_training(gpt2, bare, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bpe.main(["explain", "a"]) == 2
+    assert "name one with --tokenizer FILE" in capsys.readouterr().err
+    (tmp_path / "data" / "tokens" / "x").mkdir(parents=True)
+    bare.save(tmp_path / "data" / "tokens" / "x" / "tokenizer.json")
+    assert bpe.main(["explain", "a"]) == 0 and "x" in capsys.readouterr().out.splitlines()[0]
+    gpt2.save("tokenizer.json")
+    assert bpe.main(["explain", "a"]) == 0 and capsys.readouterr().out.startswith("tokenizer.json\n")
+
+
+def test_golden_texts_have_the_ids_of_gpt2_by_kernels_too(gpt2):
+    ids = list(GOLDEN["vocab"].values())
+    found = by_kernels(gpt2, [row["text"] for row in GOLDEN["texts"]])
+    assert [[ids[i] for i in each] for each in found] == [row["plain"] for row in GOLDEN["texts"]]
+    assert np.dtype(gpt2.dtype) == np.uint16
