@@ -128,6 +128,7 @@ def train_tokenizer(sources, folder, vocab_size, explicit):
         tokenizer = bpe.Tokenizer.load(path)
     except (OSError, ValueError):
         folder.mkdir(parents=True, exist_ok=True)
+        note("learning the tokenizer of this text and encoding it, once; the first time, kernels are compiled ...")
         with Progress("learning the tokenizer", min(total_bytes(sources), TOKENIZER_BYTES)) as progress:
             pieces = first_bytes(bpe.pieces(sources, progress), TOKENIZER_BYTES)
             bpe.Tokenizer.from_merges(bpe.train(pieces, vocab_size - fixed), RESERVED).save(path)
