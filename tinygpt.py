@@ -12,7 +12,7 @@ decoding, checkpoints and the checks that Part I and Part II agree with calculus
 
 Symbols, here and everywhere:
 
-    B  sequences in a micro-batch                   H  heads
+    B  sequences in a micro-batch                   H  query heads;  G  key/value heads, G divides H
     T  query positions                              D  width of one head
     S  key positions (T in training, the cache's    F  hidden width of the MLP
        length in decoding)                          V  vocabulary size
