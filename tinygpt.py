@@ -766,6 +766,11 @@ def check_tokens(tokens, start, cfg):
 #   - a weight gradient continues, row after row, the chain that the rows before it left;
 #   - gains and biases of a norm are summed within blocks of a sequence's rows, the blocks in the order of rows.
 
+if not numba.config.CPU_NAME and binding.get_host_cpu_features().get("avx512f", False):
+    # LLVM keeps to half of a register where the clock of early processors fell with whole ones
+    numba.config.CPU_NAME = binding.get_host_cpu_name()
+    numba.config.CPU_FEATURES = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
 COMPILE = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks divisions: no vectors
 part = register_jitable(**COMPILE)  # of a kernel, compiled with it; called from Python it is Python
@@ -983,8 +988,9 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-PACKED_A = 22 * TILE_ROWS  # rows of a transposed `a` that are copied at a time
-PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4 + DEPTH * PACKED_A  # scratch, in elements
+PACKED_TILES = 22  # of a transposed `a` that are copied at a time
+PACKED_A = PACKED_TILES * TILE_ROWS
+PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS + PACKED_TILES) * VECTOR_BYTES // 4 + DEPTH * PACKED_A  # in elements
 
 
 def register_tile(rows, vectors):
@@ -1056,29 +1062,47 @@ def register_tile(rows, vectors):
 
 
 tall_wide, tall_two, tall_one = (register_tile(TILE_ROWS, vectors) for vectors in (TILE_VECTORS, 2, 1))
+pair_wide, pair_two, pair_one = (register_tile(2, vectors) for vectors in (TILE_VECTORS, 2, 1))
+high_two, high_one = (register_tile(2 * TILE_ROWS, vectors) for vectors in (2, 1))
 flat_wide, flat_two, flat_one = (register_tile(1, vectors) for vectors in (TILE_VECTORS, 2, 1))
 
 
 @part
-def sweep(a, a_row, a_k, b, b_k, c, c_row, rows, vectors, k, add, zero):
-    """A panel of `vectors` vectors of c, all its rows: tall tiles, then the rows that remain one by one."""
-    tall = rows // TILE_ROWS
-    for _ in range(tall):
+def sweep(a, a_row, a_k, a_tile, b, b_k, c, c_row, rows, vectors, k, add, zero):
+    """A panel of `vectors` vectors of c, all its rows: tall tiles, whose rows of a are a_tile apart, then the rows that
+    remain by two, then one."""
+    if vectors < TILE_VECTORS and a_tile == TILE_ROWS * a_row:  # a narrow tile keeps busy with more rows
+        for _ in range(rows // (2 * TILE_ROWS)):
+            if vectors == 2:
+                high_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+            else:
+                high_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+            a, c = a + 2 * TILE_ROWS * a_row, c + 2 * TILE_ROWS * c_row
+        rows %= 2 * TILE_ROWS
+    for _ in range(rows // TILE_ROWS):
         if vectors == TILE_VECTORS:
             tall_wide(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
         elif vectors == 2:
             tall_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
         else:
             tall_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
-        a, c = a + TILE_ROWS * a_row, c + TILE_ROWS * c_row
-    for _ in range(rows - tall * TILE_ROWS):
+        a, c = a + a_tile, c + TILE_ROWS * c_row
+    rows %= TILE_ROWS
+    for _ in range(rows // 2):
+        if vectors == TILE_VECTORS:
+            pair_wide(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        elif vectors == 2:
+            pair_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        else:
+            pair_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        a, c = a + 2 * a_row, c + 2 * c_row
+    if rows % 2:
         if vectors == TILE_VECTORS:
             flat_wide(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
         elif vectors == 2:
             flat_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
         else:
             flat_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
-        a, c = a + a_row, c + c_row
 
 
 @intrinsic
@@ -1137,22 +1161,53 @@ def copy_rows(source, step, to, to_step, rows, width, size, zero):
                 poke(to + r * to_step + at, peek(source + r * step + at, zero))
 
 
+@intrinsic
+def move_eight(typing_context, to, source, zero):
+    """Copy eight elements of the type of zero from one address to another."""
+
+    def build(context, builder, signature, args):
+        scalar = context.get_value_type(signature.args[-1])
+        size, pointer = context.get_abi_sizeof(scalar), ir.VectorType(scalar, 8).as_pointer()
+        value = builder.load(builder.inttoptr(args[1], pointer), align=size)
+        builder.store(value, builder.inttoptr(args[0], pointer), align=size)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, zero), build
+
+
+@part
+def pack_tiles(a, a_k, to, tile, rows, depth, size, zero):
+    """To each tile, `tile` bytes after the one before, its columns of a. Eight elements are moved at a time: the two
+    too many are overwritten by those that follow."""
+    for k in range(depth):
+        source, at = a + k * a_k, to + k * TILE_ROWS * size
+        for r in range(0, rows, TILE_ROWS):
+            if r + 8 <= rows or k + 1 < depth:
+                move_eight(at, source + r * size, zero)
+            else:  # the last row of a: nothing may stand behind it
+                for i in range(rows - r):
+                    poke(at + i * size, peek(source + (r + i) * size, zero))
+            at += tile
+
+
 @part
 def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
     lanes = VECTOR_BYTES // size
     edge = panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
     panel_a = edge + TILE_ROWS * VECTOR_BYTES
-    transposed = a_row == size and M >= PACK_ROWS  # the columns of a, which tiles read, stand in far-off rows: copied
+    # the columns of a, which tiles read, stand in far-off rows: copied
+    transposed = a_row == size and M >= PACK_ROWS and a_k > 4 * VECTOR_BYTES
     block = PACKED_A if transposed else M
     for i in range(0, M, block):
         rows = min(block, M - i)
         for k in range(0, K, DEPTH):
             depth, more = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0
-            a_at, a_down, a_right = a + i * a_row + k * a_k, a_row, a_k
+            a_at, a_right, a_tile = a + i * a_row + k * a_k, a_k, TILE_ROWS * a_row
             if transposed:
-                copy_rows(a_at, a_k, panel_a, rows * size, depth, rows, size, zero)
-                a_at, a_right = panel_a, rows * size
+                a_tile = depth * TILE_ROWS * size + VECTOR_BYTES
+                pack_tiles(a_at, a_k, panel_a, a_tile, rows, depth, size, zero)
+                a_at, a_right = panel_a, TILE_ROWS * size
             j = 0
             while j < N:
                 left = (N - j) // lanes
@@ -1164,13 +1219,14 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
                     copy_rows(b_at, b_k, panel, b_down, depth, width, size, zero)
                     b_at = panel
                 if left > 0:
-                    sweep(a_at, a_down, a_right, b_at, b_down, c_at, c_row, rows, vectors, depth, more, zero)
+                    sweep(a_at, a_row, a_right, a_tile, b_at, b_down, c_at, c_row, rows, vectors, depth, more, zero)
                 else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
                     for r in range(0, rows, TILE_ROWS):
-                        few = min(TILE_ROWS, rows - r)
-                        a_few, c_few = a_at + r * a_down, c_at + r * c_row
+                        few, a_few, c_few = min(TILE_ROWS, rows - r), a_at + r // TILE_ROWS * a_tile, c_at + r * c_row
                         copy_rows(c_few, c_row, edge, VECTOR_BYTES, few, width, size, zero)
-                        sweep(a_few, a_down, a_right, b_at, b_down, edge, VECTOR_BYTES, few, 1, depth, more, zero)
+                        sweep(
+                            a_few, a_row, a_right, a_tile, b_at, b_down, edge, VECTOR_BYTES, few, 1, depth, more, zero
+                        )
                         copy_rows(edge, VECTOR_BYTES, c_few, c_row, few, width, size, zero)
                 j += width
 
@@ -1216,14 +1272,57 @@ def product(typing_context, a, b, c, add, panel):
     return types.void(a, b, c, types.boolean, panel), build
 
 
+@intrinsic
+def transpose_square(typing_context, source, step, to, to_step, zero):
+    """to (n, n) = source^T, of n rows of one vector each; addresses and row strides in bytes."""
+
+    def build(context, builder, signature, args):
+        source, step, to, to_step, _ = args
+        scalar = context.get_value_type(signature.args[-1])
+        size = context.get_abi_sizeof(scalar)
+        n, i64 = VECTOR_BYTES // size, ir.IntType(64)
+        pointer = ir.VectorType(scalar, n).as_pointer()
+
+        def place(address, step, i):
+            return builder.inttoptr(builder.add(address, builder.mul(step, i64(i))), pointer)
+
+        rows = [builder.load(place(source, step, i), align=size) for i in range(n)]
+        order = [lane for i in range(n) for lane in (i, n + i)]  # of two rows, element by element
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), n), half) for half in (order[:n], order[n:])]
+        while n > 1:  # a round moves the first bit of (row, column) to its end: log2 n rounds change places
+            pairs = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :])
+            rows, n = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks], n // 2
+        for i, row in enumerate(rows):
+            builder.store(row, place(to, to_step, i), align=size)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4, zero), build
+
+
+@part
+def transpose_rows(x, out):
+    """out (M, K') = x (K, M)^T, and zeros in its columns from K on."""
+    (K, M), zero, size = x.shape, x.dtype.type(0), x.itemsize
+    lanes, source, to = VECTOR_BYTES // size, np.intp(x.ctypes.data), np.intp(out.ctypes.data)
+    step, to_step = x.strides[0], out.strides[0]
+    for k in range(0, K, lanes):
+        for m in range(0, M, lanes):
+            if k + lanes <= K and m + lanes <= M:
+                transpose_square(source + k * step + m * size, step, to + m * to_step + k * size, to_step, zero)
+            else:
+                for i in range(k, min(k + lanes, K)):
+                    for j in range(m, min(m + lanes, M)):
+                        out[j, i] = x[i, j]
+    for j in range(M):
+        for i in range(K, out.shape[1]):
+            out[j, i] = zero
+
+
 @kernel
 def transpose_kernel(task, slot, x, out):
-    """out (M, K) = x (K, M)^T, 64 rows of x a task, in squares whose rows and columns both stay in the cache."""
+    """out (M, K) = x (K, M)^T, 64 rows of x a task."""
     first, last = task * 64, min(task * 64 + 64, x.shape[0])
-    for left in range(0, x.shape[1], 16):
-        for k in range(first, last):
-            for m in range(left, min(left + 16, x.shape[1])):
-                out[m, k] = x[k, m]
+    transpose_rows(x[first:last], out[:, first:last])
 
 
 def transpose(x, out):
@@ -1231,33 +1330,36 @@ def transpose(x, out):
     return out
 
 
-GRADIENT_ROWS, GRADIENT_COLUMNS = PACKED_A, 128  # a block of a weight gradient
+GRADIENT_BLOCKS = ((132, 256), (132, 128), (66, 128), (66, 64))  # of a weight gradient: rows, columns
 GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
 
 
 @kernel
-def weight_gradient_kernel(task, slot, per_task, x, dy, dw, db, scratch):
-    """dw (K, M) += x (N, K)^T dy (N, M); db (1, M) += sum_n dy. A task owns `per_task` blocks of dw, column after
-    column, and the part of db above the first of each column."""
+def weight_gradient_kernel(task, slot, shape, per_task, x, dy, dw, db, scratch):
+    """dw (K, M) += x (N, K)^T dy (N, M); db (1, M) += sum_n dy. A task owns `per_task` blocks of dw of a shape, column
+    after column, and the part of db above the first of each column."""
     (N, K), M = x.shape, dw.shape[1]
     rows = max(1, GRADIENT_CHUNK // (K + M) // DEPTH) * DEPTH
-    per_column = (K + GRADIENT_ROWS - 1) // GRADIENT_ROWS
+    per_column = (K + shape[0] - 1) // shape[0]
     ones = np.ones((1, rows), dw.dtype)
-    last_block = min((task + 1) * per_task, per_column * ((M + GRADIENT_COLUMNS - 1) // GRADIENT_COLUMNS))
+    last_block = min((task + 1) * per_task, per_column * ((M + shape[1] - 1) // shape[1]))
     for n in range(0, N, rows):
         x_rows, dy_rows = x[n : n + rows], dy[n : n + rows]
         for block in range(task * per_task, last_block):
-            k, m = block % per_column * GRADIENT_ROWS, block // per_column * GRADIENT_COLUMNS
-            k_end, m_end = min(k + GRADIENT_ROWS, K), min(m + GRADIENT_COLUMNS, M)
+            k, m = block % per_column * shape[0], block // per_column * shape[1]
+            k_end, m_end = min(k + shape[0], K), min(m + shape[1], M)
             product(x_rows[:, k:k_end].T, dy_rows[:, m:m_end], dw[k:k_end, m:m_end], True, scratch[slot])
             if k == 0 and db.size > 0:
                 product(ones[:, : len(dy_rows)], dy_rows[:, m:m_end], db[:, m:m_end], True, scratch[slot])
 
 
 def weight_gradient(x, dy, dw, db, scratch):
-    count = blocks(dw.shape[0], GRADIENT_ROWS) * blocks(dw.shape[1], GRADIENT_COLUMNS)
+    for shape in GRADIENT_BLOCKS:  # the larger, the less is packed again; but every thread wants some
+        count = math.prod(map(blocks, dw.shape, shape))
+        if count >= 2 * POOL.threads:
+            break
     per_task, db = blocks(count, 4 * POOL.threads), np.empty((1, 0), dw.dtype) if db is None else db.reshape(1, -1)
-    POOL.run(weight_gradient_kernel, blocks(count, per_task), per_task, x, dy, dw, db, scratch)
+    POOL.run(weight_gradient_kernel, blocks(count, per_task), shape, per_task, x, dy, dw, db, scratch)
 
 
 # == 6  rows: exponential, norm, activation ============================================================================
@@ -1539,7 +1641,7 @@ def softmax_row(scores, low, high, weight):
 # buffers of `space`, which the table below lays out; without `space` it makes its own.
 
 ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a sublayer
-SCORE_BLOCK = 8 * TILE_ROWS  # query rows whose scores stand in a thread's cache
+SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
 HEAD_BLOCK = 8 * TILE_ROWS  # rows whose logits a thread computes at a time
 HIDDEN_BLOCK = 256  # columns of the MLP's hidden layer that exist at a time outside `space`
 HEAD_ROWS = 512  # rows whose logits exist at a time
@@ -1551,12 +1653,12 @@ def workspace_layout(cfg, B, T):
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
     transposed = max(C * blocks(V, HEAD_COLUMNS) * HEAD_COLUMNS, C * Q, C * U, HD * C)
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + HIDDEN_BLOCK), 2 * S * (D + SCORE_BLOCK))
-    masks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), 2 * (S + D + 1) * SCORE_BLOCK)
+    masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     rows = [  # name, shape, layered
         ("norm1", (2, B, T), True),  # mean, rstd
         ("qkv", (B, T, H + 2 * cfg.kv_heads, D), True),
-        ("qk", (B, T, H + cfg.kv_heads, D) if cfg.qk_norm else (0,), True),  # before their norm
+        ("qk", (tasks, H + cfg.kv_heads, D, ROW_BLOCK) if cfg.qk_norm else (0, 0, 0, 0), True),  # before their norm
         ("o", (B, T, H, D), True),
         ("lse", (B, H, T), True),
         ("attended", (B, T, C), True),
@@ -1575,8 +1677,8 @@ def workspace_layout(cfg, B, T):
         ("dh", (B, T, U), False),
         ("logits", (min(HEAD_ROWS, B * T), V + 16), False),  # a row of 2^n bytes would use few sets of the cache
         ("nats", (B, T), False),
-        ("sums", (B * blocks(T, ROW_BLOCK), 2, C), False),
-        ("qk_sums", (B * blocks(T, ROW_BLOCK), 2, D), False),
+        ("sums", (tasks, 2, C), False),
+        ("qk_sums", (tasks, 2, D), False),
         ("head_sums", (B * blocks(T, HEAD_BLOCK), 2, C), False),
         ("transposed", (transposed,), False),
         ("scratch", (POOL.threads, scratch), False),
@@ -1764,80 +1866,117 @@ def embed_backward_kernels(dx, cache, g, cfg, space=None):
 # == 7.2  attention layer ==============================================================================================
 
 
+# Queries, keys and scores are worked on with positions side by side, (D, T) and (S, T): what is done to all positions
+# is done to whole vectors, sums over d or s are sums of vectors, and no row is too short.
+
+
 @part
-def turn_row(x, cos, sin, half, sign):
-    """x (D,): every pair of it turned by its angle, backwards if sign is -1; section 2.5."""
-    pairs = cos.size
+def whole_vectors(count):
+    """Columns that hold `count`, a multiple of 16."""
+    return (count + 15) // 16 * 16
+
+
+@part
+def turn(x, cos, sin, half, sign):
+    """x (D, T): every pair of rows turned by its angle, cos and sin (D/2, T), backwards if sign is -1; section 2.5."""
+    pairs = x.shape[0] // 2
     for i in range(pairs):
-        even, odd = (i, i + pairs) if half else (2 * i, 2 * i + 1)
-        a, b, c, s = x[even], x[odd], cos[i], sin[i] * sign
-        x[even], x[odd] = a * c - b * s, a * s + b * c
+        even, odd = (x[i], x[i + pairs]) if half else (x[2 * i], x[2 * i + 1])
+        c, s = cos[i], sin[i]
+        for t in range(even.size):
+            a, b, up = even[t], odd[t], s[t] * sign
+            even[t] = a * c[t] - b * up
+            odd[t] = a * up + b * c[t]
+
+
+@part
+def inverse_rms(x, eps, rstd):
+    """rstd (T,) of the columns of x (D, T)."""
+    D, one = x.dtype.type(x.shape[0]), x.dtype.type(1)
+    for t in range(rstd.size):
+        rstd[t] = 0
+    for d in range(x.shape[0]):
+        row = x[d]
+        for t in range(rstd.size):
+            rstd[t] += row[t] * row[t]
+    for t in range(rstd.size):
+        rstd[t] = one / np.sqrt(rstd[t] / D + x.dtype.type(eps))
+
+
+@part
+def place_rows(qkv, position, qk, q_norm, k_norm, eps, heads, cos, sin, half, scratch):
+    """RMSNorm of q and k if qk (1, H + G, D, T') is there to keep them as they were, then their rotation if cos and sin
+    (D/2, S) are there: qkv (T, H + 2 G, D), its first row at `position`, heads = H, G."""
+    (T, _, D), one = qkv.shape, qkv.dtype.type(1)
+    width = whole_vectors(T)
+    x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
+    c, s = cos[:, position : position + T], sin[:, position : position + T]
+    for h in range(heads[0] + heads[1]):
+        transpose_rows(qkv[:, h], x)
+        if len(qk) > 0:
+            copy(x, qk[0, h, :, :width])
+            inverse_rms(x, eps, rstd)
+            gains = q_norm if h < heads[0] else k_norm
+            for d in range(D):
+                row = x[d]
+                for t in range(width):
+                    row[t] *= rstd[t] * gains[d]
+        if len(cos) > 0:
+            turn(x[:, :T], c, s, half, one)
+        transpose_rows(x[:, :T], qkv[:, h])
+
+
+@part
+def place_rows_backward(dqkv, position, qk, q_norm, k_norm, eps, heads, cos, sin, half, sums, scratch):
+    """The same backwards, in place in dqkv; sums (2, D) of the gradients of the gains of q and of k."""
+    (T, _, D), one, zero = dqkv.shape, dqkv.dtype.type(1), dqkv.dtype.type(0)
+    width = whole_vectors(T)
+    dx, rest = scratch[: D * width].reshape(D, width), scratch[D * width :]
+    rstd, dot = rest[:width], rest[width : 2 * width]
+    c, s = cos[:, position : position + T], sin[:, position : position + T]
+    for d in range(sums.shape[1]):
+        sums[0, d] = sums[1, d] = zero
+    for h in range(heads[0] + heads[1]):
+        transpose_rows(dqkv[:, h], dx)
+        if len(cos) > 0:
+            turn(dx[:, :T], c, s, half, -one)
+        if len(qk) > 0:
+            x, gains, total = qk[0, h], q_norm if h < heads[0] else k_norm, sums[0 if h < heads[0] else 1]
+            inverse_rms(x, eps, rstd)
+            for t in range(width):
+                dot[t] = zero
+            for d in range(D):
+                x_row, dx_row, gradient = x[d], dx[d], zero
+                for t in range(width):
+                    product_ = dx_row[t] * x_row[t] * rstd[t]
+                    gradient += product_
+                    dot[t] += product_ * gains[d]
+                total[d] += gradient
+            for t in range(width):
+                dot[t] *= rstd[t] * rstd[t] / x.dtype.type(D)
+            for d in range(D):
+                x_row, dx_row = x[d], dx[d]
+                for t in range(width):
+                    dx_row[t] = rstd[t] * dx_row[t] * gains[d] - x_row[t] * dot[t]
+        transpose_rows(dx[:, :T], dqkv[:, h])
 
 
 @kernel
-def norm_linear_kernel(task, slot, x, kind, norm_w, norm_b, eps, w, b, T, stats, y, scratch):
-    """x (N, C) -> y (N, M) = norm(x) w + b; stats (2, N) = mean, rstd."""
+def qkv_kernel(
+    task, slot, x, kind, norm_w, norm_b, eps, w, b, T, place, at, qk, q_norm, k_norm, qk_eps, heads, cos, sin, half,
+    stats, qkv, scratch,
+):  # fmt: skip
+    """x (N, C) -> qkv (N, H + 2 G, D) = norm(x) w + b, q and k placed if `place`, the sequences' first rows at position
+    `at`; stats (2, N) = mean, rstd."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    panel, n = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE : PANEL_SIZE + (stop - start) * x.shape[1]]
-    n = n.reshape(stop - start, x.shape[1])
+    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    n, y = rest[: (stop - start) * x.shape[1]].reshape(stop - start, x.shape[1]), qkv.reshape(len(qkv), w.shape[1])
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
     set_rows(b, y, start, stop, 0, y.shape[1])
     product(n, w, y[start:stop], True, panel)
-
-
-@kernel
-def place_kernel(task, slot, qkv, qk, q_norm, k_norm, eps, H, G, cos, sin, half):
-    """One row of qkv (N, H + 2 G, D): RMSNorm of q and k if qk (N, H + G, D) is there to keep them as they were, then
-    their rotation if cos and sin (T, D/2) are."""
-    D, one, rows = qkv.shape[2], qkv.dtype.type(1), 64
-    for i in range(task * rows, min(task * rows + rows, len(qkv))):
-        for h in range(H + G):
-            x = qkv[i, h]
-            if len(qk) > 0:
-                gains, square = q_norm if h < H else k_norm, x.dtype.type(0)
-                for d in range(D):
-                    qk[i, h, d] = x[d]
-                    square += x[d] * x[d]
-                rstd = one / np.sqrt(square / x.dtype.type(D) + x.dtype.type(eps))
-                for d in range(D):
-                    x[d] *= rstd * gains[d]
-            if len(cos) > 0:
-                turn_row(x, cos[i % len(cos)], sin[i % len(cos)], half, one)
-
-
-@kernel
-def place_backward_kernel(task, slot, dqkv, qk, q_norm, k_norm, eps, H, G, cos, sin, half, T, sums):
-    """The same backwards, in place in dqkv; sums (tasks, 2, D) of the gains of q and of k."""
-    (_, _, D), one, zero = dqkv.shape, dqkv.dtype.type(1), dqkv.dtype.type(0)
-    start, stop = block_rows(task, T, ROW_BLOCK)
-    for d in range(D):
-        sums[task, 0, d] = sums[task, 1, d] = zero
-    for i in range(start, stop):
-        for h in range(H + G):
-            dx = dqkv[i, h]
-            if len(cos) > 0:
-                turn_row(dx, cos[i % len(cos)], sin[i % len(cos)], half, -one)
-            if len(qk) > 0:
-                x, gains, which, square, dot = qk[i, h], q_norm if h < H else k_norm, 0 if h < H else 1, zero, zero
-                for d in range(D):
-                    square += x[d] * x[d]
-                rstd = one / np.sqrt(square / x.dtype.type(D) + x.dtype.type(eps))
-                for d in range(D):
-                    sums[task, which, d] += dx[d] * x[d] * rstd
-                    dot += dx[d] * gains[d] * x[d] * rstd
-                for d in range(D):
-                    dx[d] = rstd * (dx[d] * gains[d] - x[d] * rstd * dot / x.dtype.type(D))
-
-
-@part
-def transposed(kv, b, which, first, scale, out):
-    """out (D, S) = scale * kv[b, first : first + S, which]^T."""
-    D, S = out.shape
-    for left in range(0, S, 16):
-        for d in range(D):
-            row = out[d]
-            for s in range(left, min(left + 16, S)):
-                row[s] = kv[b, first + s, which, d] * scale
+    if place:
+        kept = qk[task : task + 1]
+        place_rows(qkv[start:stop], at + start % T, kept, q_norm, k_norm, qk_eps, heads, cos, sin, half, rest)
 
 
 @part
@@ -1846,33 +1985,77 @@ def first_seen(position, window):
     return max(0, position - window + 1) if window > 0 else 0
 
 
+@part
+def seen_by(key, first, count, window):
+    """Of `count` queries from position `first` on, the first and last + 1 that see the key."""
+    return max(0, key - first), min(count, key - first + window) if window > 0 else count
+
+
+@part
+def drop_columns(p, begin, key, first, threshold, keep, column_keys):
+    """p (S, T) times its mask, section 2.6: row s is column begin + s of the mask, column t row first + t."""
+    for t in range(p.shape[1]):
+        column_keys[t] = mixed(np.uint32(key + np.uint32(first + t)))
+    for s in range(p.shape[0]):
+        row = p[s]
+        for t in range(row.size):
+            drawn = mixed(np.uint32(column_keys[t] + np.uint32(begin + s)))
+            row[t] = row[t] * keep if drawn >= threshold else row.dtype.type(0)
+
+
+@part
+def scale_columns(x, scale):
+    for i in range(x.shape[0]):
+        row = x[i]
+        for t in range(row.size):
+            row[t] *= scale
+
+
 @kernel
 def attention_kernel(
     task, slot, qkv, H, kv, k_at, v_at, S, scale, slopes, window, keys, threshold, keep, o, lse, scratch
 ):  # fmt: skip
     """One head of one sequence: q in qkv (B, T, heads, D), S keys in kv[:, :S, k_at + g], values in v_at + g -> o
-    (B, T, H, D), lse (B, H, T). Section 2.4, SCORE_BLOCK rows of scores at a time, and of those only the columns that
-    one of their rows sees."""
-    (_, T, _, D), one = qkv.shape, qkv.dtype.type(1)
+    (B, T, H, D), lse (B, H, T). Section 2.4, SCORE_BLOCK queries at a time, their scores in columns: p (keys, queries),
+    of the keys that one of them sees."""
+    (_, T, _, D), zero, one = qkv.shape, qkv.dtype.type(0), qkv.dtype.type(1)
     b, h = task // H, task % H
-    g, slope = h // (H // (v_at - k_at)), slopes[h]
+    g, slope, column_keys = h // (H // (v_at - k_at)), slopes[h], np.empty(SCORE_BLOCK, np.uint32)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
-    k_T, rest = rest[: D * S].reshape(D, S), rest[D * S :]
-    transposed(kv, b, k_at + g, 0, qkv.dtype.type(scale), k_T)
     for first in range(0, T, SCORE_BLOCK):
         last = min(first + SCORE_BLOCK, T)
-        begin, end = first_seen(S - T + first, window) // 16 * 16, S - T + last  # 16: whole vectors
-        p = rest[: (last - first) * (end - begin)].reshape(last - first, end - begin)
-        product(qkv[b, first:last, h], k_T[:, begin:end], p, False, panel)
-        for t in range(first, last):
-            row, low, high = p[t - first], first_seen(S - T + t, window) - begin, S - T + t + 1 - begin
+        width, at = whole_vectors(last - first), S - T + first
+        begin, end = first_seen(at, window), S - T + last
+        q, left = rest[: D * width].reshape(D, width), rest[D * width :]
+        top, total, p = left[:width], left[width : 2 * width], left[2 * width : (2 + end - begin) * width]
+        p = p.reshape(end - begin, width)
+        transpose_rows(qkv[b, first:last, h], q)
+        scale_columns(q, q.dtype.type(scale))
+        product(kv[b, begin:end, k_at + g], q, p, False, panel)
+        for t in range(width):
+            top[t], total[t] = -np.inf, zero
+        for s in range(end - begin):
+            row, (low, high) = p[s], seen_by(begin + s, at, width, window)
             if slope > 0:
-                for s in range(low, high):
-                    row[s] -= slope * row.dtype.type(high - 1 - s)
-            lse[b, h, t] = softmax_row(row, low, high, one)
-            if threshold > 0:
-                drop_row(row, begin, keys[b], h * 65536 + t, threshold, row.dtype.type(keep))
-        product(p, kv[b, begin:end, v_at + g], o[b, first:last, h], False, panel)
+                for t in range(width):
+                    row[t] -= slope * row.dtype.type(at + t - begin - s)
+            for t in range(width):
+                top[t] = row[t] if row[t] > top[t] and t >= low and t < high else top[t]
+        for s in range(end - begin):
+            row, (low, high) = p[s], seen_by(begin + s, at, width, window)
+            for t in range(width):
+                e = exp(row[t] - top[t])
+                row[t] = e if t >= low and t < high else zero
+                total[t] += row[t]
+        for t in range(last - first):
+            lse[b, h, first + t] = top[t] + math.log(total[t])
+        if threshold > 0:
+            drop_columns(p, begin, keys[b], h * 65536 + first, threshold, p.dtype.type(keep), column_keys)
+        product(p.T[: last - first], kv[b, begin:end, v_at + g], o[b, first:last, h], False, panel)
+        for t in range(last - first):
+            row, share = o[b, first + t, h], one / total[t]
+            for d in range(D):
+                row[d] *= share
 
 
 @kernel
@@ -1909,13 +2092,11 @@ def linear_backward_kernel(task, slot, dy, w_T, T, dx, scratch):
 def attention_backward_kernel(
     task, slot, qkv, H, G, scale, slopes, window, keys, threshold, keep, o, lse, do, dqkv, scratch
 ):  # fmt: skip
-    """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), o, do (B, T, H, D), lse (B, H, T)."""
-    (_, T, _, D), zero, one, kept = qkv.shape, o.dtype.type(0), o.dtype.type(1), o.dtype.type(keep)
-    b, g, scale = task // G, task % G, o.dtype.type(scale)
+    """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), o, do (B, T, H, D), lse (B, H, T); p and
+    ds (keys, queries)."""
+    (_, T, _, D), zero, kept = qkv.shape, o.dtype.type(0), o.dtype.type(keep)
+    b, g, scale, column_keys = task // G, task % G, o.dtype.type(scale), np.empty(SCORE_BLOCK, np.uint32)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
-    k_T, v_T, rest = rest[: D * T].reshape(D, T), rest[D * T : 2 * D * T].reshape(D, T), rest[2 * D * T :]
-    transposed(qkv, b, H + g, 0, scale, k_T)
-    transposed(qkv, b, H + G + g, 0, one, v_T)
     for s in range(T):
         for which in range(H + g, H + G + g + 1, G):
             row = dqkv[b, s, which]
@@ -1924,36 +2105,51 @@ def attention_backward_kernel(
     for h in range(g * (H // G), (g + 1) * (H // G)):
         slope = slopes[h]
         for first in range(0, T, SCORE_BLOCK):
-            begin, end = first_seen(first, window) // 16 * 16, min(first + SCORE_BLOCK, T)
-            size = (end - first) * (end - begin)
-            p = rest[:size].reshape(end - first, end - begin)
-            ds = rest[size : 2 * size].reshape(end - first, end - begin)
-            q, do_rows = qkv[b, first:end, h], do[b, first:end, h]
-            product(q, k_T[:, begin:end], p, False, panel)
-            product(do_rows, v_T[:, begin:end], ds, False, panel)
-            for t in range(first, end):
-                row, drow, o_row, do_row = p[t - first], ds[t - first], o[b, t, h], do[b, t, h]
-                low, high, shift, mean = first_seen(t, window) - begin, t + 1 - begin, lse[b, h, t], zero
-                for d in range(D):
-                    mean += do_row[d] * o_row[d]  # sum_s dp_s p_s = sum_d do_d o_d
+            last = min(first + SCORE_BLOCK, T)
+            width, begin = whole_vectors(last - first), first_seen(first, window)
+            columns, size = rest[: (2 * D + 2) * width].reshape(2 * D + 2, width), (last - begin) * width
+            q, do_columns, shift, mean = columns[:D], columns[D : 2 * D], columns[2 * D], columns[2 * D + 1]
+            left = rest[(2 * D + 2) * width :]
+            p, ds = left[:size].reshape(last - begin, width), left[size : 2 * size].reshape(last - begin, width)
+            q_rows, do_rows = qkv[b, first:last, h], do[b, first:last, h]
+            k, v = qkv[b, begin:last, H + g], qkv[b, begin:last, H + G + g]
+            transpose_rows(o[b, first:last, h], q)
+            transpose_rows(do_rows, do_columns)
+            for t in range(width):
+                shift[t] = lse[b, h, first + t] if first + t < T else zero
+                mean[t] = zero
+            for d in range(D):  # sum_s dp_s p_s = sum_d do_d o_d
+                row, drow = q[d], do_columns[d]
+                for t in range(width):
+                    mean[t] += row[t] * drow[t]
+            transpose_rows(q_rows, q)
+            scale_columns(q, scale)
+            product(k, q, p, False, panel)
+            product(v, do_columns, ds, False, panel)
+            if threshold > 0:
+                drop_columns(ds, begin, keys[b], h * 65536 + first, threshold, kept, column_keys)
+            for s in range(last - begin):
+                row, drow, (low, high) = p[s], ds[s], seen_by(begin + s, first, width, window)
                 if slope > 0:
-                    for s in range(low, high):
-                        row[s] -= slope * row.dtype.type(high - 1 - s)
-                if threshold > 0:
-                    drop_row(drow, begin, keys[b], h * 65536 + t, threshold, kept)
-                seen, dseen = row[low:high], drow[low:high]
-                for s in range(seen.size):
-                    seen[s] = exp(seen[s] - shift)
-                    dseen[s] = seen[s] * (dseen[s] - mean) * scale
-                if threshold > 0:
-                    drop_row(row, begin, keys[b], h * 65536 + t, threshold, kept)
-                for s in range(low):
-                    row[s] = drow[s] = zero
-                for s in range(high, end - begin):
-                    row[s] = drow[s] = zero
-            product(ds, qkv[b, begin:end, H + g], dqkv[b, first:end, h], False, panel)
-            product(ds.T, q, dqkv[b, begin:end, H + g], True, panel)
-            product(p.T, do_rows, dqkv[b, begin:end, H + G + g], True, panel)
+                    for t in range(width):
+                        row[t] -= slope * row.dtype.type(first + t - begin - s)
+                for t in range(width):
+                    e = exp(row[t] - shift[t])
+                    row[t] = e if t >= low and t < high else zero
+                    drow[t] = row[t] * (drow[t] - mean[t]) * scale
+            if threshold > 0:
+                drop_columns(p, begin, keys[b], h * 65536 + first, threshold, kept, column_keys)
+            product(ds.T[: last - first], k, dqkv[b, first:last, h], False, panel)
+            product(ds[:, : last - first], q_rows, dqkv[b, begin:last, H + g], True, panel)
+            product(p[:, : last - first], do_rows, dqkv[b, begin:last, H + G + g], True, panel)
+
+
+@kernel
+def place_backward_kernel(task, slot, dqkv, T, qk, q_norm, k_norm, eps, heads, cos, sin, half, sums, scratch):
+    """dqkv (N, H + 2 G, D) before the places of q and k, in place; sums (tasks, 2, D)."""
+    start, stop = block_rows(task, T, ROW_BLOCK)
+    rows, kept, rest = dqkv[start:stop], qk[task : task + 1], scratch[slot, PANEL_SIZE:]
+    place_rows_backward(rows, start % T, kept, q_norm, k_norm, eps, heads, cos, sin, half, sums[task], rest)
 
 
 @kernel
@@ -1974,17 +2170,21 @@ def attention_arguments(cfg, index, mask, dtype):
     return 1 / math.sqrt(cfg.head_width) if cfg.attention_scale else 1.0, slopes, layer_window(cfg, index), *mask
 
 
-def place_arguments(p, s, cfg, start, T):
-    """For `place_kernel`: norm and rotation of queries and keys, or None where there is neither."""
-    D, G, dtype = cfg.head_width, cfg.kv_heads, s["qkv"].dtype
-    cos = sin = np.empty((0, D // 2), dtype)
+@functools.cache
+def rotation_columns(S, D, theta, dtype):
+    """cos and sin (D/2, S) of section 2.5."""
+    return tuple(np.ascontiguousarray(a.T) for a in rotation(S, D, theta, dtype))
+
+
+def place_arguments(p, s, cfg):
+    """For `place_rows`: what norm and rotation of queries and keys need; empty arrays for what there is not."""
+    D, dtype = cfg.head_width, s["qkv"].dtype.name
+    cos = sin = np.empty((0, 0), dtype)
     if cfg.positions.startswith("rope"):
-        cos, sin = (a[start : start + T] for a in rotation(cfg.seq_len, D, cfg.rope_theta, dtype.name))
-    elif not cfg.qk_norm:
-        return None
-    q_norm, k_norm = (p["q_norm_w"], p["k_norm_w"]) if cfg.qk_norm else (constant(1, D, dtype.name),) * 2
-    qk = s["qk"].reshape(-1, cfg.heads + G, D)
-    return qk, q_norm, k_norm, cfg.norm_eps, cfg.heads, G, cos, sin, cfg.positions == "rope-half"
+        cos, sin = rotation_columns(cfg.seq_len, D, cfg.rope_theta, dtype)
+    q_norm, k_norm = (p["q_norm_w"], p["k_norm_w"]) if cfg.qk_norm else (constant(1, D, dtype),) * 2
+    heads, half = (cfg.heads, cfg.kv_heads), cfg.positions == "rope-half"
+    return s["qk"], q_norm, k_norm, cfg.norm_eps, heads, cos, sin, half
 
 
 def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, dropout=None):
@@ -1993,10 +2193,10 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     x_NC, stats, scratch = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), scratch_of(s)
     qkv, o, y, start = s["qkv"], s["o"], s["attended"], past[1] if past is not None else 0
     linear, norm = (p["qkv_w"], biases(p, "qkv_b", cfg.qkv_width)), norm_of(p, "norm1", cfg)
-    POOL.run(norm_linear_kernel, tasks, x_NC, *norm, *linear, T, stats, qkv.reshape(B * T, -1), scratch)
-    place = place_arguments(p, s, cfg, start, T)
-    if place:
-        POOL.run(place_kernel, blocks(B * T, 64), qkv.reshape(B * T, -1, D), *place)
+    placed, place = cfg.qk_norm or cfg.positions.startswith("rope"), place_arguments(p, s, cfg)
+    POOL.run(
+        qkv_kernel, tasks, x_NC, *norm, *linear, T, placed, start, *place, stats, qkv.reshape(B * T, -1, D), scratch
+    )
     kv, k_at, S = qkv, H, T
     if past is not None:
         past[0][:, start : start + T] = qkv[:, :, H:].reshape(B, T, 2, G, D)
@@ -2007,7 +2207,7 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
     linear = (o.reshape(B * T, -1), p["out_w"], biases(p, "out_b", C))
     POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), scratch)
-    return y, (x_NC, s, arguments, place, out_mask)
+    return y, (x_NC, s, arguments, placed and place, out_mask)
 
 
 def masked(dy_NC, mask, s, T):
@@ -2033,7 +2233,7 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
 
     POOL.run(attention_backward_kernel, B * G, s["qkv"], H, G, *arguments, o, s["lse"], do, dqkv, scratch)
     if place:
-        POOL.run(place_backward_kernel, tasks, dqkv.reshape(N, -1, D), *place, T, s["qk_sums"])
+        POOL.run(place_backward_kernel, tasks, dqkv.reshape(N, -1, D), T, *place, s["qk_sums"], scratch)
         if cfg.qk_norm:
             add_sums(s["qk_sums"], g["q_norm_w"], g["k_norm_w"])
 
@@ -2130,10 +2330,7 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
 @kernel
 def head_panels_kernel(task, slot, head_w, panels):
     """panels (blocks, C, HEAD_COLUMNS) = head_w (V, C)^T, HEAD_COLUMNS columns at a time."""
-    first = task * HEAD_COLUMNS
-    for c in range(head_w.shape[1]):
-        for v in range(min(HEAD_COLUMNS, head_w.shape[0] - first)):
-            panels[task, c, v] = head_w[first + v, c]
+    transpose_rows(head_w[task * HEAD_COLUMNS : (task + 1) * HEAD_COLUMNS], panels[task])
 
 
 @kernel

@@ -3,6 +3,7 @@
     pip install torch && python benchmarks/train_speed.py            # every shape, PyTorch eager
     python benchmarks/train_speed.py --size 128x4 --modes eager compile bf16 compile-bf16 --rounds 5
     python benchmarks/train_speed.py --size 128x4 1m                 # any size of ours; beside PyTorch only the shapes
+    python benchmarks/train_speed.py --profile --size 8m             # kernel by kernel: time, GFLOP/s, GB/s
 
 A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape, WIDTHxLAYERS (weights tied, tanh
 GELU, no dropout), or of one of our sizes.
@@ -191,6 +192,87 @@ def measure(size, modes, rounds, threads):
     return " | ".join(cells)
 
 
+# == 4  profile ========================================================================================================
+
+
+def causal(T):
+    """Pairs of a query and a key that it sees."""
+    return T * (T + 1) // 2
+
+
+FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of tasks and its arguments
+    "qkv_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, w, *_: 2 * len(x) * w.size,
+    "attention_kernel": lambda tasks, qkv, *_: 4 * tasks * qkv.shape[3] * causal(qkv.shape[1]),
+    "linear_residual_kernel": lambda tasks, x, o, w, *_: 2 * len(x) * w.size,
+    "mlp_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, activation, up_w, up_b, down_w, *_: (
+        2 * len(x) * (up_w.size + down_w.size)
+    ),
+    "head_kernel": lambda tasks, earlier, x, *rest: 4 * rows_of_head(tasks, earlier, x, *rest) * rest[4].size,
+    "weight_gradient_kernel": lambda tasks, shape, per_task, x, dy, dw, *_: 2 * len(x) * dw.size,
+    "linear_backward_kernel": lambda tasks, dy, w_T, *_: 2 * len(dy) * w_T.size,
+    "attention_backward_kernel": lambda tasks, qkv, H, *_: 10 * len(qkv) * H * qkv.shape[3] * causal(qkv.shape[1]),
+    "linear_norm_backward_kernel": lambda tasks, dy, dlinear, w_T, *_: 2 * len(dy) * w_T.size,
+    "mlp_backward_kernel": lambda tasks, dy, h, activation, down_w_T, *_: 2 * len(dy) * down_w_T.size,
+}
+
+
+def rows_of_head(tasks, earlier, x, *_):
+    import tinygpt
+
+    return min(tasks * tinygpt.HEAD_BLOCK, len(x) - earlier * tinygpt.HEAD_BLOCK)
+
+
+def bytes_of(name, tasks, args):
+    """Of the arrays that a launch gets: what it reads or writes at least once, without the threads' scratch."""
+    import tinygpt
+
+    arrays = [x for x in args if isinstance(x, np.ndarray) and not (x.ndim == 2 and len(x) == tinygpt.POOL.threads)]
+    share = rows_of_head(tasks, *args) / len(args[1]) if name == "head_kernel" else 1
+    return sum(x.nbytes * (share if name == "head_kernel" and len(x) == len(args[1]) else 1) for x in arrays)
+
+
+def profile(size, threads, steps):
+    """Print what each kernel of a training step takes: medians of the sums over a step."""
+    import tinygpt
+    import train
+
+    step, _ = our_step(size, threads)
+    run, calls, rows = tinygpt.POOL.run, [], []
+
+    def timed(kernel, tasks, *args):
+        start = time.perf_counter()
+        run(kernel, tasks, *args)
+        calls.append((kernel.__name__, time.perf_counter() - start, tasks, args))
+
+    step()
+    tinygpt.POOL.run = timed
+    for _ in range(steps):
+        calls.clear()
+        start = time.perf_counter()
+        step()
+        sums = {"all": [time.perf_counter() - start, 0, 0, 0]}
+        for name, seconds, tasks, args in calls:
+            cells = (seconds, 1, FLOPS.get(name, lambda *_: 0)(tasks, *args), bytes_of(name, tasks, args))
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 4), cells)]
+        rows.append(sums)
+    tinygpt.POOL.run, peak = run, train.measure_peak() / 1e9
+    whole = statistics.median(row["all"][0] for row in rows)
+    print(f"{size}: {whole * 1e3:.1f} ms a step; peak of a product of {peak:.0f} GFLOP/s, measured now")
+    print(f"{'kernel':30s} | calls |      ms | share | GFLOP/s | of peak | GB/s")
+    median = {name: statistics.median(row[name][0] for row in rows) for name in rows[0]}
+    median["Python and launches between"] = whole - sum(median.values()) + whole
+    for name in sorted(median, key=median.get, reverse=True):
+        (_, count, flops, size_), seconds = rows[0].get(name, [0] * 4), median[name]
+        if name == "all":
+            flops = sum(row[2] for row in rows[0].values())
+        rate = f"{flops / seconds / 1e9:7.0f} | {flops / seconds / 1e9 / peak:7.0%}" if flops else f"{'':7s} | {'':7s}"
+        share, speed = f"{seconds / whole:5.1%}", f"{size_ / seconds / 1e9:4.0f}" if size_ else ""
+        print(f"{name:30s} | {count or '':5} | {seconds * 1e3:7.2f} | {share:>5s} | {rate} | {speed}")
+
+
+# == 5  command line ===================================================================================================
+
+
 def main():
     import tinygpt
 
@@ -201,12 +283,17 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of each side; 0 is all cores (default)")
+    parser.add_argument("--profile", action="store_true", help="ours alone, kernel by kernel")
     parser.add_argument("--serve", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := [size for size in args.size if size not in SHAPES and size not in tinygpt.SIZES]:
         parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.SIZES])}")
     if args.serve:
         return serve(args.serve, args.size[0], args.threads)
+    if args.profile:
+        for size in args.size:
+            profile(size, args.threads, 4 * args.rounds)
+        return None
     theirs = " | ".join(f"{mode:>9s} ratio " for mode in args.modes)
     print(f"          size |  params |      ours | GFLOP/s | {theirs} | MiB ours | MiB theirs", flush=True)
     for size in args.size:
