@@ -1231,47 +1231,6 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
                 j += width
 
 
-# Numba compiles what a function calls once more for each caller. `product_at` would be most of the machine code of each
-# kernel: it is compiled once for each dtype, given a name that the linker finds, and called by that name.
-
-
-def product_symbol(dtype):
-    return f"tinygpt_product_{dtype}"
-
-
-@functools.cache
-def provide_product(dtype):
-    """Compile `product_at` for a dtype; before any kernel that calls it is loaded."""
-    number, size = numba.from_dtype(np.dtype(dtype)), np.dtype(dtype).itemsize
-
-    def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel):
-        product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, number(0))
-
-    compiled = numba.cfunc(types.void(*[types.intp] * 12), cache=True)(product_of_dtype)
-    binding.add_symbol(product_symbol(number), compiled.address)
-    return compiled  # kept: its machine code lives as long as it does
-
-
-@intrinsic
-def product(typing_context, a, b, c, add, panel):
-    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,)."""
-
-    def build(context, builder, signature, args):
-        i64 = ir.IntType(64)
-        arrays = zip((a, b, c, panel), (*args[:3], args[4]))
-        views = [context.make_array(kind)(context, builder, x) for kind, x in arrays]
-        at = [builder.ptrtoint(view.data, i64) for view in views]
-        down, right = zip(*(cgutils.unpack_tuple(builder, view.strides, 2) for view in views[:3]))
-        (M, K), (_, N) = (cgutils.unpack_tuple(builder, views[i].shape, 2) for i in (0, 2))
-        matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
-        name, kind = product_symbol(c.dtype), ir.FunctionType(ir.VoidType(), [i64] * 12)
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, (*matrices, M, N, K, builder.zext(args[3], i64), at[3]))
-        return context.get_dummy_value()
-
-    return types.void(a, b, c, types.boolean, panel), build
-
-
 @intrinsic
 def transpose_square(typing_context, source, step, to, to_step, zero):
     """to (n, n) = source^T, of n rows of one vector each; addresses and row strides in bytes."""
@@ -1300,22 +1259,85 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
 
 
 @part
-def transpose_rows(x, out):
-    """out (M, K') = x (K, M)^T, and zeros in its columns from K on."""
-    (K, M), zero, size = x.shape, x.dtype.type(0), x.itemsize
-    lanes, source, to = VECTOR_BYTES // size, np.intp(x.ctypes.data), np.intp(out.ctypes.data)
-    step, to_step = x.strides[0], out.strides[0]
+def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
+    """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses, row strides and `size` in bytes."""
+    lanes = VECTOR_BYTES // size
     for k in range(0, K, lanes):
         for m in range(0, M, lanes):
             if k + lanes <= K and m + lanes <= M:
-                transpose_square(source + k * step + m * size, step, to + m * to_step + k * size, to_step, zero)
+                transpose_square(x + k * x_row + m * size, x_row, out + m * out_row + k * size, out_row, zero)
             else:
                 for i in range(k, min(k + lanes, K)):
                     for j in range(m, min(m + lanes, M)):
-                        out[j, i] = x[i, j]
+                        poke(out + j * out_row + i * size, peek(x + i * x_row + j * size, zero))
     for j in range(M):
-        for i in range(K, out.shape[1]):
-            out[j, i] = zero
+        for i in range(K, width):
+            poke(out + j * out_row + i * size, zero)
+
+
+# Numba compiles what a function calls once more for each caller. These two would be most of the machine code of each
+# kernel: they are compiled once for each dtype, given names that the linker finds, and called by name.
+
+
+def symbol(name, dtype):
+    return f"tinygpt_{name}_{dtype}"
+
+
+@functools.cache
+def provide_product(dtype):
+    """Compile `product_at` and `transpose_at` for a dtype; before any kernel that calls them is loaded."""
+    number, size = numba.from_dtype(np.dtype(dtype)), np.dtype(dtype).itemsize
+
+    def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel):
+        product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, number(0))
+
+    def transpose_of_dtype(x, x_row, out, out_row, K, M, width):
+        transpose_at(x, x_row, out, out_row, K, M, width, size, number(0))
+
+    compiled = []  # and kept: machine code lives as long as what it belongs to
+    for name, function, count in (("product", product_of_dtype, 12), ("transpose", transpose_of_dtype, 7)):
+        compiled.append(numba.cfunc(types.void(*[types.intp] * count), cache=True)(function))
+        binding.add_symbol(symbol(name, number), compiled[-1].address)
+    return compiled
+
+
+def call_symbol(builder, name, dtype, arguments):
+    kind, name = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments)), symbol(name, dtype)
+    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+
+
+def parts_of(context, builder, kinds, arrays):
+    """Addresses, row strides, element strides and shapes of arrays of two axes."""
+    views = [context.make_array(kind)(context, builder, x) for kind, x in zip(kinds, arrays)]
+    down, right = zip(*(cgutils.unpack_tuple(builder, view.strides, 2) for view in views))
+    at = [builder.ptrtoint(view.data, ir.IntType(64)) for view in views]
+    return at, down, right, [cgutils.unpack_tuple(builder, view.shape, 2) for view in views]
+
+
+@intrinsic
+def product(typing_context, a, b, c, add, panel):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,)."""
+
+    def build(context, builder, signature, args):
+        at, down, right, ((M, K), _, (_, N)) = parts_of(context, builder, (a, b, c), args[:3])
+        scratch = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, ir.IntType(64))
+        matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
+        call_symbol(builder, "product", c.dtype, (*matrices, M, N, K, builder.zext(args[3], ir.IntType(64)), scratch))
+        return context.get_dummy_value()
+
+    return types.void(a, b, c, types.boolean, panel), build
+
+
+@intrinsic
+def transpose_rows(typing_context, x, out):
+    """out (M, K') = x (K, M)^T, and zeros in its columns from K on; rows without gaps."""
+
+    def build(context, builder, signature, args):
+        at, down, _, ((K, M), (_, width)) = parts_of(context, builder, (x, out), args)
+        call_symbol(builder, "transpose", x.dtype, (at[0], down[0], at[1], down[1], K, M, width))
+        return context.get_dummy_value()
+
+    return types.void(x, out), build
 
 
 @kernel

@@ -343,7 +343,7 @@ def call_product(a, b, c, add):
     """tinygpt.product, compiled once by itself."""
     panel = np.full(tinygpt.PANEL_SIZE, np.nan, c.dtype)
     strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    tinygpt.provide_product(c.dtype.name).ctypes(*strides, *c.shape, a.shape[1], int(add), panel.ctypes.data)
+    tinygpt.provide_product(c.dtype.name)[0].ctypes(*strides, *c.shape, a.shape[1], int(add), panel.ctypes.data)
 
 
 def check_product(M, K, N, dtype, seed, transposed, add, product=call_product):
