@@ -448,8 +448,7 @@ def attention_backward(do, cache):
     kept = (p if keep is None else p * keep).reshape(B, G, H // G, T, S)
     dv = (kept.swapaxes(-1, -2) @ do_BGRTD).sum(2)  # o = p v, for each of the heads that share v
     dp = (do_BGRTD @ v[:, :, None].swapaxes(-1, -2)).reshape(B, H, T, S)
-    if keep is not None:
-        dp = dp * keep
+    dp = dp if keep is None else dp * keep
     # dp_j/dscores_i = p_j (delta_ij - p_i), so dscores = p (dp - sum_s dp_s p_s)
     dscores = (p * (dp - (dp * p).sum(-1, keepdims=True))).reshape(B, G, H // G, T, S)
     dq = dscores @ k[:, :, None] * scale  # scores = scale q k^T
@@ -513,8 +512,7 @@ class Dropout(NamedTuple):
         """shape (B, ..., R, M) -> masks of that shape, None without dropout. Axes between count 2^16 rows each."""
         if not rate:
             return None
-        B, (R, M) = shape[0], shape[-2:]
-        blocks = math.prod(shape[1:-2])
+        B, blocks, (R, M) = shape[0], math.prod(shape[1:-2]), shape[-2:]
         rows = (np.arange(blocks)[:, None] * 65536 + np.arange(R)).astype(np.uint32).reshape(1, blocks, R, 1)
         keys = self.keys(site, B).reshape(B, 1, 1, 1)
         drawn = mix(mix(keys + rows) + np.arange(M, dtype=np.uint32))  # (B, blocks, R, M)
@@ -539,11 +537,11 @@ def embedding_forward(tokens, w, positions):
 
 
 def embedding_backward(dx, cache, dw, dpositions):
-    """dx (B, T, C); adds into dw (V, C), dpositions (T, C)."""
+    """dx (B, T, C); adds into dw (V, C), dpositions (T or more, C)."""
     (tokens,) = cache
     np.add.at(dw, tokens, dx)  # dw[tokens] += dx would count a repeated token once
     if dpositions is not None:
-        dpositions += dx.sum(0)
+        dpositions[: dx.shape[1]] += dx.sum(0)
 
 
 # == 2.8  cross-entropy     nats_n = lse_n - logits_n[target_n],   lse = log sum_v exp(logits_v) =======================
@@ -589,8 +587,7 @@ def embed_backward(dx, cache, g, cfg, space=None):
     dx = dx if keep is None else dx * keep
     if cfg.embedding_norm:
         dx = NORMS[cfg.norm][1](dx, norm, g["embed_norm_w"], g["embed_norm_b"])
-    positions = g["position_w"]
-    embedding_backward(dx, lookup, g["lookup_w"], None if positions is None else positions[: dx.shape[1]])
+    embedding_backward(dx, lookup, g["lookup_w"], g["position_w"])
 
 
 def attention_layer_forward(x, p, cfg, index=0, past=None, space=None, dropout=None):
@@ -600,7 +597,7 @@ def attention_layer_forward(x, p, cfg, index=0, past=None, space=None, dropout=N
     new ones; queries see all of them.
     """
     (B, T, _), (H, G, D) = x.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
-    start = past[1] if past is not None else 0
+    kv, start = past or (None, 0)
     n, norm = NORMS[cfg.norm][0](x, p["norm1_w"], p["norm1_b"], cfg.norm_eps)
     qkv, qkv_linear = linear_forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
     heads = qkv.reshape(B, T, H + 2 * G, D).transpose(0, 2, 1, 3)  # (B, H + 2 G, T, D)
@@ -614,7 +611,6 @@ def attention_layer_forward(x, p, cfg, index=0, past=None, space=None, dropout=N
         q, q_turn = rotate_forward(q, cos, sin, cfg.positions == "rope-half")
         k, k_turn = rotate_forward(k, cos, sin, cfg.positions == "rope-half")
     if past is not None:
-        kv = past[0]
         kv[:, start : start + T] = np.stack([k, v]).transpose(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
         k, v = kv[:, : start + T].transpose(2, 0, 3, 1, 4)  # 2 of (B, G, S, D)
     slopes = alibi_slopes(H) if cfg.positions == "alibi" else None
@@ -725,8 +721,7 @@ def backward(dx, caches, p, g, cfg, ops, space=None):
     """dx (B, T, C), the gradient of what `forward` returned; adds into g."""
     caches = list(caches)
     for index in reversed(range(cfg.layers)):
-        layer, grads = p["layers"][index], g["layers"][index]
-        part = space and space["layers"][index]
+        layer, grads, part = p["layers"][index], g["layers"][index], space and space["layers"][index]
         dx = ops["mlp_layer_backward"](dx, caches.pop(), layer, grads, cfg, part)
         dx = ops["attention_layer_backward"](dx, caches.pop(), layer, grads, cfg, index, part)
     ops["embed_backward"](dx, caches.pop(), g, cfg, space)
@@ -746,10 +741,8 @@ def check_tokens(tokens, start, cfg):
     """ValueError unless tokens (B, T) are ids of this model at positions that it has."""
     T = tokens.shape[1]
     if start + T > cfg.seq_len:
-        raise ValueError(
-            f"tokens has T={start + T} but this model has seq_len={cfg.seq_len}; shorten the text or train with "
-            f"--seq-len {start + T}"
-        )
+        found = f"tokens has T={start + T} but this model has seq_len={cfg.seq_len}"
+        raise ValueError(f"{found}; shorten the text or train with --seq-len {start + T}")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < cfg.vocab_size:
         bad = tokens.min() if tokens.min() < 0 else tokens.max()
         raise ValueError(f"token id {bad} is outside 0 .. {cfg.vocab_size - 1}; is this text of another tokenizer?")
@@ -2692,9 +2685,9 @@ def write_aside(path, chunks):
             os.close(folder)
 
 
-def write_safetensors(path, tensors, metadata):
-    """tensors: name -> float32 or float64 array; metadata: name -> string."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+def write_safetensors(path, tensors, metadata, dtypes=DTYPES):
+    """tensors: name -> array of one of these dtypes; metadata: name -> string."""
+    names = {dtype: name for name, dtype in dtypes.items()}
     header, offset = {"__metadata__": metadata}, 0
     for name, x in tensors.items():
         header[name] = {"dtype": names[x.dtype], "shape": x.shape, "data_offsets": [offset, offset + x.nbytes]}

@@ -376,7 +376,7 @@ WRONG_BACKWARDS = [
     ("attention", "(dscores.swapaxes(-1, -2) @ q_BGRTD)", "(dscores @ q_BGRTD)"),
     ("attention of grouped heads", ".sum(2) * scale", ".mean(2) * scale"),
     ("attention of grouped heads", "@ do_BGRTD).sum(2)", "@ do_BGRTD)[:, :, 0]"),
-    ("attention with dropout", "dp = dp * keep", "pass"),
+    ("attention with dropout", "dp if keep is None else dp * keep", "dp"),
     ("attention with dropout", "(p if keep is None else p * keep)", "p"),
     ("attention with dropout", "dscores = (p * (dp", "dscores = (p * keep * (dp"),
     ("embedding", "np.add.at(dw, tokens, dx)", "dw[tokens] += dx"),
