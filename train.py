@@ -814,8 +814,9 @@ def list_sizes():
 def describe(cfg, s, data, folder):
     """The first lines: what will be trained, on what, how."""
     total, _, inner = tinygpt.count_parameters(cfg)
-    plain = asdict(Config(cfg.vocab_size, cfg.seq_len, cfg.width, cfg.layers, cfg.heads))
-    basic = ("vocab_size", "seq_len", "width", "layers", "heads", "hidden")
+    plain = asdict(Config(cfg.vocab_size, cfg.seq_len, cfg.width, cfg.layers, cfg.heads, head_width=cfg.head_width))
+    basic = ["vocab_size", "seq_len", "width", "layers", "heads", "hidden"]
+    basic += ["head_width"] if cfg.heads * cfg.head_width != cfg.width else []
     shape = {name: value for name, value in asdict(cfg).items() if name in basic or value != plain[name]}
     per_update = s["batch_size"] * cfg.seq_len
     memory = training_memory(cfg, s["micro_batch_size"])
