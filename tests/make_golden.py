@@ -3,8 +3,11 @@
     python tests/make_golden.py gpt2_bpe vocab.json merges.txt      (needs `tokenizers`; GPT-2's two published files)
     python tests/make_golden.py tiny_model                          (needs `torch`)
     python tests/make_golden.py tiny_llama                          (the same)
+    python tests/make_golden.py port_gpt2                           (nothing: of our own specification)
+    python tests/make_golden.py port_llama                          (the same)
 
-Each function below writes tests/golden/NAME.json; its arguments are those of the command line.
+Each function below writes tests/golden/NAME.json; its arguments are those of the command line. A port_NAME.safetensors
+is written by extras/explain.py.
 """
 
 import json
@@ -12,6 +15,7 @@ import sys
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
+PORTS = {"port_gpt2": ["--size", "gpt2", "--scaled-down"], "port_llama": ["--size", "260k", "--scaled-down"]}
 
 # Chosen for what they exercise: contractions, case, runs of white space, digits, signs, accents, other scripts, emoji,
 # zero-width and control characters, things that look like special tokens.
@@ -127,18 +131,29 @@ def run_torch(config, shapes):
     return inputs | outputs | {"gradients": gradients}
 
 
+def port(name, path):
+    """Every number of a tiny model's forward, backward and ten updates, for a port in another language."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
+    import explain
+
+    return explain.main(["golden", *PORTS[name], "--out", str(path)])
+
+
 GOLDENS = {"gpt2_bpe": gpt2_bpe, "tiny_model": tiny_model, "tiny_llama": tiny_llama}
 
 
 def main(argv):
+    if argv and argv[0] in PORTS:
+        return port(argv[0], GOLDEN / f"{argv[0]}.safetensors")
     if not argv or argv[0] not in GOLDENS:
-        sys.exit(f"usage: make_golden.py {'|'.join(GOLDENS)} FILE...\n{__doc__}")
+        sys.exit(f"usage: make_golden.py {'|'.join([*GOLDENS, *PORTS])} FILE...\n{__doc__}")
     path = GOLDEN / f"{argv[0]}.json"
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(GOLDENS[argv[0]](*argv[1:]), ensure_ascii=True, separators=(",", ":"))
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
     print(f"{path}: {path.stat().st_size:,} bytes")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
