@@ -153,8 +153,7 @@ class Config:
 
 
 class Tensor(NamedTuple):
-    """A row of the table; `layered` tensors carry a leading axis of L. Initialised with this mean and standard
-    deviation, from a normal distribution unless `uniform`."""
+    """A row of the table; `layered`: with a leading axis of L. Drawn from a normal distribution unless `uniform`."""
 
     name: str
     shape: tuple
@@ -495,8 +494,7 @@ EMBED_SITE, ATTENTION_SITE, OUT_SITE, MLP_SITE = range(4)
 
 
 class Dropout(NamedTuple):
-    """Which masks: a function of where something stands, so that a run repeats itself and the masks of an update do not
-    depend on how it is cut into micro-batches."""
+    """Which masks: a function of place alone, the same however an update is cut into micro-batches."""
 
     seed: int
     step: int  # the update

@@ -93,7 +93,6 @@ TEXTS = ("format", "version", "about", "ids", "weights")
 COMMITTED = {name: read_golden(make_golden.GOLDEN / f"{name}.safetensors") for name in make_golden.PORTS}
 every_port = pytest.mark.parametrize("port", COMMITTED)
 every_table = pytest.mark.parametrize("table", tinygpt.OPS)
-LIMITS = {"numpy": 1e-13, "numba": 1e-12}
 
 
 def distances(golden, ops, State):
@@ -145,7 +144,8 @@ def comparable(cfg, name, x):
 def test_every_table_of_ops_computes_the_golden_numbers(port, table):
     State = explain.SpecState if table == "numpy" else train.State
     found = distances(COMMITTED[port], tinygpt.OPS[table], State)
-    assert max(found.values()) < LIMITS[table], {name: x for name, x in found.items() if x >= LIMITS[table]}
+    limit = 1e-13 if table == "numpy" else 1e-12
+    assert max(found.values()) < limit, {name: x for name, x in found.items() if x >= limit}
 
 
 WRONG = [

@@ -22,6 +22,13 @@ LIMIT = 1e-6  # of gradient_error, for central differences at h = 1e-5
 every_table = pytest.mark.parametrize("table", OPS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
+
+def test_part_one_can_be_read_in_one_go():
+    source = Path(tinygpt.__file__).read_text(encoding="utf-8")
+    part = source[source.index("# Part I: the specification") : source.index("# Part II: the same")]
+    assert len(part.rstrip("# \n").splitlines()) <= 700
+
+
 # -- primitives: what they are
 
 
