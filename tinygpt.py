@@ -494,7 +494,7 @@ EMBED_SITE, ATTENTION_SITE, OUT_SITE, MLP_SITE = range(4)
 
 
 class Dropout(NamedTuple):
-    """Which masks: a function of place alone, the same however an update is cut into micro-batches."""
+    """Which masks: a function of seed, update and place, however an update is cut into micro-batches."""
 
     seed: int
     step: int  # the update
