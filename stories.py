@@ -193,11 +193,15 @@ def receive(remote: Remote, part: Path, target: int) -> None:
             total = int(found[2])
         else:
             have, total = 0, response.headers.get("Content-Length")
+        if (coded := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise DownloadError(f"the server sent the file encoded as {coded}, which was not asked for")
         first = read(response, min(MIB, target - have))
         page = first.lstrip()[:9].lower().startswith((b"<!doctype", b"<html"))
         if page or "html" in response.headers.get("Content-Type", ""):
             raise DownloadError("a web page came instead of the file; a login page or a filter may be in between")
-        if total is not None and int(total) != remote.size:
+        if not str(total).isdecimal():
+            raise DownloadError("the server does not say how large the file is")
+        if int(total) != remote.size:
             raise DownloadError(f"wrong size: the server has {int(total):,} bytes, not {remote.size:,}")
         bar = Bar(remote.name, have, target)
         try:
@@ -276,7 +280,7 @@ class Https(urllib.request.HTTPSHandler):
 def reason(error: Exception) -> str:
     """Why a connection failed, in plain words."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answered {error.code} {error.reason}"
+        return " ".join(f"the server answered {error.code} {error.reason}".split())
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
     if isinstance(error, socket.gaierror):

@@ -1,6 +1,7 @@
 """stories.py: the download against a server on this machine, and the generated stories as an editor would read them."""
 
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -40,6 +41,10 @@ TRAIN_BYTES = corpus(2 * MIB + 12_345, "fox")
 VALID_BYTES = corpus(200_001, "hen")
 
 
+def range_of(wanted, total):
+    return f"bytes {wanted[len('bytes=') :]}/{total}"
+
+
 class Handler(BaseHTTPRequestHandler):
     """Serves the two files; `server.mode` names what goes wrong."""
 
@@ -55,6 +60,27 @@ class Handler(BaseHTTPRequestHandler):
             page = b"<!DOCTYPE html><html><body>Please log in</body></html>"
             kind = "text/html; charset=utf-8" if server.mode == "page" else "text/plain"
             return self.reply(200, page, {"Content-Type": kind})
+        if server.mode == "page at the range" and wanted:
+            return self.reply(206, b"<html>Log in again</html>", {"Content-Range": range_of(wanted, len(body))})
+        if server.mode == "redirect for ever":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            return self.end_headers()
+        if server.mode == "no range left" and wanted:
+            return self.send_error(416)
+        if server.mode == "no HTTP":
+            self.wfile.write(b"220 mail.example.org ESMTP\r\n\r\n")
+            return None
+        if server.mode == "compressed":
+            return self.reply(200, gzip.compress(body), {"Content-Encoding": "gzip"})
+        if server.mode in ("no size", "a size of letters", "a negative size"):
+            size = {"a size of letters": "many", "a negative size": -1}.get(server.mode)
+            return self.reply(200, body, {"Content-Length": size})
+        if server.mode == "short ranges" and wanted:
+            first = int(wanted[len("bytes=") :].split("-")[0])
+            wanted = f"bytes={first}-{min(first + 400_000, len(body)) - 1}"
+        if server.mode == "other total" and wanted:
+            return self.reply(206, body, {"Content-Range": range_of(wanted, 10**15)})
         if server.mode == "redirect" and "moved" not in self.path:
             self.send_response(302)
             self.send_header("Location", f"/moved/{name}")
@@ -72,7 +98,8 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status, body, headers):
         self.send_response(status)
         for key, value in {"Content-Type": "text/plain", "Content-Length": len(body), **headers}.items():
-            self.send_header(key, str(value))
+            if value is not None:
+                self.send_header(key, str(value))
         self.end_headers()
         cut = self.server.cuts.pop(0) if self.server.cuts else None
         if self.server.mode == "stall":
@@ -253,6 +280,14 @@ def test_redirections_are_followed_with_the_range(server, tmp_path):
         ("disguised page", "a web page came instead of the file"),
         ("other size", "wrong size"),
         ("other range", "another range than was asked for"),
+        ("other total", "wrong size: the server has 1,000,000,000,000,000 bytes"),
+        ("redirect for ever", "the server answered 302"),
+        ("no range left", "the server answered 416"),
+        ("no HTTP", "the connection failed: "),
+        ("compressed", "encoded as gzip"),
+        ("no size", "does not say how large"),
+        ("a size of letters", "does not say how large"),
+        ("a negative size", "does not say how large"),
     ],
 )
 def test_a_wrong_answer_is_one_line_and_generated_stories(server, tmp_path, capsys, mode, reason):
@@ -270,6 +305,22 @@ def test_a_wrong_hash_is_one_line_and_generated_stories(server, tmp_path, capsys
 def test_wrong_validation_stories_are_named(server, tmp_path, capsys):
     server.mode = "other contents"  # a partial training file has no hash to fail
     fails(tmp_path, capsys, "wrong contents", name=stories.VALID.name)
+
+
+def test_a_page_in_the_middle_of_a_download_leaves_what_came(server, tmp_path, capsys):
+    part, server.mode = tmp_path / (stories.TRAIN.name + ".part"), "page at the range"
+    part.write_bytes(TRAIN_BYTES[:5000])
+    fails(tmp_path, capsys, "a web page came instead of the file")
+    assert part.read_bytes() == TRAIN_BYTES[:5000]
+    server.mode = ""
+    assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
+
+
+def test_a_server_that_gives_less_than_the_range_is_asked_for_the_rest(server, tmp_path):
+    server.mode = "short ranges"
+    assert TRAIN_BYTES.startswith(stories.get(tmp_path, 900_000).train.read_bytes())
+    asked = [int(wanted[len("bytes=") :].split("-")[0]) for _, wanted in server.requests if wanted]
+    assert asked[:3] == [0, 400_000, 800_000]
 
 
 def test_a_stall_ends_and_keeps_what_came(server, tmp_path, capsys, monkeypatch):
