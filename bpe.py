@@ -21,6 +21,7 @@ import os
 import struct
 import sys
 import time
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice, pairwise
@@ -1063,9 +1064,11 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     path = os.fspath(path)
     info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
+    crc = 0
     with _aside(path) as file:
         for ids, stories, size in _encoded(documents, tokenizer, threads):
             file.write(ids.data)
+            crc = zlib.crc32(ids.data, crc)
             info["tokens"] += len(ids)
             info["stories"] += stories
             info["bytes"] += size
@@ -1075,6 +1078,7 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
             raise ValueError("no stories to encode; expected at least one")
         with contextlib.suppress(FileNotFoundError):
             os.remove(path + ".json")  # never the description of an older file beside this one
+    info["crc32"] = f"{crc:08x}"
     with _aside(path + ".json") as file:
         file.write(json.dumps(info, indent=1).encode() + b"\n")
     return info
@@ -1091,15 +1095,16 @@ def read_tokens(path, tokenizer=None):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} does not exist") from None
         raise ValueError(f"{path}.json is missing, which says what {path} holds; encode the text again") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}.json does not describe a token file; encode the text again") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}; expected {FORMAT_VERSION}; encode the text again")
+        got = f"format version {version!r:.20}"
+        raise ValueError(f"{path} has {got}; expected {FORMAT_VERSION}; update this program or encode the text again")
     if tokenizer and info.get("tokenizer_hash") != tokenizer.hash:
         got, want = str(info.get("tokenizer_hash"))[:12], tokenizer.hash[:12]
         raise ValueError(f"{path} was written with tokenizer {got}, this one is {want}; encode the text again")
     if info.get("dtype") not in ("uint16", "uint32") or not all(
-        isinstance(info.get(key), int) and info[key] > 0 for key in ("vocab_size", "tokens", "stories", "bytes")
+        type(info.get(key)) is int and 0 < info[key] < 2**48 for key in ("vocab_size", "tokens", "stories", "bytes")
     ):
         raise ValueError(f"{path}.json does not describe a token file; encode the text again")
     dtype = np.dtype(info["dtype"]).newbyteorder("<")
@@ -1107,7 +1112,13 @@ def read_tokens(path, tokenizer=None):
     if size != info["tokens"] * dtype.itemsize:
         want = info["tokens"] * dtype.itemsize
         raise ValueError(f"{path} has {size} bytes; expected {want} ({info['tokens']} tokens); encode the text again")
+    if tokenizer and info["vocab_size"] != tokenizer.vocab_size:  # the ids are read without a look at their range
+        got, want = info["vocab_size"], tokenizer.vocab_size
+        raise ValueError(f"{path}.json says vocab_size {got}; expected {want}; encode the text again")
     ids = np.memmap(path, dtype, "r")
+    if (written := info.get("crc32")) and (found := f"{zlib.crc32(ids):08x}") != written:  # another writer's has none
+        want = f"{written!r:.20}"
+        raise ValueError(f"{path} is damaged: its checksum is {found!r}, expected {want}; encode the text again")
     if (most := int(ids.max())) >= info["vocab_size"]:
         raise ValueError(f"{path} has id {most}; expected below {info['vocab_size']}; encode the text again")
     return ids, info

@@ -7,6 +7,7 @@ import random
 import string
 import subprocess
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -545,6 +546,7 @@ def test_a_token_file_holds_each_story_and_its_end(tokenizer, tmp_path):
         "tokens": len(ids),
         "stories": len(stories),
         "bytes": sum(len(story.encode()) for story in stories),
+        "crc32": f"{zlib.crc32(path.read_bytes()):08x}",
     }
     assert (ids == tokenizer.end).sum() == len(stories)
     assert sorted(os.listdir(tmp_path)) == ["train.bin", "train.bin.json"]
@@ -612,6 +614,8 @@ def test_a_token_file_that_does_not_fit_is_refused(tokenizer, tmp_path):
         path.write_bytes(cut_data)
         refused(rf"has {len(cut_data)} bytes; expected {len(data)} \({info['tokens']} tokens\)")
     path.write_bytes(data[:-2] + (tokenizer.vocab_size).to_bytes(2, "little"))
+    refused(f"is damaged: its checksum is .*, expected '{info['crc32']}'")
+    beside.write_text(json.dumps({**info, "crc32": None}), encoding="utf-8")  # as another writer's
     refused(f"has id {tokenizer.vocab_size}; expected below {tokenizer.vocab_size}")
     path.write_bytes(data)
     beside.write_text(json.dumps({**info, "format_version": 2}), encoding="utf-8")
