@@ -397,10 +397,10 @@ def note(line):
 
 
 def show(text, stream):
-    """A line; whoever read the stream and left does not end the run."""
+    """A line; a reader of the stream who left, or a disk too full for it, does not end the run."""
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -429,6 +429,10 @@ class Progress:
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Stopped(Exception):
+    """The run was asked to stop in the middle of what can be done again."""
 
 
 @contextlib.contextmanager
@@ -482,21 +486,25 @@ EVALUATED = 0.10  # tokens of a validation while training, for each token traine
 class Run:
     """The folder of a run: its log, its checkpoints, what the terminal shows."""
 
-    def __init__(self, folder, s, state, data, ops):
-        self.folder, self.s, self.state, self.data, self.ops = folder, s, state, data, ops
-        self.saved_at, self.save_seconds, self.best = -math.inf, 0.0, math.inf
+    def __init__(self, folder, s, state, data, ops, log):
+        self.folder, self.s, self.state, self.data, self.ops, self.log = folder, s, state, data, ops, log
+        self.saved_at, self.save_seconds, self.saved_step, self.best = -math.inf, 0.0, None, math.inf
+        self.evaluated = 0  # step of the last validation
         self.losses = []
         self.tokenizer_json = data.tokenizer.to_json()
 
-    def open_log(self, position):
-        """Go on at byte `position`; a fresh run has 0."""
-        self.log = open(self.folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
-        self.log.truncate(position)
+    def cut_log(self, position):
+        """What stands behind byte `position` is of updates that will be made again."""
+        self.log.truncate(min(position, os.path.getsize(self.log.name)))
         self.log.seek(0, os.SEEK_END)
 
     def write(self, **entry):
-        self.log.write(json.dumps(entry) + "\n")
-        self.log.flush()
+        try:
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+        except OSError as error:
+            error.filename = error.filename or self.log.name
+            raise
 
     def finite(self, x):
         """x; FloatingPointError if a number of it is not finite."""
@@ -504,29 +512,56 @@ class Run:
             raise FloatingPointError(f"the model is not finite at step {self.state.step}")
         return x
 
-    def save(self):
-        """last.safetensors: the model, the moments, the settings, the place in the log."""
+    def due(self):
+        """Whether the validation of this step is still to be done."""
+        step, s = self.state.step, self.s
+        return step > self.evaluated and (step % s["eval_every"] == 0 or step == s["steps"])
+
+    def milestone(self):
+        """The name of the checkpoint that --keep N leaves at this step: N of them, evenly over the run; else None."""
+        step, steps, keep = self.state.step, self.s["steps"], self.s.get("keep", 0)
+        return f"step-{step:06d}.safetensors" if step and step * keep // steps > (step - 1) * keep // steps else None
+
+    def save(self, name="last.safetensors"):
+        """A checkpoint to go on from: the model, the moments, the settings, the place in the log."""
         start = time.monotonic()
-        self.finite(self.state.parameters)
         self.log.flush()
+        os.fsync(self.log.fileno())  # a place in it is only of use if it gets there
         metadata = {"step": str(self.state.step), "settings": json.dumps(self.s), "best": repr(self.best)}
-        metadata["log_bytes"] = str(os.path.getsize(self.folder / "log.jsonl"))
+        metadata |= {"log_bytes": str(os.path.getsize(self.log.name)), "evaluated": str(self.evaluated)}
         extra = {"moment1": self.state.m, "moment2": self.state.v}
-        self.save_model("last.safetensors", extra, metadata)
-        self.saved_at = time.monotonic()
+        self.save_model(name, extra, metadata)
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step
         self.save_seconds = self.saved_at - start
 
+    def last_good(self):
+        """Where to go on from, for the line that ends a run."""
+        if self.saved_step is None:
+            return f"no checkpoint is in {self.folder} yet"
+        return f"last good checkpoint: {self.folder / 'last.safetensors'}, step {self.saved_step}"
+
     def save_model(self, name, extra=None, metadata=None):
+        for x in (self.state.parameters, *(extra or {}).values()):
+            self.finite(x)
         tinygpt.save_checkpoint(
             self.folder / name, self.state.parameters, self.state.cfg, self.tokenizer_json, extra, metadata
         )
 
-    def evaluate(self):
-        """Validation on the fixed beginning, the prompts' stories; keeps the best model."""
+    def evaluate(self, stopped=lambda: False):
+        """Validation on the fixed beginning, the prompts' stories; keeps the best model. Stopped, before anything is
+        written, if `stopped()` in the middle of it."""
+
+        def look(_=None):
+            if stopped():
+                raise Stopped
+
         tokens, tokenizer = self.data.valid[: self.s["eval_tokens"]], self.data.tokenizer
-        nats = self.finite(evaluate(self.state.p, self.state.cfg, tokens, tokenizer.end, self.ops))
+        nats = self.finite(evaluate(self.state.p, self.state.cfg, tokens, tokenizer.end, self.ops, progress=look))
         bits = bits_per_byte(nats, tokens, tokenizer)
-        stories = [tell(self.state, tokenizer, self.ops, prompt, self.s["seed"]) for prompt in self.s["prompts"]]
+        stories = []
+        for prompt in self.s["prompts"]:
+            look()
+            stories.append(tell(self.state, tokenizer, self.ops, prompt, self.s["seed"]))
         self.write(step=self.state.step, val_nats=nats, val_bits_per_byte=bits, stories=stories)
         note(f"step {self.state.step} | validation {nats:.4f} nats/token, {bits:.4f} bits/byte (first {len(tokens):,})")
         for story in stories:
@@ -534,12 +569,13 @@ class Run:
         if bits < self.best:
             self.best = bits
             self.save_model("best.safetensors")
+        self.evaluated = self.state.step
 
     def finish(self):
         """The last figures: every validation token once, the loss curve, what to type next."""
         valid, tokenizer, state = self.data.valid, self.data.tokenizer, self.state
-        seconds = len(valid) / max(1.0, 2.5 * self.speed)
-        note(f"scoring all {len(valid):,} validation tokens, about {clock(seconds)} ...")
+        about = f", about {clock(len(valid) / (2.5 * self.speed))}" if self.speed else ""
+        note(f"scoring all {len(valid):,} validation tokens{about} ...")
         with Progress("validation", len(valid)) as progress:
             nats = self.finite(evaluate(state.p, state.cfg, valid, tokenizer.end, self.ops, progress=progress))
         bits = bits_per_byte(nats, valid, tokenizer)
@@ -609,9 +645,23 @@ def train(run, batches, space, peak):
     started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
     note("first update; a kernel that is used for the first time on this machine is compiled ...")
     with stop_signals() as stopped:
-        if run.saved_at == -math.inf:
-            run.save()
-        while state.step < s["steps"] and not stopped():
+        while not stopped():
+            # what follows an update comes first: a run may have been stopped in the middle of it
+            if run.due():
+                try:
+                    run.evaluate(stopped)
+                except Stopped:
+                    break
+            last, name = state.step == s["steps"], run.milestone()
+            kept = not name or (run.folder / name).exists()
+            if not kept:
+                run.save(name)
+            now = time.monotonic()
+            pause = min(s["save_every"], max(5, now - started))  # a run that is stopped early still has a story
+            if now - run.saved_at > max(pause, 20 * run.save_seconds) or last or not kept:
+                run.save()
+            if last:
+                break
             before = time.monotonic()
             batch = batches.get(state.step * s["batch_size"], s["batch_size"])
             result = update(state, batch, run.ops, space, s, stopped)
@@ -625,22 +675,17 @@ def train(run, batches, space, peak):
             run.write(
                 step=state.step, loss=loss, lr=lr, norm=norm, tokens=state.step * tokens_per_update, seconds=seconds
             )
-            last = state.step == s["steps"]
-            if now - shown > 2 or last or state.step == first + 1:
+            if now - shown > 2 or state.step in (first + 1, s["steps"]):
                 shown, left = now, (now - started) / (state.step - first) * (s["steps"] - state.step)
                 share = f"{run.speed * flops / peak:.0%} of peak"
                 note(
                     f"step {state.step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {run.speed:,.0f} tok/s | "
                     f"{share} | {clock(left)} left"
                 )
-            if state.step % s["eval_every"] == 0 or last:
-                run.evaluate()
-            pause = min(s["save_every"], max(5, now - started))  # a run that is stopped early still has a story
-            if now - run.saved_at > max(pause, 20 * run.save_seconds) or last:
-                run.save()
-        if state.step < s["steps"]:
+        done = state.step == s["steps"] and not run.due()
+        if not done:
             run.save()
-    return state.step == s["steps"]
+    return done
 
 
 # == 6  settings and command line ======================================================================================
@@ -736,29 +781,62 @@ def make_parser():
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="FOLDER", help="of the run (default runs/SIZE, runs/SIZE-2, ...)")
-    add("--resume", action="store_true", help="go on with the run in --out (default the newest) under its own settings")
+    add("--resume", action="store_true", help="go on with the run in --out (default the newest); without one, begin it")
     add("--eval-every", type=COUNT, metavar="N", help="updates between validations (default a tenth of the run)")
     add("--save-every", type=in_range(float, 0, 1e6), default=20.0, metavar="S", help="seconds between checkpoints")
+    add(
+        "--keep", type=in_range(int, 0, 10**6), default=0, metavar="N", help="checkpoints step-*, evenly spread; 0 none"
+    )
     add("--prompt", action="append", metavar="TEXT", help="a story told from it at each validation (repeatable)")
     return parser
 
 
 def new_folder(args):
     """(folder of a fresh run, whether it was made); ValueError where a run is, OSError where it cannot be written."""
-    if args.out is not None:
-        folder, made = args.out, not args.out.exists()
-        if (folder / "log.jsonl").exists():
-            raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    if args.out is None:
         Path("runs").mkdir(exist_ok=True)
         for number in range(1, 10**6):
-            folder, made = Path("runs", args.size if number == 1 else f"{args.size}-{number}"), True
+            folder = Path("runs", args.size if number == 1 else f"{args.size}-{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-                break
-    (folder / "log.jsonl").touch()
+                return folder, True
+    folder, made = args.out, not args.out.exists()
+    if (folder / "log.jsonl").exists() and not args.resume:
+        raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
+    if found := sorted(folder.glob("*.safetensors")):
+        raise ValueError(f"{found[0]} would be overwritten; name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder, made
+
+
+def lock_log(folder):
+    """The log of a run, open for writing; locked until it is closed or its process ends, however it ends. ValueError if
+    a run has it."""
+    log = open(folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(log.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(log.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        log.close()
+        raise ValueError(
+            f"another process writes the run in {folder}; wait for its end or name another --out"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
+    return log
+
+
+def asked(args):
+    """What the command line says about the run itself: with --resume that must be what it said at the beginning."""
+    default, free = make_parser().get_default, ("out", "resume", "threads")
+    return {name: value for name, value in vars(args).items() if name not in free and value != default(name)}
 
 
 def resolve(args, cfg):
@@ -778,7 +856,7 @@ def resolve(args, cfg):
     if s["min_lr"] > s["lr"]:
         raise ValueError(f"--min-lr {s['min_lr']} is above --lr {s['lr']}")
     s |= {"micro_batch_size": micro, "prompts": args.prompt or []}
-    return s | {name: getattr(args, name) for name in ("size", "seed", "kernels", "save_every")}
+    return s | {name: getattr(args, name) for name in ("size", "seed", "kernels", "save_every", "keep", "asked")}
 
 
 def plan(args, s, batches, steps):
@@ -842,33 +920,60 @@ def repeat_command(args, s, cfg):
     for name in ("data", "val_data"):
         words += [f"--{name.replace('_', '-')}", *getattr(args, name)] if getattr(args, name) else []
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--vocab-size", cfg.vocab_size]
-    for name in ("micro_batch_size", "lr", *DEFAULTS, "seed", "eval_every"):
+    for name in ("micro_batch_size", "lr", *DEFAULTS, "seed", "eval_every", "save_every", "keep"):
         words += [f"--{name.replace('_', '-')}", s[name]]
     return command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
 def newest_run():
-    """The folder in runs/ whose checkpoint is the newest."""
+    """The folder in runs/ whose checkpoint is the newest; None if there is none."""
     found = sorted(Path("runs").glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError("there is no run to go on with in runs/; start one with python train.py --size 1m")
-    return found[-1].parent
+    return found[-1].parent if found else None
 
 
 def begin(args, started):
     """A fresh run, ready to train: (Run, Batches, workspace). If it cannot begin it leaves no folder behind."""
     args.size = args.size or "1m"
     folder, made = new_folder(args)
+    log = None
     try:
-        return begin_in(folder, args, started)
+        log = lock_log(folder)
+        args = as_logged(folder, args)
+        log.truncate(0)
+        return begin_in(folder, log, args, started)
     except BaseException:
-        (folder / "log.jsonl").unlink()
-        if made:
-            folder.rmdir()
+        with contextlib.suppress(OSError):
+            if log:
+                log.close()
+                (folder / "log.jsonl").unlink()
+            if made:
+                folder.rmdir()
         raise
 
 
-def begin_in(folder, args, started):
+def as_logged(folder, args):
+    """args, or, where a run was killed between its log's first line and its first checkpoint, those of that line."""
+    try:
+        entry = json.loads((folder / "log.jsonl").read_text("utf-8").partition("\n")[0])
+        words, first = shlex.split(entry["command"])[2:], entry["settings"]["asked"]
+    except (ValueError, KeyError, TypeError):
+        return args
+    check_asked(args.asked, first, folder)
+    logged = make_parser().parse_args(words)
+    logged.out, logged.asked = folder, first
+    return logged
+
+
+def check_asked(now, first, folder):
+    """ValueError for a flag that --resume would have to ignore."""
+    for name in now:
+        if name not in first or now[name] != first[name]:
+            other = f"begin another run with this one's model: --init-from {folder / 'last.safetensors'}"
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume goes on under the run's own settings; leave out {flag}, or {other}")
+
+
+def begin_in(folder, log, args, started):
     base, ops = SIZES[args.size].changed(**tinygpt.overrides(args.set or [])), OPS[args.kernels]
     seq_len = args.seq_len or base.seq_len
     base = base.changed(seq_len=seq_len)
@@ -886,38 +991,71 @@ def begin_in(folder, args, started):
         steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
-    run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, ops)
-    run.open_log(0)
+    run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, ops, log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
     return run, batches, space
 
 
-def go_on(args):
-    """The run of --resume, as it was at its last checkpoint: (Run, Batches, workspace)."""
-    for name in ("size", "data", "val_data", "tokenizer", "vocab_size", "seq_len", "steps", "epochs", "minutes", "lr"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--resume goes on under the run's own settings; leave out --{name.replace('_', '-')}")
+def resume(args, started):
+    """The run of --resume, as it was at its last checkpoint, or a fresh one: (Run, Batches, workspace)."""
     folder = args.out or newest_run()
+    if not folder or not (folder / "last.safetensors").exists():
+        note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
+        return begin(args, started)
+    log = lock_log(folder)
+    try:
+        return go_on(folder, log, args)
+    except BaseException:
+        log.close()
+        raise
+
+
+def go_on(folder, log, args):
     path = folder / "last.safetensors"
     checkpoint = tinygpt.load_checkpoint(path)
-    cfg = checkpoint.cfg
+    cfg, parameters = checkpoint.cfg, checkpoint.parameters
     try:
-        s, step = json.loads(checkpoint.metadata["settings"]), int(checkpoint.metadata["step"])
-        position, best = int(checkpoint.metadata["log_bytes"]), float(checkpoint.metadata["best"])
+        s, place = json.loads(checkpoint.metadata["settings"]), checkpoint.metadata
+        step, position, best = int(place["step"]), int(place["log_bytes"]), float(place["best"])
+        evaluated = int(place.get("evaluated", step))
         moments = checkpoint.extra["moment1"], checkpoint.extra["moment2"]
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} holds a model but no run to go on with") from None
-    if step >= s["steps"]:
-        raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates")
+        check_settings(s)
+        if parameters.dtype != np.float32 or any(x.dtype != np.float32 or x.shape != parameters.shape for x in moments):
+            raise TypeError("its tensors are not float32 or not all of one length")
+        if not 0 <= step <= s["steps"] or not 0 <= position < 2**48:
+            raise ValueError(f"step {step} of {s['steps']}")
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} holds a model but no run to go on with ({error!s:.80})") from None
+    lines = (folder / "log.jsonl").read_text("utf-8", "replace")[position:].splitlines(keepends=True)
+    if step == s["steps"] and any("final_val_nats" in line and line.endswith("\n") for line in lines):
+        more = f"to train its model further, begin another run with it: --init-from {path}"
+        raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates; {more}")
+    check_asked(args.asked, s.get("asked", {}), folder)
     data = read_data(bpe.Tokenizer.from_json(checkpoint.tokenizer), s["files"], s["data"], cfg.seq_len)
-    if len(data.train) != s["train_tokens"]:
+    if len(data.train) != s["train_tokens"] or data.tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(f"the data of {folder} have changed since it began; start another run")
-    state = State(cfg, checkpoint.parameters)
+    state = State(cfg, parameters)
     state.step, state.m[:], state.v[:] = step, *moments
-    run = Run(folder, s, state, data, OPS[s["kernels"]])
-    run.best, run.saved_at = best, time.monotonic()
-    run.open_log(position)
+    run = Run(folder, s, state, data, OPS[s["kernels"]], log)
+    run.best, run.evaluated, run.saved_at, run.saved_step = best, evaluated, time.monotonic(), step
+    run.cut_log(position)
     return run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)
+
+
+def check_settings(s):
+    """KeyError, TypeError or ValueError for what cannot be the settings of a run."""
+    counts = ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "train_tokens")
+    rates = ("lr", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "save_every")
+    texts = [s["data"], s["size"], *s["prompts"], *(path for paths in s["files"] for path in paths)]
+    sound = all(type(s[name]) is int and 0 < s[name] < 2**48 for name in counts) and len(s["files"]) == 2
+    sound &= all(
+        type(s.get(name, 0)) is int and 0 <= s.get(name, 0) < 2**63 for name in ("warmup_steps", "seed", "keep")
+    )
+    sound &= all(type(s[name]) in (int, float) and 0 <= s[name] < math.inf for name in rates)
+    sound &= s["beta1"] < 1 and s["beta2"] < 1 and all(type(text) is str for text in texts)
+    if not sound or s["batch_size"] > 2**16 or s["batch_size"] % s["micro_batch_size"]:
+        raise ValueError("a setting is out of range")
+    OPS[s["kernels"]], SCHEDULES.index(s.get("schedule", "cosine")), s.get("asked", {}).items
 
 
 def make_space(cfg, s):
@@ -932,11 +1070,11 @@ def main(argv=None):
     if args.list_sizes:
         list_sizes()
         return 0
-    run = None
+    run, args.asked = None, asked(args)
     if args.threads:
         POOL.resize(args.threads)
     try:
-        run, batches, space = go_on(args) if args.resume else begin(args, started)
+        run, batches, space = resume(args, started) if args.resume else begin(args, started)
         describe(run.state.cfg, run.s, run.data, run.folder)
         if train(run, batches, space, measure_peak()):
             run.finish()
@@ -948,15 +1086,21 @@ def main(argv=None):
     except FloatingPointError as error:
         if run is None:
             parser.error(f"{error}, while the speed was measured; try a lower --lr")
-        path = run.folder / "last.safetensors"
-        parser.error(f"{error}; last good checkpoint: {path}, step {tinygpt.load_checkpoint(path).metadata['step']}")
+        parser.error(f"{error}; {run.last_good()}")
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        parser.error(
+            f"{what}; {run.last_good()}; then {command('train.py', '--resume', '--out', run.folder)}" if run else what
+        )
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        note("left at once" + (f"; the last checkpoint is in {run.folder}" if run else ""))
+        note("left at once" + (f"; {run.last_good()}" if run else ""))
         return 130
+    finally:
+        if run:
+            with contextlib.suppress(OSError):
+                run.log.close()
 
 
 if __name__ == "__main__":

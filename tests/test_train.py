@@ -803,14 +803,10 @@ def stopped(place, text):
 
 
 def test_resume_of_a_finished_run_says_that_it_is(place, finished):
-    message = refusal(train.main, "train.py", "--resume", "--out", finished.folder)
-    assert "finished" in message and "12 of 12" in message
-
-
-def test_resume_without_a_run_says_what_to_type(place):
-    assert "python train.py" in refusal(train.main, "train.py", "--resume")
-    assert "nowhere" in refusal(train.main, "train.py", "--resume", "--out", "nowhere")
-    assert not Path("nowhere").exists()
+    for more in ((), ("--steps", 24)):
+        message = refusal(train.main, "train.py", "--resume", "--out", finished.folder, *more)
+        assert "finished" in message and "12 of 12" in message
+        assert f"--init-from {finished.folder / 'last.safetensors'}" in message
 
 
 def test_resume_takes_the_newest_run(stopped, text):
