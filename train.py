@@ -531,8 +531,9 @@ class Run:
         metadata |= {"log_bytes": str(os.path.getsize(self.log.name)), "evaluated": str(self.evaluated)}
         extra = {"moment1": self.state.m, "moment2": self.state.v}
         self.save_model(name, extra, metadata)
-        self.saved_at, self.saved_step = time.monotonic(), self.state.step
-        self.save_seconds = self.saved_at - start
+        if name == "last.safetensors":
+            self.saved_at, self.saved_step = time.monotonic(), self.state.step
+            self.save_seconds = self.saved_at - start
 
     def last_good(self):
         """Where to go on from, for the line that ends a run."""
