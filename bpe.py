@@ -848,7 +848,7 @@ def from_json(text):
     for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
         if (value := _setting(data, name)) not in neutral:
             kind = "byte-level BPE, and that of llama2.c, are read"
-            raise ValueError(f"{name} is {value!r}; expected {json.dumps(neutral[0])}: only {kind}")
+            raise ValueError(f"{name} is {value!r:.60}; expected {json.dumps(neutral[0])}: only {kind}")
     try:
         strings, added = data["model"]["vocab"], data.get("added_tokens") or []
         specials = {token["content"]: token["id"] for token in added}
@@ -1101,7 +1101,7 @@ def read_tokens(path, tokenizer=None):
         got = f"format version {version!r:.20}"
         raise ValueError(f"{path} has {got}; expected {FORMAT_VERSION}; update this program or encode the text again")
     if tokenizer and info.get("tokenizer_hash") != tokenizer.hash:
-        got, want = str(info.get("tokenizer_hash"))[:12], tokenizer.hash[:12]
+        got, want = " ".join(str(info.get("tokenizer_hash")).split())[:12], tokenizer.hash[:12]
         raise ValueError(f"{path} was written with tokenizer {got}, this one is {want}; encode the text again")
     if info.get("dtype") not in ("uint16", "uint32") or not all(
         type(info.get(key)) is int and 0 < info[key] < 2**48 for key in ("vocab_size", "tokens", "stories", "bytes")

@@ -4,8 +4,8 @@
     python train.py --size 1m --data stories.txt --minutes 5
 
 Reads text or token files and writes runs/NAME/: log.jsonl, last.safetensors (model, moments, place: `--resume` goes on
-from it), best.safetensors (the model alone, at its best validation), loss.png. Read in order: 1 text to token files,
-2 batches, 3 AdamW, 4 evaluation, 5 the run, 6 settings and command line.
+from it), best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png. Read in
+order: 1 text to token files, 2 batches, 3 AdamW, 4 evaluation, 5 the run, 6 settings and command line.
 """
 
 import argparse
@@ -785,9 +785,7 @@ def make_parser():
     add("--resume", action="store_true", help="go on with the run in --out (default the newest); without one, begin it")
     add("--eval-every", type=COUNT, metavar="N", help="updates between validations (default a tenth of the run)")
     add("--save-every", type=in_range(float, 0, 1e6), default=20.0, metavar="S", help="seconds between checkpoints")
-    add(
-        "--keep", type=in_range(int, 0, 10**6), default=0, metavar="N", help="checkpoints step-*, evenly spread; 0 none"
-    )
+    add("--keep", type=in_range(int, 0, 10**6), default=0, metavar="N", help="of them, evenly spread, for good; 0 none")
     add("--prompt", action="append", metavar="TEXT", help="a story told from it at each validation (repeatable)")
     return parser
 
@@ -804,8 +802,6 @@ def new_folder(args):
     folder, made = args.out, not args.out.exists()
     if (folder / "log.jsonl").exists() and not args.resume:
         raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
-    if found := sorted(folder.glob("*.safetensors")):
-        raise ValueError(f"{found[0]} would be overwritten; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder, made
 
@@ -826,9 +822,8 @@ def lock_log(folder):
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         log.close()
-        raise ValueError(
-            f"another process writes the run in {folder}; wait for its end or name another --out"
-        ) from None
+        busy = f"another process writes the run in {folder}"
+        raise ValueError(f"{busy}; wait for its end or name another --out") from None
     except OSError as error:  # some network file systems have no locks
         note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
     return log
@@ -936,16 +931,20 @@ def begin(args, started):
     """A fresh run, ready to train: (Run, Batches, workspace). If it cannot begin it leaves no folder behind."""
     args.size = args.size or "1m"
     folder, made = new_folder(args)
-    log = None
+    log, fresh = None, False
     try:
         log = lock_log(folder)
-        args = as_logged(folder, args)
+        fresh = os.path.getsize(log.name) == 0
+        if found := sorted(folder.glob("*.safetensors")):
+            raise ValueError(f"{found[0]} would be overwritten; name another --out")
+        args = args if fresh else as_logged(folder, args)
         log.truncate(0)
         return begin_in(folder, log, args, started)
     except BaseException:
         with contextlib.suppress(OSError):
             if log:
                 log.close()
+            if fresh:
                 (folder / "log.jsonl").unlink()
             if made:
                 folder.rmdir()
@@ -954,6 +953,8 @@ def begin(args, started):
 
 def as_logged(folder, args):
     """args, or, where a run was killed between its log's first line and its first checkpoint, those of that line."""
+    if not args.resume:  # it began while this process looked
+        raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
     try:
         entry = json.loads((folder / "log.jsonl").read_text("utf-8").partition("\n")[0])
         words, first = shlex.split(entry["command"])[2:], entry["settings"]["asked"]
@@ -1012,6 +1013,7 @@ def resume(args, started):
 
 
 def go_on(folder, log, args):
+    """The run in `folder` as it was at its last checkpoint; ValueError where that cannot be."""
     path = folder / "last.safetensors"
     checkpoint = tinygpt.load_checkpoint(path)
     cfg, parameters = checkpoint.cfg, checkpoint.parameters
@@ -1025,7 +1027,7 @@ def go_on(folder, log, args):
             raise TypeError("its tensors are not float32 or not all of one length")
         if not 0 <= step <= s["steps"] or not 0 <= position < 2**48:
             raise ValueError(f"step {step} of {s['steps']}")
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} holds a model but no run to go on with ({error!s:.80})") from None
     lines = (folder / "log.jsonl").read_text("utf-8", "replace")[position:].splitlines(keepends=True)
     if step == s["steps"] and any("final_val_nats" in line and line.endswith("\n") for line in lines):
@@ -1044,19 +1046,20 @@ def go_on(folder, log, args):
 
 
 def check_settings(s):
-    """KeyError, TypeError or ValueError for what cannot be the settings of a run."""
+    """An error of its own kind for what is missing or of another kind, ValueError for what is out of range."""
     counts = ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "train_tokens")
     rates = ("lr", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "save_every")
     texts = [s["data"], s["size"], *s["prompts"], *(path for paths in s["files"] for path in paths)]
     sound = all(type(s[name]) is int and 0 < s[name] < 2**48 for name in counts) and len(s["files"]) == 2
-    sound &= all(
-        type(s.get(name, 0)) is int and 0 <= s.get(name, 0) < 2**63 for name in ("warmup_steps", "seed", "keep")
-    )
+    others = [s["warmup_steps"], s["seed"], s.get("keep", 0)]
+    sound &= all(type(number) is int and 0 <= number < 2**63 for number in others)
     sound &= all(type(s[name]) in (int, float) and 0 <= s[name] < math.inf for name in rates)
     sound &= s["beta1"] < 1 and s["beta2"] < 1 and all(type(text) is str for text in texts)
     if not sound or s["batch_size"] > 2**16 or s["batch_size"] % s["micro_batch_size"]:
         raise ValueError("a setting is out of range")
-    OPS[s["kernels"]], SCHEDULES.index(s.get("schedule", "cosine")), s.get("asked", {}).items
+    if s["kernels"] not in OPS or s.get("schedule", "cosine") not in SCHEDULES:
+        raise ValueError("its kernels or its schedule are not known here")
+    dict.keys(s.get("asked", {}))
 
 
 def make_space(cfg, s):
@@ -1090,9 +1093,8 @@ def main(argv=None):
         parser.error(f"{error}; {run.last_good()}")
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        parser.error(
-            f"{what}; {run.last_good()}; then {command('train.py', '--resume', '--out', run.folder)}" if run else what
-        )
+        again = f"; {run.last_good()}; then {command('train.py', '--resume', '--out', run.folder)}" if run else ""
+        parser.error(what + again)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -133,6 +133,32 @@ def test_a_damaged_header_is_refused_or_changes_only_what_is_free_text(path):
                 assert found.parameters.size == tinygpt.count_parameters(found.cfg)[0]
 
 
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_byte_of_the_tensors_that_is_damaged_is_named(path, stride):
+    save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    with open(path, "r+b", buffering=0) as f:
+        for at in range(start, len(whole), stride):
+            f.seek(at)
+            f.write(bytes([whole[at] ^ 1 << int(rng.integers(8))]))
+            with pytest.raises(ValueError, match="it is damaged: its checksum is"):
+                read_safetensors(path)
+            f.seek(at)
+            f.write(whole[at : at + 1])
+    read_safetensors(path)
+
+
+def test_a_file_without_a_checksum_is_read_as_those_of_other_writers_are(path):
+    flat = save(path)
+    whole = path.read_bytes()
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8:start])
+    assert len(header["__metadata__"].pop("crc32")) == 8
+    write_header(path, header, whole[start:])
+    assert load_checkpoint(path).parameters.tobytes() == flat.tobytes()
+
+
 @pytest.mark.parametrize("claim", [2**63, 2**64 - 1, 2**40, 5])
 def test_a_header_that_claims_another_length_is_refused(claim, path):
     save(path)
@@ -185,6 +211,7 @@ BAD_HEADERS = {
     "terabytes of which there are 16 bytes": {"a": row(shape=(2**22, 2**22))},
     "a huge shape of nothing": {"a": row(), "b": row(16, 16, shape=(10**30, 0))},
     "a shape of too many axes": {"a": row(shape=(4, *[1] * 100))},
+    "a further field": {"a": row() | {"more": [[]]}},
     "overlapping": {"a": row(0, 16), "b": row(8, 16, shape=(2,))},
     "the same bytes twice": {"a": row(), "b": row()},
     "a gap": {"a": row(0, 4, shape=(1,)), "b": row(8, 16, shape=(2,))},
@@ -246,6 +273,11 @@ BAD_MODELS = {
     "a configuration with endless layers": with_metadata(
         config='{"vocab_size": 11, "seq_len": 5, "width": 12, "layers": 2000000000, "heads": 3}'
     ),
+    "a configuration nested too deeply": with_metadata(config="[" * 100_000),
+    "a configuration whose divisor takes for ever": with_metadata(
+        config='{"vocab_size": 11, "seq_len": 5, "width": 1000000000000037, "layers": 2, "heads": 3}'
+    ),
+    "tensors of two kinds": lambda header: header["norm_b"].update(dtype="F64", shape=[6]),
     "a tensor under another name": lambda header: header.update(embed=header.pop("embed_w")),
     "a tensor of another shape": lambda header: header["embed_w"].update(shape=[12, 11]),
 }
@@ -257,9 +289,10 @@ def test_a_file_that_does_not_describe_a_model_is_refused(change, path):
     whole = path.read_bytes()
     start = 8 + struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8:start])
+    header["__metadata__"].pop("crc32")  # what is changed is refused for that alone
     change(header)
     write_header(path, header, whole[start:])
-    refused(path)
+    assert "checksum" not in refused(path)
 
 
 def test_a_tensor_that_is_missing_is_named(path):
@@ -274,7 +307,7 @@ def test_a_tensor_that_is_missing_is_named(path):
 def test_a_version_that_is_not_known_is_told_with_the_one_that_is(path):
     save(path, metadata={"version": "7"})
     message = refused(path)
-    assert "version 7" in message and f"version {tinygpt.FORMAT_VERSION}" in message
+    assert "version 7" in message and f"version {tinygpt.FORMAT_VERSION}" in message and "update" in message
 
 
 def test_a_file_that_is_not_there_is_an_oserror(tmp_path):
