@@ -288,7 +288,8 @@ def test_a_run_that_meets_an_error_in_any_such_call_says_so_and_goes_on_to_the_s
             assert os.strerror(getattr(__import__("errno"), what)) in line, (at, name, line)
         else:
             survived += 1
-        assert then == (0 if first else 2), (at, name, then_out)
+        over = then == 2 and "is finished" in then_out  # its last line came through when the log was closed
+        assert over or (first and then == 0), (at, name, then_out)
         assert result(tmp_path / str(at) / "run") == expected, (at, name)
     print(f"{len(found)} times {what}: {len(found) - survived} runs stopped with one line, {survived} went on")
 
