@@ -1,0 +1,274 @@
+"""extras/sweep.py: its combinations, real trials, what is kept when it is stopped, what it refuses."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_train import invoke, read_log, refusal, write_stories
+
+import tinygpt
+import train
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
+
+import sweep
+
+SHAPE = ["--size", "700k", "--seq-len", "16", "--vocab-size", "300", "--batch-size", "2", "--threads", "1"]
+SHAPE += ["--kernels", "numpy", "--set", "width=24", "heads=3", "layers=1"]
+
+
+# == tools =============================================================================================================
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, with a text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_stories(tmp_path / "stories.txt", count=20)
+    return tmp_path
+
+
+def only_folder():
+    (folder,) = Path("runs").iterdir()
+    return folder
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text("utf-8").splitlines()]
+
+
+def losses(folder):
+    return [(e["step"], e["loss"]) for e in read_log(folder) if "loss" in e]
+
+
+# == 1  the trials =====================================================================================================
+
+
+def test_every_combination_is_a_trial_once_in_order():
+    trials = sweep.make_trials(["lr=1e-3,2e-3", "norm=layernorm,rmsnorm", "batch-size=2,4"], ["--size", "1m"])
+    expected = list(itertools.product(("1e-3", "2e-3"), ("layernorm", "rmsnorm"), ("2", "4")))
+    assert [t.name for t in trials] == [f"lr={a},norm={b},batch_size={c}" for a, b, c in expected]
+    for trial, (lr, norm, batch_size) in zip(trials, expected):
+        args = train.make_parser().parse_args(trial.words)
+        assert (args.lr, args.batch_size, args.size) == (float(lr), int(batch_size), "1m")
+        assert tinygpt.overrides(args.set) == {"norm": norm}
+
+
+def test_fields_that_are_swept_stand_beside_those_that_are_set():
+    (trial,) = sweep.make_trials(["layers=3"], ["--set", "norm=rmsnorm", "--steps", "2"])
+    args = train.make_parser().parse_args(trial.words)
+    assert tinygpt.overrides(args.set) == {"norm": "rmsnorm", "layers": 3} and args.steps == 2
+
+
+def test_the_thirty_shapes_of_graphcore_are_one_word():
+    trials = sweep.make_trials(["size=graphcore-*"], [])
+    assert [t.name.removeprefix("size=") for t in trials] == [s for s in tinygpt.SIZES if s.startswith("graphcore-")]
+    assert len(trials) == 30
+
+
+def test_folders_are_names_that_any_system_takes_and_differ(place):
+    trials = sweep.make_trials(["data=a/b.txt,a_b.txt,a:b.txt"], [])
+    names = [t.name for t in trials]
+    assert len(set(names)) == 3 and not any(set(name) & set('/\\:*?"<>| ') for name in names)
+
+
+def test_the_same_words_have_the_same_folder_and_others_another():
+    def folder(swept, *rest):
+        return sweep.folder_of(swept, sweep.make_trials(swept, list(rest)))
+
+    one = folder(["lr=1,2"], "--steps", "3")
+    assert one == folder(["lr=1,2"], "--steps", "3") and one.parent == Path("runs") and "lr" in one.name
+    assert len({one, folder(["lr=1,2"], "--steps", "4"), folder(["lr=1,3"], "--steps", "3"), folder(["seed=1,2"])}) == 4
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--size 1m", "name what to vary before the flags"),
+    ("lrr=1,2", "'lrr' is no flag of train.py with a value and no field of --set; lr is"),
+    ("resume=1", "'resume' is no flag"),
+    ("out=a,b", "'out' is no flag"),
+    ("lr", "expected values, as in lr=A,B,C"),
+    ("lr=1e-3,,2e-3", "expected values"),
+    ("lr=1e-3,2e-3,1e-3", "1e-3 is there twice"),
+    ("lr=1e-3,fast", "lr=fast: argument --lr: invalid float value"),
+    ("lr=1e-3,-1", "lr=-1: argument --lr: -1 is out of range"),
+    ("lr=1e-3 --wrong 3", "unrecognized arguments: --wrong 3"),
+    ("lr=1e-3 --lr 2e-3", "lr is swept and given once more"),
+    ("lr=1e-3 lr=2e-3", "lr is swept and given once more"),
+    ("layers=1,2 --set layers=3", "layers is swept and given once more"),
+    ("norm=rmsnorm,rms", "norm=rms: norm is 'rms'"),
+    ("norm=layer*,x*", "x* fits none of the 2 values"),
+    ("layers=1,two", "expected layers=int"),
+    ("heads=4,7 --size 1m", "heads=7: width 128 does not divide"),
+    ("batch-size=8,6 --micro-batch-size 4", "batch_size=6: --micro-batch-size 4 does not divide"),
+    ("steps=3,4 --minutes 2", "not allowed with argument"),
+    ("lr=1e-3 --resume", "leave out --resume"),
+    ("lr=1e-3 --list-sizes", "leave out --list-sizes"),
+    ("min-lr=1e-4,1 --lr 1e-3", "min_lr=1: --min-lr 1.0 is above --lr 0.001"),
+])  # fmt: skip
+def test_a_mistake_ends_in_one_line_before_anything_runs(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "run_trial", None)
+    assert said in refusal(sweep.main, "sweep.py", *words.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_prints_each_command_and_runs_nothing(place):
+    status, out, err = invoke(sweep.main, "lr=1e-3,2e-3", "layers=1,2", "--list", "--size", "1m")
+    lines = out.splitlines()
+    assert status == 0 and not err and len(lines) == 4 and not Path("runs").exists()
+    assert all(line.startswith("to run ") and " python train.py --size 1m " in line for line in lines)
+    assert "--lr=2e-3 --set layers=1 --out " in lines[2]
+
+
+# == 2  running them ===================================================================================================
+
+
+def test_trials_run_fail_and_are_kept(place):
+    words = [
+        "data=stories.txt,missing.txt",
+        "seed=1,2",
+        *SHAPE,
+        "--steps",
+        "4",
+        "--eval-every",
+        "2",
+        "--prompt",
+        "Lily",
+    ]
+    status, out, err = invoke(sweep.main, *words)
+    folder = only_folder()
+    assert status == 1 and "4 trials in" in err
+    good, bad = ([f"data={name}.txt,seed={seed}" for seed in (1, 2)] for name in ("stories", "missing"))
+    rows = rows_of(folder)
+    assert sorted(row["trial"] for row in rows[:2]) == good and [row["trial"] for row in rows[2:]] == bad
+    for row in rows[:2]:
+        entries = read_log(folder / row["trial"])
+        assert row["bits_per_byte"] == entries[-1]["final_val_bits_per_byte"] and row["state"] == "finished"
+        assert row["nats_per_token"] == entries[-1]["final_val_nats"]
+        assert row["tokens"] == 4 * 2 * 16
+        assert row["parameters"] == tinygpt.count_parameters(tinygpt.Config(**entries[0]["config"]))[0]
+        assert entries[0]["settings"]["seed"] == int(row["trial"][-1]) and len(losses(folder / row["trial"])) == 4
+        assert entries[0]["config"]["width"] == 24 and row["tokens_per_second"] > 0
+        assert "Lily" in (folder / row["trial"] / "output.txt").read_text("utf-8")
+    assert rows[0]["bits_per_byte"] < rows[1]["bits_per_byte"]
+    for row in rows[2:]:
+        assert row["state"] == "failed" and "missing.txt" in row["error"] and f"{row['trial']}: failed: " in err
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == ["trial", *(row["trial"] for row in rows)]
+    for line, row in zip(lines[1:3], rows):
+        shown = [f"{row['bits_per_byte']:.4f}", *(f"{row[x]:,}" for x in ("tokens", "tokens_per_second", "parameters"))]
+        assert line.split()[1:] == shown
+    page = (folder / "report.html").read_text("utf-8")
+    assert all(f"{row['bits_per_byte']:.4f}" in page for row in rows[:2])
+
+    before = {name: (folder / name / "log.jsonl").stat().st_mtime_ns for name in good}
+    write_stories(place / "missing.txt", seed=5, count=20)  # the same words run what failed, and nothing else
+    status, out, err = invoke(sweep.main, *words)
+    assert status == 0 and err.count("finished before") == 2, err
+    assert {name: (folder / name / "log.jsonl").stat().st_mtime_ns for name in good} == before
+    assert [row["state"] for row in rows_of(folder)] == ["finished"] * 4
+
+
+def sweep_process(*words):
+    command = [sys.executable, sweep.__file__, *words]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    return subprocess.Popen(command, **pipes)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_sweep_that_is_stopped_shows_what_is_done_and_goes_on_with_the_rest(place, name):
+    words = ["seed=1,2,3", "--data", "stories.txt", *SHAPE, "--steps", "400", "--eval-every", "400"]
+    process = sweep_process(*words)
+    try:
+        deadline = time.monotonic() + 120
+        second = None
+        while second is None or not second.exists() or second.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.005)
+            second = next(Path("runs").glob("sweep-*/seed=2/log.jsonl"), None)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    folder = only_folder()
+    stopped = len(losses(folder / "seed=2"))
+    assert [line.split()[0] for line in out.splitlines()] == ["trial", "seed=1", "seed=2"]
+    assert f"at update {stopped} of 400" in out and "to go on:  python extras/sweep.py seed=1,2,3" in err
+    assert 20 <= stopped < 400 and not (folder / "seed=3").exists()
+    assert [sweep.state_of(folder / f"seed={seed}") for seed in (1, 2, 3)] == ["finished", "goes on", "to run"]
+
+    first = (folder / "seed=1" / "log.jsonl").stat().st_mtime_ns
+    kept = losses(folder / "seed=2")
+    status, out, err = invoke(sweep.main, *words)
+    assert status == 0 and err.count("finished before") == 1, err
+    assert (folder / "seed=1" / "log.jsonl").stat().st_mtime_ns == first
+    assert "--resume" in (folder / "seed=2" / "output.txt").read_text("utf-8")
+    found = losses(folder / "seed=2")
+    assert found[:stopped] == kept and [step for step, _ in found] == list(range(1, 401))
+    assert [row["state"] for row in rows_of(folder)] == ["finished"] * 3
+
+
+def test_a_trial_that_was_killed_before_its_first_checkpoint_begins_again(place):
+    words = ["seed=1", "--data", "stories.txt", *SHAPE, "--steps", "2"]
+    folder = sweep.folder_of(words[:1], sweep.make_trials(words[:1], words[1:]))
+    sweep.claim(folder, sweep.make_trials(words[:1], words[1:]))
+    (folder / "seed=1").mkdir()
+    (folder / "seed=1" / "log.jsonl").write_bytes(b'{"settings": {')
+    status, _, err = invoke(sweep.main, *words)
+    assert status == 0, err
+    assert len(losses(folder / "seed=1")) == 2
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(place, monkeypatch):
+    monkeypatch.setattr(sweep, "run_trial", None)
+    for path in (place / "mine" / "thesis.txt", place / "other" / "sweep.json"):
+        path.parent.mkdir()
+        path.write_text("[]\n", encoding="utf-8")
+    said = refusal(sweep.main, "sweep.py", "lr=1e-3", "--out", "mine")
+    assert "mine is not empty and holds no sweep" in said
+    assert "other holds another sweep" in refusal(sweep.main, "sweep.py", "lr=1e-3", "--out", "other")
+    assert [path.name for path in (place / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_terminal_shows_the_trials_last_line_and_is_left_clean(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "60")
+    with contextlib.redirect_stderr(Terminal()) as err:
+        show = sweep.Status("2/9 lr=1e-3")
+        show("step 7 | loss 3.2104 | lr 1.20e-03 | norm 0.83 | 52,310 tok/s | 41% of peak")
+        show("model     700k: many parameters")
+        show.clear()
+    shown = err.getvalue().split("\r")
+    assert shown[1].startswith("2/9 lr=1e-3 | step 7 | loss 3.2104") and all(len(part) < 60 for part in shown)
+    assert "model" not in err.getvalue() and shown[-2].isspace() and not shown[-1]
+
+
+def test_a_second_signal_ends_a_trial_at_once():
+    sent = []
+    stop = sweep.Stop()
+    stop.process = SimpleNamespace(terminate=lambda: sent.append("terminate"), kill=lambda: sent.append("kill"))
+    stop()
+    stop()
+    assert sent == (["terminate", "kill"] if os.name == "posix" else ["kill"])
+
+
+def test_every_flag_has_a_help(capsys):
+    with pytest.raises(SystemExit) as left:
+        sweep.main(["--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0 and "FIELD=A,B,C" in said and "run nothing" in said and "--out FOLDER" in said
