@@ -42,11 +42,8 @@ class Log(NamedTuple):
 
 
 def number(x):
-    """x as a finite float, None if it is none."""
-    try:
-        return float(x) if type(x) in (int, float) and math.isfinite(x) else None
-    except OverflowError:
-        return None
+    """x as a float; None if it is no number, or one that no run has and no axis holds."""
+    return float(x) if type(x) in (int, float) and (x == 0 or 1e-100 < abs(x) < 1e100) else None
 
 
 def parse(line):
@@ -258,7 +255,7 @@ def bounds(values, log, zero=False):
     if log:
         return (low / 1.05, high * 1.05) if low < high else (low / 2, high * 2)
     margin = 0.04 * (high - low) or abs(high) / 2 or 1.0
-    return (0.0 if zero or 0 <= low <= margin else low - margin), high + margin
+    return (0.0 if low >= 0 and (zero or low <= margin) else low - margin), high + margin
 
 
 def ticks(low, high, log, count=5):
@@ -876,7 +873,9 @@ class Wandb:
             project = os.environ.get("WANDB_PROJECT", "tinygpt")
             self.run = wandb.init(project=project, name=folder.name, dir=str(folder))
         except Exception as error:  # of wandb's own kinds: no account, no network
-            raise ValueError(f"wandb did not start: {error}; WANDB_MODE=offline needs no account") from None
+            raise ValueError(
+                f"wandb did not start: {str(error).rstrip('.')}; WANDB_MODE=offline needs no account"
+            ) from None
 
     def settings(self, entry):
         config = entry["config"] if isinstance(entry.get("config"), dict) else {}

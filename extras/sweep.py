@@ -49,9 +49,9 @@ def read_axis(word, parser):
     name, equals, text = word.partition("=")
     actions = {action.dest: action for action in parser._actions if action.nargs != 0 and action.dest not in OURS}
     field, action = name.replace("-", "_"), actions.get(name.replace("-", "_"))
-    kinds = {field.name: field.type for field in fields(tinygpt.Config)}
-    if action is None and field not in kinds:
-        near = get_close_matches(field, [*actions, *kinds], 1)
+    known_fields = [f.name for f in fields(tinygpt.Config)]
+    if action is None and field not in known_fields:
+        near = get_close_matches(field, [*actions, *known_fields], 1)
         hint = f"; {near[0]} is" if near else ""
         raise ValueError(f"{word}: {name!r} is no flag of train.py with a value and no field of --set{hint}")
     known = list(action.choices or ()) if action else tinygpt.CHOICES.get(field, ())
@@ -224,6 +224,8 @@ def run_all(trials, folder):
         old = {number: signal.signal(number, stop) for number in signals}
     try:
         for place, trial in enumerate(trials, 1):
+            if stop.asked:
+                break
             head, begun = f"{place}/{len(trials)} {trial.name}", time.monotonic()
             if is_finished(folder / trial.name):
                 train.note(f"{head}: finished before")
@@ -233,7 +235,7 @@ def run_all(trials, folder):
             status, last = run_trial(trial, folder / trial.name, stop, show)
             show.clear()
             if stop.asked:
-                break
+                continue
             if status or not is_finished(folder / trial.name):
                 failed[trial.name] = last.removeprefix("train.py: error: ") or f"train.py ended with status {status}"
                 train.note(f"{head}: failed: {failed[trial.name]}")

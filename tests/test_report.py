@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import random
 import re
 import sys
 from pathlib import Path
@@ -188,6 +189,28 @@ def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, wha
     assert [row["step"] for row in log.updates] == [1, 2, 4] and log.final["bits"] == 1.5
     assert len(log.problems) == 1 and log.problems[0].startswith("Line 4 ")
     assert any("Line 4 is left out" in text for text in page_of(tmp_path / "run").text("/p"))
+
+
+VALUES = (0, -1, 1e308, -1e308, 5e-324, 1e-300, 10**400, math.nan, math.inf, True, None, "x", "<b>", [], {}, [1, [2]])
+
+
+def test_whatever_a_log_says_a_page_comes_out(tmp_path):
+    rng = random.Random(1)
+    for _ in range(60):
+        folders = []
+        for run in range(rng.choice((1, 2, 9))):
+            entries = whole()[: rng.randrange(1, 27)]
+            for entry in rng.choices(entries, k=rng.choice((1, 5, 20))):
+                part = entry if "step" in entry or rng.random() < 0.1 else entry[rng.choice(("settings", "config"))]
+                if isinstance(part, dict) and part:
+                    part[rng.choice(list(part))] = rng.choice(VALUES)
+            path = write_log(tmp_path / str(run), entries) / "log.jsonl"
+            data = bytearray(path.read_bytes())
+            for _ in range(rng.choice((0, 0, 3))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            path.write_bytes(json.dumps(settings()).encode() + b"\n" + data)
+            folders.append(tmp_path / str(run))
+        assert page_of(*folders).text("/h1")
 
 
 def test_a_run_of_settings_alone_has_a_page(tmp_path):
