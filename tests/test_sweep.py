@@ -186,7 +186,7 @@ def sweep_process(*words):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_sweep_that_is_stopped_shows_what_is_done_and_goes_on_with_the_rest(place, name):
     words = ["seed=1,2,3", "--data", "stories.txt", *SHAPE, "--steps", "400", "--eval-every", "400"]
     process = sweep_process(*words)
