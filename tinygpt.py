@@ -1663,8 +1663,9 @@ HEAD_ROWS = 512  # rows whose logits exist at a time
 HEAD_COLUMNS = 64  # of the transposed embedding that stand together: columns of a row of 2^n bytes are far apart
 
 
-def workspace_layout(cfg, B, T):
-    """The kernels' buffers, a table like that of the parameters: what backward needs, layer by layer, then scratch."""
+def workspace_layout(cfg, B, T, recompute=False):
+    """The kernels' buffers, a table like that of the parameters: what backward needs, layer by layer, then scratch. With
+    `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
     transposed = max(C * blocks(V, HEAD_COLUMNS) * HEAD_COLUMNS, C * Q, C * U, HD * C)
@@ -1700,16 +1701,17 @@ def workspace_layout(cfg, B, T):
     ]
     table, offset = [], 0
     for name, shape, layered in rows:
+        layered = layered and (not recompute or name in ("attended", "mixed"))
         shape = (L, *shape) if layered else shape
         table.append(Tensor(name, shape, offset, layered, False, 0.0, 0.0, False))
         offset += blocks(math.prod(shape), CACHE_LINE) * CACHE_LINE
     return table
 
 
-def workspace(cfg, B, T, dtype):
+def workspace(cfg, B, T, dtype, recompute=False):
     """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones."""
     provide_product(np.dtype(dtype).name)
-    table = workspace_layout(cfg, B, T)
+    table = workspace_layout(cfg, B, T, recompute)
     flat = aligned(table[-1].offset + math.prod(table[-1].shape), dtype)
     space = views(table, flat, cfg.layers)
     for layer in space["layers"]:
@@ -2465,6 +2467,25 @@ OPS = {
         "head_loss": head_loss_kernels,
     },
 }
+
+
+def recomputed(ops):
+    """The table whose sublayers keep their inputs alone: backward runs forward again. A third more work, less memory
+    (with a workspace made for it), the same bytes.   Chen et al. 2016, arXiv:1604.06174."""
+
+    def pair(name):
+        forward, backward = ops[name + "_forward"], ops[name + "_backward"]
+
+        def forward_only(x, *where):
+            return forward(x, *where)[0], (x, where)
+
+        def forward_then_backward(dy, cache, *where):
+            x, arguments = cache
+            return backward(dy, forward(x, *arguments)[1], *where)
+
+        return {name + "_forward": forward_only, name + "_backward": forward_then_backward}
+
+    return ops | pair("attention_layer") | pair("mlp_layer")
 
 
 # ######################################################################################################################
