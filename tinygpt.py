@@ -1664,8 +1664,8 @@ HEAD_COLUMNS = 64  # of the transposed embedding that stand together: columns of
 
 
 def workspace_layout(cfg, B, T, recompute=False):
-    """The kernels' buffers, a table like that of the parameters: what backward needs, layer by layer, then scratch. With
-    `recompute` layers keep their sublayers' outputs only, and share the rest."""
+    """The kernels' buffers, a table like that of the parameters: what backward needs, layer by layer, then scratch.
+    With `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
     transposed = max(C * blocks(V, HEAD_COLUMNS) * HEAD_COLUMNS, C * Q, C * U, HD * C)

@@ -14,11 +14,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -356,12 +357,15 @@ def update(state, batch, ops, space, s, stopped=lambda: False):
 # == 4  evaluation =====================================================================================================
 
 
+def windows_at_once(T):
+    return max(1, 2048 // T)
+
+
 def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
     """Nats per token over windows that stand end to end, each target once; over the first `limit` tokens if given."""
     tokens = tokens[:limit]
     T, total = min(cfg.seq_len, len(tokens)), 0.0
-    at_once = max(1, 2048 // T)
-    spaces = {}
+    at_once, spaces = windows_at_once(T), {}
     for first in range(0, len(tokens), T * at_once):
         begins = range(first, min(first + T * at_once, len(tokens)), T)
         rows = [window(tokens, begin, min(begin + T, len(tokens)), T, end) for begin in begins]
@@ -641,7 +645,7 @@ def terminal_curve(steps, losses, width=64, height=10):
 
 def train(run, batches, space, peak):
     """Updates until s["steps"]; True if it got there, False if it was asked to stop. Both leave a checkpoint."""
-    s, state = run.s, run.state
+    s, state, ops = run.s, run.state, ops_of(run.s)
     flops, tokens_per_update = tinygpt.flops_per_token(state.cfg), s["batch_size"] * state.cfg.seq_len
     started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
     note("first update; a kernel that is used for the first time on this machine is compiled ...")
@@ -665,7 +669,7 @@ def train(run, batches, space, peak):
                 break
             before = time.monotonic()
             batch = batches.get(state.step * s["batch_size"], s["batch_size"])
-            result = update(state, batch, run.ops, space, s, stopped)
+            result = update(state, batch, ops, space, s, stopped)
             if result is None:
                 break
             loss, norm, lr = result
@@ -744,6 +748,18 @@ def in_range(kind, low, high, open_low=False):
 COUNT, RATE, SOME = in_range(int, 1, 2**31 - 1), in_range(float, 0, 1e3, open_low=True), in_range(int, 1, 2**16)
 
 
+def some_or_auto(text):
+    return text if text == "auto" else SOME(text)
+
+
+def size_in_bytes(text):
+    """An argparse type: 2G, 500M, 800000K."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])i?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected a number with K, M or G, such as 2G")
+    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -766,7 +782,13 @@ def make_parser():
     add("--minutes", type=in_range(float, 0, 1e6, True), metavar="M", help="from the start to the end of training")
     add = parser.add_argument_group("how (defaults are those of --recipe)").add_argument
     add("--batch-size", type=SOME, metavar="N", help="sequences per update (default that of the size)")
-    add("--micro-batch-size", type=SOME, metavar="N", help="sequences at a time: memory only, same result")
+    add(
+        "--micro-batch-size", type=some_or_auto, metavar="N", help="sequences at a time: same result; auto: the fastest"
+    )
+    add("--recompute", action="store_true", help="run layers forward again in backward: less memory, same result")
+    add(
+        "--max-memory", type=size_in_bytes, metavar="SIZE", help="of the process, such as 2G: fewer sequences at a time"
+    )
     add("--lr", type=RATE, help="the highest learning rate (default that of the size)")
     add("--min-lr", type=in_range(float, 0, 1e3), help="the last learning rate (default a tenth of --lr)")
     add("--warmup-steps", type=in_range(float, 0, 2**31 - 1), metavar="N", help="of rising rate; < 1 a share; 0 off")
@@ -842,16 +864,17 @@ def resolve(args, cfg):
     if not (args.steps or args.epochs or args.minutes):
         args.steps = recipe["steps"]
         args.minutes = None if args.steps else 5.0
-    fits = [n for n in range(1, s["batch_size"] + 1) if s["batch_size"] % n == 0]
-    micro = args.micro_batch_size or max(n for n in fits if n == 1 or n * cfg.seq_len <= 4096)
-    if micro not in fits:
+    fits, micro = divisors(s["batch_size"]), args.micro_batch_size
+    if micro not in (*fits, "auto", None):
         near = sorted({max([n for n in fits if n < micro], default=1), min([n for n in fits if n > micro], default=1)})
         options = " or ".join(map(str, near))
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {s['batch_size']}; try {options}")
+    if args.max_memory and args.kernels == "numpy":
+        raise ValueError("--max-memory is about the buffers of kernels; leave it out with --kernels numpy")
     s["min_lr"] = s["lr"] / 10 if s["min_lr"] is None else s["min_lr"]
     if s["min_lr"] > s["lr"]:
         raise ValueError(f"--min-lr {s['min_lr']} is above --lr {s['lr']}")
-    s |= {"micro_batch_size": micro, "prompts": args.prompt or []}
+    s["prompts"] = args.prompt or []
     return s | {name: getattr(args, name) for name in ("size", "seed", "kernels", "save_every", "keep", "asked")}
 
 
@@ -865,18 +888,62 @@ def plan(args, s, batches, steps):
     s["eval_tokens"] = max(4 * batches.T, int(EVALUATED * trained))
 
 
-def training_memory(cfg, micro_batch_size):
-    """Bytes of the tensors: parameters, gradients, both moments, the kernels' buffers."""
-    last = tinygpt.workspace_layout(cfg, micro_batch_size, cfg.seq_len)[-1]
-    weights = 4 * tinygpt.count_parameters(cfg)[0] + cfg.vocab_size * cfg.width
-    return 4 * (weights + last.offset + math.prod(last.shape))
+def divisors(batch_size):
+    return [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+
+
+BASE_MEMORY = 185 << 20  # bytes of a process without tensors: Python, NumPy, Numba, the kernels; measured on Linux
+
+
+def memory_needed(cfg, micro_batch_size, recompute=False):
+    """Bytes of the process at its peak: parameters, gradients, both moments, buffers of training and of evaluation."""
+
+    def buffers(cfg, *shape):
+        last = tinygpt.workspace_layout(cfg, *shape)[-1]
+        return 4 * (last.offset + math.prod(last.shape))
+
+    count = tinygpt.count_parameters(cfg)[0]
+    evaluation = buffers(replace(cfg, layers=1), windows_at_once(cfg.seq_len), cfg.seq_len)
+    tensors = 4 * (4 * count + cfg.vocab_size * cfg.width) + count  # count bytes: whether all are finite
+    return BASE_MEMORY + tensors + evaluation + buffers(cfg, micro_batch_size, cfg.seq_len, recompute)
+
+
+def choose_micro_batch(args, s, cfg, batches):
+    """(sequences at a time, recompute): as asked, within --max-memory; `auto` the fastest on this machine."""
+    fits, asked = divisors(s["batch_size"]), args.micro_batch_size
+    most = max(n for n in fits if n == 1 or n * cfg.seq_len <= 4096) if asked is None else asked
+    fits = [n for n in reversed(fits) if asked == "auto" or n <= most]
+    needed = {(again, n): memory_needed(cfg, n, again) for again in {args.recompute, True} for n in fits}
+    within = [choice for choice in needed if not args.max_memory or needed[choice] <= args.max_memory]
+    if not within:
+        least = f"{min(needed.values()) / 2**20:,.0f} MiB"
+        found = f"--max-memory {args.max_memory / 2**20:,.0f} MiB is too little: {s['size']} needs {least}"
+        raise ValueError(f"{found} with one sequence at a time and --recompute; take a smaller --size or --seq-len")
+    recompute = min(within)[0]
+    fits = [n for again, n in within if again == recompute]
+    return quickest(s, cfg, batches, fits, recompute) if asked == "auto" else fits[0], recompute
+
+
+def quickest(s, cfg, batches, fits, recompute):
+    """The micro-batch of `fits` with which an update takes the least time, measured on a model that is thrown away."""
+    note("measuring which --micro-batch-size is fastest ...")
+    state, seconds = State(cfg, tinygpt.init_parameters(cfg, s["seed"])), {}
+    for n in fits:
+        trial = s | {"micro_batch_size": n, "recompute": recompute, "steps": 10**6, "warmup_steps": 0}
+        space, ops = make_space(cfg, trial), ops_of(trial)
+        for _ in range(3):
+            start = time.perf_counter()
+            update(state, batches.get(0, s["batch_size"]), ops, space, trial)
+            seconds[n] = min(seconds.get(n, math.inf), time.perf_counter() - start)
+        del space  # before the next one is made
+    return min(fits, key=seconds.get)
 
 
 def list_sizes():
     say(f"{'size':20} {'parameters':>12} {'no embedding':>13} {'MFLOP/token':>12} {'MiB':>7}  from")
     for size, cfg in SIZES.items():
         total, _, inner = tinygpt.count_parameters(cfg)
-        memory = training_memory(cfg, max(1, min(8, 4096 // cfg.seq_len))) / 2**20
+        memory = memory_needed(cfg, max(1, min(8, 4096 // cfg.seq_len))) / 2**20
         flops = tinygpt.flops_per_token(cfg) / 1e6
         say(f"{size:20} {total:12,} {inner:13,} {flops:12,.1f} {memory:7,.0f}  {tinygpt.source_of(size)}")
     say("\n--set takes, for any size:")
@@ -893,7 +960,7 @@ def describe(cfg, s, data, folder):
     basic += ["head_width"] if cfg.heads * cfg.head_width != cfg.width else []
     shape = {name: value for name, value in asdict(cfg).items() if name in basic or value != plain[name]}
     per_update = s["batch_size"] * cfg.seq_len
-    memory = training_memory(cfg, s["micro_batch_size"])
+    memory = f", about {memory_needed(cfg, s['micro_batch_size'], s['recompute']) / 2**20:,.0f} MiB of memory"
     note(
         f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
         f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
@@ -901,11 +968,12 @@ def describe(cfg, s, data, folder):
         f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation; "
         f"ln V = {math.log(cfg.vocab_size):.2f}\n"
         f"training  {s['steps']:,} updates of {s['batch_size']} x {cfg.seq_len} tokens ({s['steps'] * per_update:,}: "
-        f"{s['steps'] * per_update / len(data.train):.2f} epochs), {s['micro_batch_size']} sequences at a time\n"
+        f"{s['steps'] * per_update / len(data.train):.2f} epochs), {s['micro_batch_size']} sequences at a time"
+        f"{', layers recomputed' if s['recompute'] else ''}\n"
         f"          lr {s['lr']:g} to {s['min_lr']:g} ({s['schedule']}) after {s['warmup_steps']} updates of warm-up, "
         f"weight decay {s['weight_decay']:g}, betas {s['beta1']:g} {s['beta2']:g}, clip {s['grad_clip']:g}, "
         f"seed {s['seed']}\n"
-        f"machine   {s['kernels']} kernels, {POOL.threads} threads, about {memory / 2**20:,.0f} MiB for the tensors\n"
+        f"machine   {s['kernels']} kernels, {POOL.threads} threads{memory if s['kernels'] != 'numpy' else ''}\n"
         f"run       {folder}"
     )
 
@@ -918,6 +986,7 @@ def repeat_command(args, s, cfg):
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--vocab-size", cfg.vocab_size]
     for name in ("micro_batch_size", "lr", *DEFAULTS, "seed", "eval_every", "save_every", "keep"):
         words += [f"--{name.replace('_', '-')}", s[name]]
+    words += ["--recompute"] if s["recompute"] else []
     return command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
@@ -976,7 +1045,7 @@ def check_asked(now, first, folder):
 
 
 def begin_in(folder, log, args, started):
-    base, ops = SIZES[args.size].changed(**tinygpt.overrides(args.set or [])), OPS[args.kernels]
+    base = SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
     seq_len = args.seq_len or base.seq_len
     base = base.changed(seq_len=seq_len)
     s = resolve(args, base)
@@ -986,14 +1055,16 @@ def begin_in(folder, log, args, started):
     for prompt in s["prompts"]:
         data.tokenizer.encode(prompt)  # refused now, not at the first validation
     cfg = base.changed(vocab_size=data.tokenizer.vocab_size, seq_len=seq_len)
-    batches, space = Batches(data.train, seq_len, data.tokenizer.end, args.seed), make_space(cfg, s)
+    batches = Batches(data.train, seq_len, data.tokenizer.end, args.seed)
+    s["micro_batch_size"], s["recompute"] = choose_micro_batch(args, s, cfg, batches)
+    ops, space = ops_of(s), make_space(cfg, s)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
         state = State(cfg, tinygpt.init_parameters(cfg, args.seed))
         steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
-    run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, ops, log)
+    run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, OPS[args.kernels], log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
     return run, batches, space
 
@@ -1039,6 +1110,7 @@ def go_on(folder, log, args):
         raise ValueError(f"the data of {folder} have changed since it began; start another run")
     state = State(cfg, parameters)
     state.step, state.m[:], state.v[:] = step, *moments
+    s.setdefault("recompute", False)  # runs that began before there was a choice
     run = Run(folder, s, state, data, OPS[s["kernels"]], log)
     run.best, run.evaluated, run.saved_at, run.saved_step = best, evaluated, time.monotonic(), step
     run.cut_log(position)
@@ -1065,7 +1137,11 @@ def check_settings(s):
 def make_space(cfg, s):
     if s["kernels"] == "numpy":
         return None
-    return tinygpt.workspace(cfg, s["micro_batch_size"], cfg.seq_len, np.float32)
+    return tinygpt.workspace(cfg, s["micro_batch_size"], cfg.seq_len, np.float32, s["recompute"])
+
+
+def ops_of(s):
+    return tinygpt.recomputed(OPS[s["kernels"]]) if s["recompute"] else OPS[s["kernels"]]
 
 
 def main(argv=None):

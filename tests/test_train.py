@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 
 import bpe
 import stories
@@ -1152,3 +1153,68 @@ def test_a_reader_of_stdout_or_stderr_who_leaves_does_not_end_the_run(tmp_path, 
         subprocess.run(f"{words} --out {tmp_path / out} {pipe}", shell=True, check=True, capture_output=True)
         checkpoint = tinygpt.load_checkpoint(tmp_path / out / "last.safetensors")
         assert checkpoint.metadata["step"] == "3"
+
+
+# -- memory
+
+
+@pytest.mark.parametrize("table", list(tinygpt.OPS))
+def test_recomputed_layers_change_no_byte(table):
+    cfg = tiny_config(attention_dropout=0.2, mlp_dropout=0.3, positions="rope", qk_norm=True)
+    p = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers)
+    rng, found = np.random.default_rng(0), []
+    tokens, weights = rng.integers(0, cfg.vocab_size, (3, cfg.seq_len + 1)), np.ones((3, cfg.seq_len), np.float32)
+    for recompute in (False, True):
+        flat, grads = tinygpt.zero_gradients(cfg)
+        ops = tinygpt.recomputed(tinygpt.OPS[table]) if recompute else tinygpt.OPS[table]
+        space = tinygpt.workspace(cfg, 3, cfg.seq_len, np.float32, recompute) if table == "numba" else None
+        inputs = (tokens[:, :-1], tokens[:, 1:], weights, grads, cfg, ops, space, tinygpt.Dropout(0, 1, 2))
+        found.append((tinygpt.loss_and_gradients(p, *inputs)[0], flat.tobytes()))
+    assert found[0] == found[1]
+    assert any(found[0][1])
+
+
+def test_a_recomputing_workspace_is_smaller_by_what_layers_share():
+    cfg = tiny_config(layers=6)
+    whole, less = (tinygpt.workspace_layout(cfg, 2, cfg.seq_len, again) for again in (False, True))
+    layered = {t.name: math.prod(t.shape[1:]) for t in whole if t.layered}
+    kept = {t.name for t in less if t.layered}
+    assert kept == {"attended", "mixed"}
+    saved, shared = whole[-1].offset - less[-1].offset, [n for name, n in layered.items() if name not in kept]
+    assert abs(saved - 5 * sum(shared)) <= tinygpt.CACHE_LINE * len(shared)
+
+
+@pytest.mark.parametrize("text, size", [("2G", 2 << 30), ("500M", 500 << 20), ("1.5GiB", 3 << 29), ("800K", 800 << 10)])
+def test_sizes_of_memory_are_read(text, size):
+    assert train.size_in_bytes(text) == size
+
+
+def chosen(words, cfg):
+    """(settings, what choose_micro_batch says) for a command line."""
+    args = train.make_parser().parse_args(words)
+    args.size, args.asked = "1m", {}
+    s = train.resolve(args, cfg)
+    return s, train.choose_micro_batch(args, s, cfg, None)
+
+
+def test_max_memory_takes_fewer_sequences_before_it_recomputes():
+    cfg = tinygpt.SIZES["8m"]
+    needed = {(again, n): train.memory_needed(cfg, n, again) for again in (False, True) for n in (1, 2, 4, 8)}
+    assert chosen([], cfg)[1] == (8, False)
+    for limit in (needed[False, 8], needed[False, 4] + 1, needed[False, 1], needed[False, 1] - 1, needed[True, 1]):
+        micro, again = chosen([f"--max-memory={limit / 1024}K"], cfg)[1]
+        assert needed[again, micro] <= limit
+        fits = [choice for choice in needed if needed[choice] <= limit]
+        assert again == all(choice[0] for choice in fits)
+        assert micro == max(n for a, n in fits if a == again)
+    assert chosen(["--recompute"], cfg)[1] == (8, True)
+    with pytest.raises(ValueError, match=r"--max-memory 100 MiB is too little: 1m needs \d+ MiB with one sequence"):
+        chosen(["--max-memory=100M"], cfg)
+
+
+@pytest.mark.parametrize("words", [["--max-memory", "much"], ["--micro-batch-size", "some"], ["--max-memory", "2"]])
+def test_a_size_of_memory_that_is_none_is_refused_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(words)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
