@@ -109,10 +109,10 @@ def result(folder):
 # == kill -9 ===========================================================================================================
 
 
-MORE_KILLS = [pytest.param(*row, marks=pytest.mark.slow) for row in (("numpy", 20, 0.6), ("numba", 12, 0.5))]
+MORE_KILLS = [pytest.param(*row, marks=pytest.mark.slow) for row in (("numpy", 20, 1.5), ("numba", 12, 1.5))]
 
 
-@pytest.mark.parametrize("kernels, kills, minutes", [("numpy", 3, 0.2), *MORE_KILLS])
+@pytest.mark.parametrize("kernels, kills, minutes", [("numpy", 3, 0.15), *MORE_KILLS])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, kernels, kills, minutes):
     """By the clock: how many updates fit is measured once, and a setting from then on."""
     write_stories(tmp_path / "s.txt")
@@ -251,7 +251,7 @@ def inject(tmp_path, what, stride):
     return [json.loads(line) for line in found.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [19, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_kills_itself_in_any_call_that_changes_a_file_ends_in_the_same_bytes(tmp_path, stride):
     expected, counts, steps = result(tmp_path_of(tmp_path, "SIGKILL", stride, found := [])), {}, set()
@@ -263,7 +263,7 @@ def test_a_run_that_kills_itself_in_any_call_that_changes_a_file_ends_in_the_sam
         assert result(tmp_path / str(at) / "run") == expected, (at, name)
         counts[name] = counts.get(name, 0) + 1
         steps.add(step)
-    assert counts.keys() >= {"write", "flush", "fsync", "replace"} and steps >= {None, 0, 4}
+    assert steps >= {None, 4} and (stride > 1 or counts.keys() >= {"write", "flush", "fsync", "replace"})
     print(f"{len(found)} kills survived: {counts}, with checkpoints at {steps}")
 
 
@@ -274,7 +274,7 @@ def tmp_path_of(tmp_path, what, stride, found):
 
 @pytest.mark.parametrize(
     "what, stride",
-    [("ENOSPC", 11), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO"))],
+    [("ENOSPC", 29), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO"))],
 )
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_that_meets_an_error_in_any_such_call_says_so_and_goes_on_to_the_same_bytes(tmp_path, what, stride):
@@ -459,7 +459,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_intact(tmp_path
     message = the_error(finish(start(tmp_path, *words, "disk/run"), 2))
     last = tinygpt.load_checkpoint(small_disk / "run" / "last.safetensors")
     assert f"disk/run/last.safetensors, step {last.metadata['step']}; " in message and "No space left" in message
-    assert 0 < int(last.metadata["step"]) < 60
+    assert (small_disk / "run" / "step-000002.safetensors").exists() and int(last.metadata["step"]) < 60
     assert not list(small_disk.glob("run/*.part"))
     remount(small_disk, "size=20m")
     finish(start(tmp_path, *shlex.split(message.rpartition("; then python train.py ")[2])))
