@@ -7,7 +7,6 @@ flush, fsync, rename and removal, and more kills at random moments. What was inj
 import contextlib
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -484,6 +483,8 @@ def test_a_limit_on_the_size_of_files_ends_in_one_line(tmp_path):
     write_stories(tmp_path / "s.txt", count=8)  # whose token file is below the limit
     words = ["--data", "s.txt", *NUMPY, "--vocab-size", 270, "--steps", 100_000, "--save-every", 0, "--out", "run"]
     limit = (60_000,) * 2  # less than a checkpoint, which is some 100 KB
+
+    resource = pytest.importorskip("resource")
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
