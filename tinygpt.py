@@ -2488,6 +2488,30 @@ def recomputed(ops):
     return ops | pair("attention_layer") | pair("mlp_layer")
 
 
+def is_compiled():
+    """Whether Numba's cache has kernels of this file as it is."""
+    compiled = Path(head_kernel.stats.cache_path).glob("*.head_kernel*.nbc")
+    return max((path.stat().st_mtime for path in compiled), default=0) > os.path.getmtime(__file__)
+
+
+def compile_half(cfg, half):
+    """Compile the kernels that train such a model in float32 into Numba's cache, by running a small one: those of
+    embedding and attention (half 0) or of MLP and head (half 1). Two processes take half of the time of one."""
+    cfg, ops = scaled_down(cfg), OPS["numba"]
+    p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
+    space, tokens = workspace(cfg, 2, cfg.seq_len, np.float32), np.zeros((2, cfg.seq_len), np.int64)
+    layer, grads, part = p["layers"][0], g["layers"][0], space["layers"][0]
+    x, embed = ops["embed_forward"](tokens, p, cfg, 0, space)
+    if half == 0:
+        y, kept = ops["attention_layer_forward"](x, layer, cfg, 0, None, part)
+        dx = ops["attention_layer_backward"](y, kept, layer, grads, cfg, 0, part)
+        ops["embed_backward"](dx, embed, g, cfg, space)
+    else:
+        y, kept = ops["mlp_layer_forward"](x, layer, cfg, part)
+        _, _, dy = ops["head_loss"](y, tokens, np.ones(tokens.shape, np.float32), p, g, cfg, space)
+        ops["mlp_layer_backward"](dy, kept, layer, grads, cfg, part)
+
+
 # ######################################################################################################################
 # Part III: sizes, decoding, checkpoints, checks
 # ######################################################################################################################

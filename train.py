@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -27,7 +28,7 @@ import numpy as np
 
 import bpe
 import tinygpt
-from tinygpt import OPS, POOL, SIZES, Config, kernel
+from tinygpt import OPS, POOL, SIZES, Config, count_cores, kernel
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
 TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
@@ -468,6 +469,17 @@ def measure_peak():
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best
+
+
+def compile_ahead(cfg, s):
+    """Processes that fill Numba's cache while this one reads the text; none where there is nothing to gain."""
+    if s["kernels"] == "numpy" or tinygpt.is_compiled() or count_cores() == 1:
+        return []
+    note("compiling kernels, once on this machine ...")
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import tinygpt; "
+    code += "tinygpt.compile_half(tinygpt.Config(**json.loads(sys.argv[2])), int(sys.argv[3]))"
+    words = [sys.executable, "-c", code, str(Path(tinygpt.__file__).parent), json.dumps(asdict(cfg))]
+    return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]
 
 
 def plan_steps(args, state, batches, ops, space, s, started):
@@ -1051,11 +1063,14 @@ def begin_in(folder, log, args, started):
     s = resolve(args, base)
     if s["dropout"]:
         base = base.changed(**dict.fromkeys(("attention_dropout", "out_dropout", "mlp_dropout"), s["dropout"]))
+    ahead = compile_ahead(base, s)
     data = prepare_data(args, s, base, args.vocab_size or base.vocab_size)
     for prompt in s["prompts"]:
         data.tokenizer.encode(prompt)  # refused now, not at the first validation
     cfg = base.changed(vocab_size=data.tokenizer.vocab_size, seq_len=seq_len)
     batches = Batches(data.train, seq_len, data.tokenizer.end, args.seed)
+    for process in ahead:
+        process.wait()
     s["micro_batch_size"], s["recompute"] = choose_micro_batch(args, s, cfg, batches)
     ops, space = ops_of(s), make_space(cfg, s)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))

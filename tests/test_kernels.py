@@ -596,3 +596,31 @@ def test_a_row_of_softmax_shows_a_nan(nan, dtype):
             assert np.isnan(scores).all()
     scores = np.array([1, math.inf, 0], dtype)
     assert math.isnan(softmax_row(scores, 0, 3, dtype(1)))
+
+
+# -- compiling
+
+
+@pytest.mark.slow
+def test_two_halves_compile_all_that_training_runs(tmp_path):
+    """In processes of their own: what they leave in the cache is all that an update of the model needs."""
+    root = str(Path(tinygpt.__file__).parent)
+    config = f"tinygpt.SIZES['1m'].changed(vocab_size=300, qk_norm={True})"
+    halves = [f"tinygpt.compile_half({config}, {half})" for half in (0, 1)]
+    update = f"""
+cfg = {config}
+p, (_, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), tinygpt.zero_gradients(cfg)
+tokens, space = np.zeros((2, cfg.seq_len), np.int64), tinygpt.workspace(cfg, 2, cfg.seq_len, np.float32)
+weights = np.ones(tokens.shape, np.float32)
+tinygpt.loss_and_gradients(p, tokens, tokens, weights, g, cfg, tinygpt.OPS['numba'], space)
+kernels = [k for k in vars(tinygpt).values() if hasattr(k, 'stats')]
+print(sum(sum(k.stats.cache_hits.values()) for k in kernels), sum(sum(k.stats.cache_misses.values()) for k in kernels))
+"""
+    found = []
+    for code in (*halves, "print(tinygpt.is_compiled())", update):
+        words = [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); import numpy as np, tinygpt; {code}"]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        found.append(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip())
+    hits, misses = map(int, found[-1].split())
+    assert found[:3] == ["", "", "True"]
+    assert hits >= 15 and misses == 0
