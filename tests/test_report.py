@@ -194,6 +194,13 @@ def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, wha
 VALUES = (0, -1, 1e308, -1e308, 5e-324, 1e-300, 10**400, math.nan, math.inf, True, None, "x", "<b>", [], {}, [1, [2]])
 
 
+def test_a_model_of_a_width_that_cannot_be_has_no_number_of_parameters():
+    config = settings()["config"]
+    assert report.count_parameters(config) == tinygpt.count_parameters(tinygpt.Config(**config))[0]
+    for width in (10**30, 2**31 - 1, 25, 0, -24, "wide", None):
+        assert report.count_parameters(config | {"width": width}) is None
+
+
 def test_whatever_a_log_says_a_page_comes_out(tmp_path):
     rng = random.Random(1)
     for _ in range(60):
