@@ -3,20 +3,24 @@
     pip install torch && python benchmarks/train_speed.py            # every shape, PyTorch eager
     python benchmarks/train_speed.py --size 128x4 --modes eager compile bf16 compile-bf16 --rounds 5
     python benchmarks/train_speed.py --size 128x4 1m                 # any size of ours; beside PyTorch only the shapes
+    python benchmarks/train_speed.py --avx2 --cold                   # both sides as on a laptop without AVX-512
     python benchmarks/train_speed.py --profile --size 8m             # kernel by kernel: time, GFLOP/s, GB/s
 
 A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape, WIDTHxLAYERS (weights tied, tanh
 GELU, no dropout), or of one of our sizes.
 Ours and theirs take turns in one run, so that a machine whose speed drifts treats both alike; medians and their ratio.
-Each side runs in a process of its own, whose threads sleep while the other one's turn lasts.
+Each side runs in a process of its own, whose threads sleep while the other one's turn lasts. The peak is that of a
+float32 product by NumPy's BLAS, measured in our turns. First: seconds from the start of the process to its first step.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +33,14 @@ SHAPES = {  # GPT-2's architecture: V, T, C, L, H; and sequences per update
     "128x4": ((4096, 256, 128, 4, 4), 32),
     "256x8": ((4096, 512, 256, 8, 8), 8),
     "512x8": ((4096, 512, 512, 8, 8), 4),
+}
+AVX2 = {  # what each side listens to, to take the processor for one without AVX-512
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
 }
 MODES = ("eager", "compile", "bf16", "compile-bf16")
 
@@ -126,17 +138,24 @@ def their_step(size, mode, threads):
 
 
 def serve(side, size, threads):
-    """The worker: a line in, `steps` steps, a line out with the seconds of each and the peak memory in MiB."""
+    """The worker: a line in, `steps` steps, a line out with the seconds of each, the peak memory in MiB and, from ours,
+    the machine's GFLOP/s."""
     step, parameters = our_step(size, threads) if side == "ours" else their_step(size, side, threads)
-    step(), step()
+    step()
     print(json.dumps({"parameters": parameters}), flush=True)
+    step()
     for line in sys.stdin:
         times = []
         for _ in range(int(line)):
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-        print(json.dumps({"times": times, "memory": peak_memory()}), flush=True)
+        answer = {"times": times, "memory": peak_memory()}
+        if side == "ours":
+            import train
+
+            answer["peak"] = train.measure_peak() / 1e9
+        print(json.dumps(answer), flush=True)
 
 
 def peak_memory():
@@ -151,10 +170,12 @@ def peak_memory():
 class Side:
     """One side in a process of its own."""
 
-    def __init__(self, name, size, threads):
+    def __init__(self, name, size, threads, environment):
         words = [sys.executable, __file__, "--serve", name, "--size", size, "--threads", str(threads)]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.times, first = [], self.process.stdout.readline()
+        pipes, start = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True), time.perf_counter()
+        self.process = subprocess.Popen(words, **pipes, env=os.environ | environment)
+        self.times, self.peaks, first = [], [], self.process.stdout.readline()
+        self.first = time.perf_counter() - start
         if not first:
             raise SystemExit(f"train_speed.py: {name} did not start; PyTorch is needed: pip install torch")
         self.parameters = json.loads(first)["parameters"]
@@ -165,28 +186,33 @@ class Side:
         answer = json.loads(self.process.stdout.readline())
         self.times += answer["times"]
         self.memory = answer["memory"]
+        self.peaks += [answer["peak"]] if "peak" in answer else []
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
 
-def measure(size, modes, rounds, threads):
+def measure(size, modes, rounds, threads, environment):
     import tinygpt
 
     (cfg, batch), modes = shape_of(size), modes if size in SHAPES else []
-    tokens, sides = batch * cfg.seq_len, {name: Side(name, size, threads) for name in ("ours", *modes)}
+    tokens, flops = batch * cfg.seq_len, tinygpt.flops_per_token(cfg)
+    sides = {name: Side(name, size, threads, environment) for name in ("ours", *modes)}
     for side in sides.values():
         side.turn(1)
         side.times.clear()
     for _ in range(rounds):
         for side in sides.values():
-            side.turn(max(1, math.ceil(2e11 / (tinygpt.flops_per_token(cfg) * tokens))))
+            side.turn(max(1, math.ceil(2e11 / (flops * tokens))))
     speeds = {name: tokens / statistics.median(side.times) for name, side in sides.items()}
-    gflops = speeds["ours"] * tinygpt.flops_per_token(cfg) / 1e9
-    cells = [f"{size:>14s}", f"{sides['ours'].parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:6.0f}"]
+    ours, gflops = sides["ours"], speeds["ours"] * flops / 1e9
+    share = f"{gflops / statistics.median(ours.peaks):7.0%}"
+    cells = [f"{size:>14s}", f"{ours.parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:7.0f}", share]
     cells += [f"{speeds[mode]:9,.0f} {speeds['ours'] / speeds[mode]:5.2f}x" for mode in modes]
-    cells += [f"{sides['ours'].memory:7,.0f}", f"{min(sides[mode].memory for mode in modes):7,.0f}" if modes else ""]
+    for what, form in (("memory", "7,.0f"), ("first", "7.1f")):
+        cells += [f"{getattr(ours, what):{form}}"]
+        cells += [f"{min(getattr(sides[mode], what) for mode in modes):{form}}"] if modes else []
     for side in sides.values():
         side.close()
     return " | ".join(cells)
@@ -283,6 +309,10 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of each side; 0 is all cores (default)")
+    parser.add_argument("--avx2", action="store_true", help="both sides without AVX-512")
+    parser.add_argument(
+        "--cold", action="store_true", help="empty compile caches: the first step then says what they save"
+    )
     parser.add_argument("--profile", action="store_true", help="ours alone, kernel by kernel")
     parser.add_argument("--serve", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -294,10 +324,15 @@ def main():
         for size in args.size:
             profile(size, args.threads, 4 * args.rounds)
         return None
-    theirs = " | ".join(f"{mode:>9s} ratio " for mode in args.modes)
-    print(f"          size |  params |      ours | GFLOP/s | {theirs} | MiB ours | MiB theirs", flush=True)
+    theirs = [f"{mode:>9s} ratio " for mode in args.modes]
+    least = ("MiB ours", " theirs", "  first", " theirs") if args.modes else ("MiB ours", "  first")
+    print(" | ".join(["          size", " params", "     ours", "GFLOP/s", "of peak", *theirs, *least]), flush=True)
     for size in args.size:
-        print(measure(size, args.modes, args.rounds, args.threads), flush=True)
+        with tempfile.TemporaryDirectory() as empty:
+            caches = {"NUMBA_CACHE_DIR": empty, "TORCHINDUCTOR_CACHE_DIR": empty} if args.cold else {}
+            environment = (AVX2 if args.avx2 else {}) | caches
+            print(measure(size, args.modes, args.rounds, args.threads, environment), flush=True)
+    return None
 
 
 if __name__ == "__main__":
