@@ -506,7 +506,6 @@ class Run:
         self.folder, self.s, self.state, self.data, self.ops, self.log = folder, s, state, data, ops, log
         self.saved_at, self.save_seconds, self.saved_step, self.best = -math.inf, 0.0, None, math.inf
         self.evaluated = 0  # step of the last validation
-        self.losses = []
         self.tokenizer_json = data.tokenizer.to_json()
 
     def cut_log(self, position):
