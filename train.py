@@ -184,9 +184,10 @@ def hold_out(tokens, tokenizer):
 
 
 def byte_lengths(tokenizer):
-    """Bytes of text in each token, (V,): none in the end of a story."""
+    """Bytes of text in each token, (V,): none in the end of a story, which takes back the space that llama2.c's
+    tokenizer gave to its beginning."""
     lengths = np.array([len(token) for token in tokenizer.vocab])
-    lengths[tokenizer.end] = 0
+    lengths[tokenizer.end] = -1 if tokenizer.spaced else 0
     return lengths
 
 
@@ -362,27 +363,70 @@ def windows_at_once(T):
     return max(1, 2048 // T)
 
 
-def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
-    """Nats per token over windows that stand end to end, each target once; over the first `limit` tokens if given."""
-    tokens = tokens[:limit]
-    T, total = min(cfg.seq_len, len(tokens)), 0.0
-    at_once, spaces = windows_at_once(T), {}
-    for first in range(0, len(tokens), T * at_once):
-        begins = range(first, min(first + T * at_once, len(tokens)), T)
-        rows = [window(tokens, begin, min(begin + T, len(tokens)), T, end) for begin in begins]
+def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
+    """tokens (M,) -> nats of each, (M,) float64, given those before it in a window of T = cfg.seq_len.
+
+    A window stands `stride` tokens after the one before it and scores what that has not: windows end to end by default;
+    with less, every token beyond the first window sees at least T - stride before it, and more is computed. `at_once`
+    windows are scored together: memory only, same result.
+    """
+    M, T = len(tokens), min(cfg.seq_len, len(tokens))
+    stride, at_once = min(stride or T, T), at_once or windows_at_once(T)
+    stops = [min(stop, M) for stop in range(T, M + stride, stride)]
+    nats, spaces, begin = np.empty(M), {}, 0
+    for first in range(0, len(stops), at_once):
+        part = stops[first : first + at_once]
+        begins = [begin, *part[:-1]]
+        rows = [window(tokens[:stop], begin, stop, T, end) for begin, stop in zip(begins, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
         if ops is OPS["numba"] and len(rows) not in spaces:
             spaces[len(rows)] = tinygpt.one_layer_space(cfg, len(rows), T, p["embed_w"].dtype)
-        _, nats = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, ops, spaces.get(len(rows)))
-        total += float((nats * weights).sum(dtype=np.float64))
+        _, found = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, ops, spaces.get(len(rows)))
+        nats[begins[0] : part[-1]] = found[weights > 0]  # row after row: in the order of the text
+        begin = part[-1]
         if progress:
-            progress(min(first + T * at_once, len(tokens)))
-    return total / len(tokens)
+            progress(begin)
+    return nats
+
+
+def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
+    """Nats per token over windows that stand end to end, each target once; over the first `limit` tokens if given."""
+    tokens = tokens[:limit]
+    return float(score(p, cfg, tokens, end, ops, progress=progress).sum()) / len(tokens)
 
 
 def bits_per_byte(nats, tokens, tokenizer):
     """nats per token over `tokens` -> bits per byte of their text: the figure that compares across tokenizers."""
     return nats * len(tokens) / math.log(2) / max(1, count_bytes(tokens, tokenizer))
+
+
+def by_story(nats, tokens, tokenizer):
+    """nats of tokens (M,) -> sums over each of S stories, its end included: nats, tokens, bytes of text, (3, S)."""
+    starts = np.flatnonzero(tokens[:-1] == tokenizer.end) + 1
+    each = (nats, np.ones(len(tokens)), byte_lengths(tokenizer)[tokens])
+    return np.stack([np.add.reduceat(column, [0, *starts], dtype=np.float64) for column in each])
+
+
+RESAMPLES = 1000
+
+
+def bootstrap(stories, seed):
+    """Sums over stories (3, S) -> the sums of as many stories drawn with replacement, (3, RESAMPLES): Efron 1979."""
+    S, rng = stories.shape[1], np.random.Generator(np.random.Philox(key=[seed, 2]))
+    at_once, sums = max(1, 2**22 // S), []
+    for first in range(0, RESAMPLES, at_once):
+        drawn = rng.integers(0, S, (min(at_once, RESAMPLES - first), S))
+        sums.append(np.stack([row[drawn].sum(-1) for row in stories]))
+    return np.concatenate(sums, -1)
+
+
+def figures(sums):
+    """Sums (3, ...) of nats, tokens, bytes -> name -> figure (...)."""
+    nats, tokens, size = sums
+    per_token = nats / tokens
+    bits = nats / math.log(2) / np.maximum(1, size)
+    with np.errstate(over="ignore"):
+        return {"nats/token": per_token, "perplexity": np.exp(per_token), "bits/byte": bits}
 
 
 def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
@@ -785,6 +829,8 @@ def make_parser():
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
     add("--seq-len", type=COUNT, metavar="T", help="tokens in a window (default that of the size)")
+    add("--eval", metavar="CHECKPOINT", help="train nothing: score every token of --data once, in windows of --seq-len")
+    add("--stride", type=COUNT, metavar="N", help="of those windows: each token sees T - N before it (default T)")
     add("--list-sizes", action="store_true", help="print every size, what it takes, and the fields of --set")
     add("--set", nargs="+", action="extend", metavar="FIELD=VALUE", help="other fields of the model's Config")
     add = parser.add_argument_group("how long (default --minutes 5)").add_mutually_exclusive_group().add_argument
@@ -860,6 +906,63 @@ def lock_log(folder):
     except OSError as error:  # some network file systems have no locks
         note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
     return log
+
+
+def load_model(path, tokenizer_path=None):
+    """(`Checkpoint`, its tokenizer); ValueError if they do not fit together or the tokenizer named is another."""
+    checkpoint = tinygpt.load_checkpoint(path)
+    V = checkpoint.cfg.vocab_size
+    if not checkpoint.tokenizer and not tokenizer_path:
+        raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
+    tokenizer = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    named = bpe.Tokenizer.load(tokenizer_path) if tokenizer_path else tokenizer
+    if tokenizer and named.hash != tokenizer.hash:
+        raise ValueError(f"{path} has a tokenizer of its own, {tokenizer_path} is another; leave out --tokenizer")
+    if named.vocab_size > V:
+        raise ValueError(f"{path}: its tokenizer has {named.vocab_size} tokens, its model V={V}")
+    return checkpoint, named
+
+
+def with_seq_len(cfg, seq_len):
+    """cfg with windows of this length; ValueError if that is longer than a table of positions that it learned."""
+    if cfg.positions == "learned" and seq_len > cfg.position_rows:
+        raise ValueError(f"--seq-len {seq_len} is above the {cfg.position_rows} positions that the model has learned")
+    return cfg.changed(seq_len=seq_len, position_rows=cfg.position_rows if cfg.positions == "learned" else 0)
+
+
+EVAL_FLAGS = ("eval", "data", "tokenizer", "seq_len", "stride", "batch_size", "seed", "kernels")
+
+
+def evaluate_file(args):
+    """--eval: every token of a text, once -> the figures, each with the interval that other stories would give."""
+    for name in args.asked:
+        if name not in EVAL_FLAGS:
+            raise ValueError(f"--eval trains nothing; leave out --{name.replace('_', '-')}")
+    if not args.data:
+        raise ValueError("--eval needs a text: --data FILE")
+    checkpoint, tokenizer = load_model(args.eval, args.tokenizer)
+    cfg = checkpoint.cfg
+    T = args.seq_len or cfg.seq_len
+    if T > cfg.seq_len:
+        raise ValueError(f"--seq-len {T} is above the {cfg.seq_len} tokens that {args.eval} was trained on")
+    cfg, stride = with_seq_len(cfg, T), args.stride or T
+    if stride > T:
+        raise ValueError(f"--stride {stride} is above the window of T={T}: tokens between would not be scored")
+    folder = Path("data", "tokens", cache_key(args.data, None, tokenizer.hash))
+    tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer)
+    p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
+    with Progress("scoring", len(tokens)) as progress:
+        nats = score(p, cfg, tokens, tokenizer.end, OPS[args.kernels], stride, args.batch_size, progress)
+    if not np.isfinite(nats).all():
+        raise ValueError(f"{args.eval} gives nats that are not finite; it is no model that can be used")
+    stories = by_story(nats, tokens, tokenizer)
+    S, drawn = stories.shape[1], figures(bootstrap(stories, args.seed))
+    note(f"model     {args.eval}: {checkpoint.parameters.size:,} parameters")
+    note(f"text      {' '.join(args.data)}: {len(tokens):,} tokens, {stories[2].sum():,.0f} bytes, {S:,} stories")
+    note(f"windows   of {T} tokens, stride {stride}; intervals: 95% of {RESAMPLES:,} draws of the stories")
+    for name, figure in figures(stories.sum(-1)).items():
+        low, high = np.percentile(drawn[name], (2.5, 97.5))
+        say(f"{name:10}  {figure:.4f}   " + (f"{low:.4f} to {high:.4f}" if S > 1 else "(one story: no interval)"))
 
 
 def asked(args):
@@ -1168,6 +1271,11 @@ def main(argv=None):
     if args.threads:
         POOL.resize(args.threads)
     try:
+        if args.eval:
+            evaluate_file(args)
+            return 0
+        if args.stride:
+            raise ValueError("--stride is of --eval; leave it out")
         run, batches, space = resume(args, started) if args.resume else begin(args, started)
         describe(run.state.cfg, run.s, run.data, run.folder)
         if train(run, batches, space, measure_peak()):
