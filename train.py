@@ -45,18 +45,21 @@ class Data(NamedTuple):
     files: list  # token files of the two, each a list of paths; none for validation: held out
 
 
-def prepare_data(args, s, cfg, vocab_size):
-    """Text or token files -> `Data`. Text is encoded once and kept in data/tokens, under a key of what it depends on.
+def prepare_data(args, s, cfg, vocab_size, tokenizer=None):
+    """Text or token files -> `Data`, with `tokenizer` if there is one already. Text is encoded once and kept in
+    data/tokens, under a key of what it depends on.
 
     ValueError or OSError if something is missing, is not text, is of another tokenizer, or is too short.
     """
-    tokenizer = bpe.Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    if tokenizer and args.vocab_size:
+    key = (args.tokenizer, vocab_size) if tokenizer is None else (None, tokenizer.hash)
+    if tokenizer is None and args.tokenizer:
+        tokenizer = bpe.Tokenizer.load(args.tokenizer)
+    if args.tokenizer and args.vocab_size:
         raise ValueError("--tokenizer brings its own vocabulary; leave out --vocab-size")
     sources, valid_sources, name = args.data, args.val_data or [], " ".join(args.data or ())
     if not sources:
         sources, valid_sources, name = find_stories(args, s, cfg)
-    folder = Path("data", "tokens", cache_key(sources, args.tokenizer, vocab_size))
+    folder = Path("data", "tokens", cache_key(sources, *key))
     if tokenizer is None:
         if are_token_files(sources):
             raise ValueError("--data names a token file; say which tokenizer made it with --tokenizer FILE")
@@ -308,6 +311,7 @@ class State:
         POOL.run(adamw_kernel, -(-self.parameters.size // FLAT_BLOCK), *buffers, self.decayed, *rates)
 
 
+TUNED = "tuned"  # what a run is called that began with a model of --init-from
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "restarts")
 WSD_DECAY = 0.2  # share of the updates in which wsd falls: warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395
 RESTARTS = 4  # cosines after one another; Loshchilov & Hutter 2017, arXiv:1608.03983
@@ -833,6 +837,7 @@ def make_parser():
     add("--stride", type=COUNT, metavar="N", help="of those windows: each token sees T - N before it (default T)")
     add("--list-sizes", action="store_true", help="print every size, what it takes, and the fields of --set")
     add("--set", nargs="+", action="extend", metavar="FIELD=VALUE", help="other fields of the model's Config")
+    add("--init-from", metavar="CHECKPOINT", help="begin with this model and its tokenizer, at a tenth of the rate")
     add = parser.add_argument_group("how long (default --minutes 5)").add_mutually_exclusive_group().add_argument
     add("--steps", type=COUNT, metavar="N", help="updates")
     add("--epochs", type=in_range(float, 0, 1e6, True), metavar="E", help="passes over the training text")
@@ -874,7 +879,8 @@ def new_folder(args):
     if args.out is None:
         Path("runs").mkdir(exist_ok=True)
         for number in range(1, 10**6):
-            folder = Path("runs", args.size if number == 1 else f"{args.size}-{number}")
+            name = args.size or TUNED
+            folder = Path("runs", name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder, True
@@ -948,6 +954,7 @@ def evaluate_file(args):
     cfg, stride = with_seq_len(cfg, T), args.stride or T
     if stride > T:
         raise ValueError(f"--stride {stride} is above the window of T={T}: tokens between would not be scored")
+    check_vocabulary(args.data, tokenizer, args.eval)
     folder = Path("data", "tokens", cache_key(args.data, None, tokenizer.hash))
     tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer)
     p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
@@ -973,7 +980,9 @@ def asked(args):
 
 def resolve(args, cfg):
     """The settings that the command line decides; `plan` and the data add theirs. ValueError if two do not fit."""
-    recipe = recipe_of(args.size, cfg, args.recipe == "published")
+    recipe = recipe_of(args.size or TUNED, cfg, args.recipe == "published")
+    if args.init_from and not args.recipe:
+        recipe["lr"] /= 10  # a model that has learned loses less of it
     s = {name: recipe[name] if getattr(args, name) is None else getattr(args, name) for name in ("lr", *DEFAULTS)}
     if not (args.steps or args.epochs or args.minutes):
         args.steps = recipe["steps"]
@@ -988,8 +997,8 @@ def resolve(args, cfg):
     s["min_lr"] = s["lr"] / 10 if s["min_lr"] is None else s["min_lr"]
     if s["min_lr"] > s["lr"]:
         raise ValueError(f"--min-lr {s['min_lr']} is above --lr {s['lr']}")
-    s["prompts"] = args.prompt or []
-    return s | {name: getattr(args, name) for name in ("size", "seed", "kernels", "save_every", "keep", "asked")}
+    s |= {"prompts": args.prompt or [], "size": args.size or TUNED}
+    return s | {name: getattr(args, name) for name in ("init_from", "seed", "kernels", "save_every", "keep", "asked")}
 
 
 def plan(args, s, batches, steps):
@@ -1072,13 +1081,14 @@ def describe(cfg, s, data, folder):
     plain = asdict(Config(cfg.vocab_size, cfg.seq_len, cfg.width, cfg.layers, cfg.heads, head_width=cfg.head_width))
     basic = ["vocab_size", "seq_len", "width", "layers", "heads", "hidden"]
     basic += ["head_width"] if cfg.heads * cfg.head_width != cfg.width else []
+    begun = f"begun with {s['init_from']}: " if s.get("init_from") else ""
     shape = {name: value for name, value in asdict(cfg).items() if name in basic or value != plain[name]}
     per_update = s["batch_size"] * cfg.seq_len
     memory = f", about {memory_needed(cfg, s['micro_batch_size'], s['recompute']) / 2**20:,.0f} MiB of memory"
     note(
         f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
         f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
-        f"          {', '.join(f'{name} {value}' for name, value in shape.items())}\n"
+        f"          {begun}{', '.join(f'{name} {value}' for name, value in shape.items())}\n"
         f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation; "
         f"ln V = {math.log(cfg.vocab_size):.2f}\n"
         f"training  {s['steps']:,} updates of {s['batch_size']} x {cfg.seq_len} tokens ({s['steps'] * per_update:,}: "
@@ -1093,11 +1103,14 @@ def describe(cfg, s, data, folder):
 
 
 def repeat_command(args, s, cfg):
-    words = ["--size", s["size"], "--seq-len", cfg.seq_len, "--steps", s["steps"], "--kernels", s["kernels"]]
+    words = ["--size", args.size] if args.size else []
+    words += ["--seq-len", cfg.seq_len, "--steps", s["steps"], "--kernels", s["kernels"]]
     words += ["--set", *args.set] if args.set else []
     for name in ("data", "val_data"):
         words += [f"--{name.replace('_', '-')}", *getattr(args, name)] if getattr(args, name) else []
-    words += ["--tokenizer", args.tokenizer] if args.tokenizer else ["--vocab-size", cfg.vocab_size]
+    words += ["--init-from", args.init_from] if args.init_from else []
+    words += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    words += [] if args.tokenizer or args.init_from else ["--vocab-size", cfg.vocab_size]
     for name in ("micro_batch_size", "lr", *DEFAULTS, "seed", "eval_every", "save_every", "keep"):
         words += [f"--{name.replace('_', '-')}", s[name]]
     words += ["--recompute"] if s["recompute"] else []
@@ -1112,7 +1125,7 @@ def newest_run():
 
 def begin(args, started):
     """A fresh run, ready to train: (Run, Batches, workspace). If it cannot begin it leaves no folder behind."""
-    args.size = args.size or "1m"
+    args.size = args.size or (None if args.init_from else "1m")
     folder, made = new_folder(args)
     log, fresh = None, False
     try:
@@ -1159,31 +1172,70 @@ def check_asked(now, first, folder):
 
 
 def begin_in(folder, log, args, started):
-    base = SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
-    seq_len = args.seq_len or base.seq_len
-    base = base.changed(seq_len=seq_len)
+    tokenizer = parameters = None
+    if args.init_from:
+        base, tokenizer, parameters = learned(args)
+        for paths in (args.data, args.val_data):
+            check_vocabulary(paths or [], tokenizer, args.init_from)
+    else:
+        base = SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
+        base = base.changed(seq_len=args.seq_len or base.seq_len)
     s = resolve(args, base)
     if s["dropout"]:
         base = base.changed(**dict.fromkeys(("attention_dropout", "out_dropout", "mlp_dropout"), s["dropout"]))
     ahead = compile_ahead(base, s)
-    data = prepare_data(args, s, base, args.vocab_size or base.vocab_size)
+    data = prepare_data(args, s, base, args.vocab_size or base.vocab_size, tokenizer)
     for prompt in s["prompts"]:
         data.tokenizer.encode(prompt)  # refused now, not at the first validation
-    cfg = base.changed(vocab_size=data.tokenizer.vocab_size, seq_len=seq_len)
-    batches = Batches(data.train, seq_len, data.tokenizer.end, args.seed)
+    cfg = base if args.init_from else base.changed(vocab_size=data.tokenizer.vocab_size)
+    batches = Batches(data.train, cfg.seq_len, data.tokenizer.end, args.seed)
     for process in ahead:
         process.wait()
     s["micro_batch_size"], s["recompute"] = choose_micro_batch(args, s, cfg, batches)
     ops, space = ops_of(s), make_space(cfg, s)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
-        state = State(cfg, tinygpt.init_parameters(cfg, args.seed))
+        state = State(cfg, tinygpt.init_parameters(cfg, args.seed))  # any: only the time counts
         steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
-    run = Run(folder, s, State(cfg, tinygpt.init_parameters(cfg, args.seed)), data, OPS[args.kernels], log)
+    parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
+    run = Run(folder, s, State(cfg, parameters), data, OPS[args.kernels], log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
     return run, batches, space
+
+
+DROPOUTS = ("embed_dropout", "attention_dropout", "out_dropout", "mlp_dropout")
+
+
+def learned(args):
+    """--init-from: (configuration, tokenizer, float32 parameters) of the model that a run begins with. ValueError for a
+    flag that contradicts it; what training drops is the run's own."""
+    path = args.init_from
+    checkpoint, tokenizer = load_model(path, args.tokenizer)
+    cfg, wanted, off = checkpoint.cfg, tinygpt.overrides(args.set or []), dict.fromkeys(DROPOUTS, 0.0)
+    said = [(f"--set {name}={value}", name, value) for name, value in wanted.items() if name not in DROPOUTS]
+    if args.size:
+        size = SIZES[args.size].changed(vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, init=cfg.init)
+        said += [(f"--size {args.size}", name, value) for name, value in asdict(size).items()]
+    for flag, name, value in said:
+        if name not in DROPOUTS and value != getattr(cfg, name):
+            has = f"whose model has {name}={getattr(cfg, name)}"
+            raise ValueError(f"{flag} contradicts {path}, {has}; leave it out, or train without --init-from")
+    if args.vocab_size not in (None, tokenizer.vocab_size):
+        has = f"whose tokenizer has {tokenizer.vocab_size} tokens"
+        raise ValueError(f"--vocab-size {args.vocab_size} contradicts {path}, {has}; leave it out")
+    changes = off | {name: value for name, value in wanted.items() if name in DROPOUTS}
+    cfg = with_seq_len(cfg.changed(**changes), args.seq_len or cfg.seq_len)
+    return cfg, tokenizer, checkpoint.parameters.astype(np.float32)
+
+
+def check_vocabulary(paths, tokenizer, model):
+    """ValueError for token files that are not of this model's tokenizer."""
+    for path in paths if are_token_files(paths) else ():
+        if bpe.read_tokens(path)[1].get("tokenizer_hash") != tokenizer.hash:
+            other = f"{path} was written with another vocabulary than that of {model}"
+            raise ValueError(f"{other}; name the text itself, which is then encoded with the model's")
 
 
 def resume(args, started):

@@ -232,7 +232,7 @@ BAD = {  # words after --eval -> a piece of what it must say
     "long windows": (["MODEL", "--data", "TEXT", "--seq-len", "33"], "--seq-len 33 is above the 32"),
     "long stride": (["MODEL", "--data", "TEXT", "--stride", "33"], "--stride 33 is above the window of T=32"),
     "another tokenizer": (["MODEL", "--data", "TEXT", "--tokenizer", "other.json"], "leave out --tokenizer"),
-    "tokens of another": (["MODEL", "--data", "other.bin"], "written with tokenizer"),
+    "tokens of another": (["MODEL", "--data", "other.bin"], "another vocabulary"),
 }
 
 
