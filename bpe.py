@@ -431,10 +431,11 @@ class Tokenizer:
 
     The vocabulary holds every byte, every merge's parts and result, END, and no string twice. With byte_ids, the id of
     each byte, it is one of SentencePiece as llama2.c has it: a text is given a space to begin with, merges join
-    characters and go across words, and a character without an id is its bytes; <s> stands between stories.
+    characters and go across words, and a character without an id is its bytes; <s> stands between stories. With ranks,
+    of each merge, those of one rank are one: the leftmost is the first.
     """
 
-    def __init__(self, vocab, merges, specials, byte_ids=None):
+    def __init__(self, vocab, merges, specials, byte_ids=None, ranks=None):
         self.vocab, self.merges, self.specials = list(vocab), list(merges), dict(specials)
         self.spaced = byte_ids is not None
         end = BOS if self.spaced else END
@@ -458,7 +459,8 @@ class Tokenizer:
                     raise ValueError(f"the merge of {left!r} and {right!r} needs {token!r}, which has no id")
         self.end = self.specials[end]
         self._ids, self._split = ids, SPLIT
-        self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
+        self.tied, ranks = ranks is not None, ranks or range(len(self.merges))
+        self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in zip(ranks, self.merges)}
         if self.spaced:
             # A token has one rank however it is made, or the leftmost of two joins would not be the first. Merges do
             # not cross the beginning of a word unless a token does.
@@ -807,6 +809,8 @@ NEUTRAL_SPACED = NEUTRAL | {name: [value] for name, value in SPACED.items() if n
 
 def to_json(tokenizer):
     """The text of a tokenizer.json with which `tokenizers` gives the ids of encode(text, allowed_special="all")."""
+    if tokenizer.tied:
+        raise ValueError("a tokenizer.json cannot hold merges of one rank, which tokenizer.bin of llama2.c has")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted(tokenizer.specials.items(), key=lambda item: item[1])
     spaced = tokenizer.spaced
@@ -949,16 +953,16 @@ def from_llama2c(data):
         raise ValueError("a damaged tokenizer.bin: expected scores and tokens, 3 to 258 of them <0x00> to <0xFF>")
     ids = {token: i for i, token in enumerate(tokens) if i >= 259}
     made = {
-        token: [(token[:k], token[k:]) for k in range(1, len(token)) if ids.keys() >= {token[:k], token[k:]}]
+        token: [(token[:k], token[k:]) for k in range(1, len(token)) if token[:k] in ids and token[k:] in ids]
         for token in ids
     }
     made = {token: pairs for token, pairs in made.items() if pairs}
-    if len({scores[ids[token]] for token in made}) < len(made):
-        raise ValueError("two tokens of tokenizer.bin have one score: which is joined first would depend on the text")
     merges = list(chain.from_iterable(made[token] for token in sorted(made, key=lambda token: -scores[ids[token]])))
+    of_score = {score: rank for rank, score in enumerate(sorted({scores[ids[token]] for token in made}, reverse=True))}
+    ranks = [of_score[scores[ids[a + b]]] for a, b in merges] if len(of_score) < len(made) else None
     specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
     vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
-    return Tokenizer(vocab, merges, specials, range(3, 259))
+    return Tokenizer(vocab, merges, specials, range(3, 259), ranks)
 
 
 EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"

@@ -61,20 +61,21 @@ def note(line):
 
 
 def tell(p, cfg, tokenizer, args, number):
-    """Print one story as it is drawn; returns (tokens, seconds)."""
+    """Print one story as it is drawn; returns (tokens, seconds to the first, seconds from the first to the last)."""
     decoding = tinygpt.Decoding(p, cfg, tinygpt.OPS[args.kernels])
     filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     filters["banned"] = never_drawn(cfg, tokenizer)
     ids = prompt_ids(args.prompt, cfg, tokenizer)
     decoder = bpe.Decoder(tokenizer, ids[-1])
     print(args.prompt, end="", flush=True)
-    start, count = time.monotonic(), 0
+    start, first, count = time.monotonic(), None, 0
     story = tinygpt.generate(decoding, ids, args.seed + number, tokenizer.end, args.max_new_tokens, **filters)
     for token in story:
         print(decoder.push(token), end="", flush=True)
-        count += 1
+        first, count = first or time.monotonic(), count + 1
     print(decoder.finish(), flush=True)
-    return count, time.monotonic() - start
+    end = time.monotonic()
+    return count, (first or end) - start, end - (first or end)
 
 
 # == 3  command line ===================================================================================================
@@ -148,8 +149,9 @@ def main(argv=None):
         for number in range(args.num_samples):
             if number:
                 print("\n---\n")
-            count, seconds = tell(p, cfg, tokenizer, args, number)
-            note(f"[{count} tokens, {count / max(seconds, 1e-9):,.0f} tok/s, seed {args.seed + number}]")
+            count, wait, seconds = tell(p, cfg, tokenizer, args, number)
+            speed = max(0, count - 1) / max(seconds, 1e-9)
+            note(f"[{count} tokens, the first after {wait:.1f} s, then {speed:,.0f} tok/s, seed {args.seed + number}]")
     except BrokenPipeError:  # whoever read stdout has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

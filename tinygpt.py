@@ -34,6 +34,7 @@ import os
 import struct
 import sys
 import threading
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
+from numba.np.arrayobj import populate_array
 
 # ######################################################################################################################
 # Part I: the specification
@@ -767,6 +769,8 @@ if not numba.config.CPU_NAME and binding.get_host_cpu_features().get("avx512f", 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
 COMPILE = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks divisions: no vectors
 part = register_jitable(**COMPILE)  # of a kernel, compiled with it; called from Python it is Python
+# with sums and products in the order in which they are written, whatever is compiled around them
+ordered_part = register_jitable(error_model="numpy", fastmath={"contract", "nsz"})
 
 CACHE_LINE = 64  # bytes
 
@@ -1893,7 +1897,7 @@ def whole_vectors(count):
     return (count + 15) // 16 * 16
 
 
-@part
+@ordered_part
 def turn(x, cos, sin, half, sign):
     """x (D, T): every pair of rows turned by its angle, cos and sin (D/2, T), backwards if sign is -1; section 2.5."""
     pairs = x.shape[0] // 2
@@ -1906,7 +1910,7 @@ def turn(x, cos, sin, half, sign):
             odd[t] = a * up + b * c[t]
 
 
-@part
+@ordered_part
 def inverse_rms(x, eps, rstd):
     """rstd (T,) of the columns of x (D, T)."""
     D, one = x.dtype.type(x.shape[0]), x.dtype.type(1)
@@ -1918,6 +1922,16 @@ def inverse_rms(x, eps, rstd):
             rstd[t] += row[t] * row[t]
     for t in range(rstd.size):
         rstd[t] = one / np.sqrt(rstd[t] / D + x.dtype.type(eps))
+
+
+@ordered_part
+def norm_columns(x, gains, eps, rstd):
+    """The columns of x (D, T) times their rstd (T,) and gains (D,), in place."""
+    inverse_rms(x, eps, rstd)
+    for d in range(x.shape[0]):
+        row = x[d]
+        for t in range(rstd.size):
+            row[t] *= rstd[t] * gains[d]
 
 
 @part
@@ -1932,12 +1946,7 @@ def place_rows(qkv, position, qk, q_norm, k_norm, eps, heads, cos, sin, half, sc
         transpose_rows(qkv[:, h], x)
         if len(qk) > 0:
             copy(x, qk[0, h, :, :width])
-            inverse_rms(x, eps, rstd)
-            gains = q_norm if h < heads[0] else k_norm
-            for d in range(D):
-                row = x[d]
-                for t in range(width):
-                    row[t] *= rstd[t] * gains[d]
+            norm_columns(x, q_norm if h < heads[0] else k_norm, eps, rstd)
         if len(cos) > 0:
             turn(x[:, :T], c, s, half, one)
         transpose_rows(x[:, :T], qkv[:, h])
@@ -2443,6 +2452,529 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     return float((weights * nats).sum()), nats, dx
 
 
+# == 7.5  one token: the whole model in one launch =====================================================================
+#
+# A token meets every weight once: its time is that of reading them from memory. So the weights lie in the order in
+# which they are read, and from the drawing of one token to that of the next there is neither Python nor a launch. The
+# specification is `forward` with a cache, then `head_logits`, then `probabilities`. Sums run in the order of the
+# kernels above: a text has the same bytes, whether it was read in blocks or token by token.
+#
+# A token is a list of stages, each cut into chunks. A thread takes a chunk of the stage that is open, and whoever
+# finishes the last one opens the next. Nobody waits for a thread that has not come, and which thread does what changes
+# no byte. The stages' code is compiled once for each dtype and called by its address, as `product` is by its name; what
+# it works on it finds by addresses in two kinds of records, since Numba is slow to pass many arrays to many functions.
+
+CLAIM, DONE, DRAWN = 0, 8, 16  # words: number of the open stage << 32 | its next chunk; chunks done; tokens drawn
+STEP_VECTORS = 4  # of a panel: so many sums run side by side, each waiting four cycles for the multiply-add before it
+HEAD_CHUNKS = 4  # of each thread: the head is the longest stage, and no two threads are equally fast
+ALONE_BYTES = 1 << 22  # of weights: a model this small stays in the cache of one thread, and is faster there
+
+# Greedy decoding needs the largest logit alone. A large head is kept in 8 bits as well, w = unit q + at most unit / 2:
+# a quarter of the bytes says which logits can be the largest, and those are computed from the weights themselves.
+SCREEN_BYTES = 1 << 22  # heads above this size have one
+SCREEN_MARGIN = 0.51  # of a unit: half, and what dividing by it rounded
+
+BEGIN, LINEAR, HIDDEN, ATTENTION, HEAD = range(5)  # kinds of stages
+STAGE = np.dtype(  # y = norm(source) w + b, or +=, in panels; attention has its layer, its window and gains of q and k
+    [(name, np.int64) for name in "kind units norm gains source K bias weights y columns adds layer window".split()]
+)
+STEP = np.dtype(
+    [(name, np.int64) for name in "code stages size panel C H G D K V P Cs Fs Vs Ds Ps".split()]  # s: whole
+    + [(name, np.int64) for name in "x qkv o h a logits offsets odds units keys values scratch kv".split()]  # addresses
+    + [(name, np.int64) for name in "embed_w positions embed_gains cos sin slopes head_w screen".split()]
+    + [(name, np.int64) for name in "tokens words uniforms scratch_size kind activation gated half".split()]
+    + [(name, np.int64) for name in "ways position count stop screened top_k".split()]  # of a launch
+    + [(name, np.float64) for name in ("eps", "scale", "temperature", "top_p")]
+)
+NO_STEPS, NO_STAGES = np.zeros(0, STEP), np.zeros(0, STAGE)  # by which kernels know the types of records
+step_part = njit(inline="always")  # by Numba, into the one function that calls it: compiled once, without references
+
+
+@intrinsic
+def put(typing_context, address, value):
+    """Store a 64-bit word at an address: whoever sees it also sees what was stored before."""
+
+    def build(context, builder, signature, args):
+        builder.store_atomic(args[1], word_at(builder, args[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), build
+
+
+@intrinsic
+def replace(typing_context, address, old, new):
+    """Make the 64-bit word at an address `new` if it is `old`, in one step; whether it was."""
+
+    def build(context, builder, signature, args):
+        found = builder.cmpxchg(word_at(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), build
+
+
+@intrinsic
+def call_step(typing_context, code, record, stages, stage, index, first, last, slot):
+    """What `provide_step` compiled to this address."""
+
+    def build(context, builder, signature, args):
+        i64 = ir.IntType(64)
+        function = ir.FunctionType(i64, [i64] * 7).as_pointer()
+        return builder.call(builder.inttoptr(args[0], function), args[1:])
+
+    return types.int64(*[types.int64] * 8), build
+
+
+def array_of(like, axes):
+    """(numba type, its build) of an array at an address, with lengths; elements are of the type of `like`, or of those
+    of the array `like`."""
+    kind = types.Array(getattr(like, "dtype", like), axes, "C")
+
+    def build(context, builder, signature, args):
+        array, lengths = context.make_array(kind)(context, builder), args[1 : 1 + axes]
+        size = ir.IntType(64)(context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        strides = [builder.mul(size, lengths[-1]), size][-axes:]
+        data = builder.inttoptr(args[0], array.data.type)
+        populate_array(array, data=data, shape=lengths, strides=strides, itemsize=size, meminfo=None)
+        return array._getvalue()
+
+    return kind, build
+
+
+@intrinsic
+def vector(typing_context, address, count, like):
+    kind, build = array_of(like, 1)
+    return kind(types.intp, types.intp, like), build
+
+
+@intrinsic
+def matrix(typing_context, address, rows, columns, like):
+    kind, build = array_of(like, 2)
+    return kind(types.intp, types.intp, types.intp, like), build
+
+
+@intrinsic
+def times(typing_context, x, K, w, w_row, y, columns, add, zero):
+    """y = x (K,) w (K, columns), or y += if add, of zero's type: addresses; a row of w begins every w_row bytes,
+    columns are whole vectors. It is `product` of one row: its sums, and its machine code."""
+
+    def build(context, builder, signature, args):
+        i64, (x, K, w, w_row, y, columns, add, _) = ir.IntType(64), args
+        size = i64(zero.bitwidth // 8)
+        arguments = (x, i64(0), size, w, w_row, y, i64(0), i64(1), columns, K, add, i64(0))
+        call_symbol(builder, "product", zero, arguments)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 7, zero), build
+
+
+@step_part
+def step_norm(m, kind, gains, x, n, zero):
+    """n (C,) = norm(x), then mean and rstd; gains (C,), then biases: addresses."""
+    stats, w, b = vector(n + m.Cs * m.size, 2, zero), vector(gains, m.C, zero), vector(gains + m.Cs * m.size, m.C, zero)
+    norm_rows(kind, matrix(x, 1, m.C, zero), w, b, m.eps, stats[:1], stats[1:], matrix(n, 1, m.C, zero))
+
+
+@step_part
+def step_panels(m, t, source, first, last, zero):
+    """Panels first .. last - 1 of y (columns,) = source (K,) w + b, or += : a panel is some columns, row after row."""
+    for low in range(first * m.panel, min(last * m.panel, t.columns), m.panel):
+        width, y = min(m.panel, t.columns - low), t.y + low * m.size
+        if t.bias != 0:
+            row, b = vector(y, width, zero), vector(t.bias + low * m.size, width, zero)
+            for c in range(width):
+                row[c] = row[c] + b[c] if t.adds else b[c]
+        times(source, t.K, t.weights + low * t.K * m.size, width * m.size, y, width, t.bias, zero)
+
+
+@step_part
+def step_place(m, x, gains, position, rstd, zero):
+    """x (D,), a query or a key: its norm and its rotation, as in `place_rows`, of one column."""
+    column = matrix(x, m.D, 1, zero)
+    if gains != 0:
+        norm_columns(column, vector(gains, m.D, zero), m.eps, vector(rstd, 1, zero))
+    if m.cos != 0:
+        cos, sin = matrix(m.cos, m.D // 2, m.P, zero), matrix(m.sin, m.D // 2, m.P, zero)
+        c, s = cos[:, position : position + 1], sin[:, position : position + 1]
+        turn(column, c, s, m.half, column.dtype.type(1))
+
+
+@step_part
+def step_attention(m, t, g, position, scratch, zero):
+    """Group g of the heads: its key and value join the others, each of its queries sees them; section 2.4. Values end
+    in a one, so that what the probabilities are divided by is their product with the last column."""
+    D, R, size, S, begin = m.D, m.H // m.G, m.size, position + 1, first_seen(position, t.window)
+    keys, values = m.keys + (t.layer * m.G + g) * D * m.Ps * size, m.values + (t.layer * m.G + g) * m.P * m.Ds * size
+    o, row = vector(scratch, m.Ds, zero), vector(scratch + m.Ds * size, S - begin, zero)
+    for i in range(R + 1):  # the key, then the queries
+        h = m.H + g if i == 0 else g * R + i - 1
+        at, gains = m.qkv + h * D * size, t.gains + D * size if i == 0 and t.gains != 0 else t.gains
+        step_place(m, at, gains, position, scratch, zero)
+        x = vector(at, D, zero)
+        if i == 0:
+            kv, v = m.kv + ((t.layer * m.P + position) * 2 * m.G + g) * D * size, at + m.G * D * size
+            kept, value = vector(kv, D, zero), vector(v, D, zero)
+            kept_value, last_key = vector(kv + m.G * D * size, D, zero), vector(keys, D * m.Ps, zero)
+            last_value = vector(values + position * m.Ds * size, D, zero)
+            for d in range(D):
+                kept[d] = last_key[d * m.Ps + position] = x[d]
+                kept_value[d] = last_value[d] = value[d]
+            continue
+        slope = vector(m.slopes, m.H, zero)[h]
+        for d in range(D):
+            x[d] *= row.dtype.type(m.scale)
+        p, columns = scratch + m.Ds * size, whole_vectors(S - begin)
+        times(at, D, keys + begin * size, m.Ps * size, p, columns, 0, zero)
+        if slope > 0:
+            for s in range(row.size):
+                row[s] -= slope * row.dtype.type(row.size - 1 - s)
+        top = maximum(row)
+        for s in range(row.size):
+            row[s] = exp(row[s] - top)
+        times(p, row.size, values + begin * m.Ds * size, m.Ds * size, scratch, m.Ds, 0, zero)
+        out, share = vector(m.o + h * D * size, D, zero), row.dtype.type(1) / o[D]
+        for d in range(D):
+            out[d] = o[d] * share
+
+
+@part
+def screen_slack(n):
+    """A logit and its screened value are at most this many of its row's units apart: for the rounding of the weights,
+    and of two sums of C products."""
+    total = n.dtype.type(0)
+    for c in range(n.size):
+        total += abs(n[c])
+    return total * n.dtype.type(SCREEN_MARGIN + n.size * 127 * 2.0**-22)
+
+
+@step_part
+def screen_logits(m, n, first, last, logits, zero):
+    """The least that logits first .. last - 1 can be, before their offsets."""
+    slack, units = screen_slack(n), vector(m.units, m.V, zero)
+    for v in range(first, last):
+        row, total = vector(m.screen + v * m.C, m.C, np.int8(0)), n.dtype.type(0)
+        for c in range(n.size):
+            total += n[c] * n.dtype.type(row[c])
+        logits[v] = (total - slack) * units[v]
+
+
+@step_part
+def screened_best(m, n, logits, offsets, scratch, zero):
+    """The token with the largest logit, the first of equals: of those that may have it, by their logits."""
+    slack, units, best, top = 2 * screen_slack(n), vector(m.units, m.V, zero), 0, n.dtype.type(-math.inf)
+    least, lanes = maximum(logits), VECTOR_BYTES // m.size
+    one, wide = vector(scratch, lanes, zero), vector(scratch + VECTOR_BYTES, m.C * lanes, zero)
+    for i in range(wide.size):  # n in each lane: the tile turned round
+        wide[i] = n[i // lanes]
+    for v in range(m.V):
+        if logits[v] + slack * units[v] >= least:
+            row = m.head_w + v * m.C * m.size
+            times(row, m.C, scratch + VECTOR_BYTES, VECTOR_BYTES, scratch, lanes, 0, zero)
+            logit = one[0] + offsets[v]
+            if logit > top:
+                best, top = v, logit
+    return best
+
+
+@ordered_part
+def compare(logits, top, temperature, odds):
+    """odds (V,) of each token against the likeliest. An ordered part divides: 1 / temperature may be infinite."""
+    for v in range(logits.size):
+        odd = exp(odds.dtype.type((float(logits[v]) - float(top)) / temperature))
+        odds[v] = odd if logits[v] > -math.inf else odds.dtype.type(0)
+
+
+@part
+def together(odds, least, counted):
+    """The sum of the odds that are at least `least`, or their number."""
+    total = 0.0
+    for v in range(odds.size):
+        odd = 1.0 if counted else float(odds[v])
+        total += odd if odds[v] >= least else 0.0
+    return total
+
+
+@part
+def keep_likeliest(odds, counted, enough):
+    """All odds become 0 but the fewest and largest that together have `enough` (are so many, if counted); at least one.
+    Their least is found by halving: a sum over all tokens takes less time than sorting them."""
+    low = middle = odds.dtype.type(0)
+    high = odds.dtype.type(2)  # together(low) >= enough > together(high)
+    while True:
+        middle = (low + high) / odds.dtype.type(2)
+        if middle == low or middle == high:
+            break
+        if together(odds, middle, counted) >= enough:
+            low = middle
+        else:
+            high = middle
+    left = enough - together(odds, high, counted)
+    for v in range(odds.size):
+        if odds[v] < low or (odds[v] < high and left <= 0):
+            odds[v] = 0
+        elif odds[v] < high:  # of equals the first
+            left -= 1.0 if counted else float(odds[v])
+
+
+@step_part
+def draw(m, logits, uniform, zero):
+    """The token that a number from 0 to 1 draws from `probabilities`."""
+    odds, top, best, cumulative = vector(m.odds, m.V, zero), maximum(logits), 0, 0.0
+    while best < m.V - 1 and logits[best] != top:
+        best += 1
+    if m.temperature > 0:
+        compare(logits, top, m.temperature, odds)
+        if 0 < m.top_k < m.V:
+            keep_likeliest(odds, True, float(m.top_k))
+        if m.top_p < 1:
+            keep_likeliest(odds, False, m.top_p * together(odds, odds.dtype.type(0), False))
+        total = uniform * together(odds, odds.dtype.type(0), False)
+        for v in range(m.V):
+            if odds[v] > 0:
+                cumulative, best = cumulative + float(odds[v]), v
+                if cumulative > total:
+                    break
+    return best
+
+
+@step_part
+def step_begin(m, stages, index, n, zero):
+    """Look up token number `index`, after drawing it (number 0 is given). 1 if the text ends with it, else 0."""
+    tokens, over = vector(m.tokens, m.P + 2, np.int64(0)), 0
+    if index > 0:
+        logits, offsets = vector(m.logits, m.V, zero), vector(m.offsets, m.V, zero)
+        for v in range(m.V):
+            logits[v] += offsets[v]
+        if m.screened:
+            step_norm(m, stages[-1].norm, stages[-1].gains, m.x, n, zero)
+            scratch = n + (m.Cs + VECTOR_BYTES) * m.size
+            tokens[index] = screened_best(m, vector(n, m.C, zero), logits, offsets, scratch, zero)
+        else:
+            tokens[index] = draw(m, logits, vector(m.uniforms, m.P + 1, 0.0)[index - 1], zero)
+        put(m.words + 8 * DRAWN, index)
+        over = 1 if index == m.count or tokens[index] == m.stop else 0
+    if over == 0:
+        x, row = vector(m.x, m.C, zero), vector(m.embed_w + tokens[index] * m.C * m.size, m.C, zero)
+        for c in range(m.C):
+            x[c] = row[c]
+        if m.positions != 0:
+            row = vector(m.positions + (m.position + index) * m.C * m.size, m.C, zero)
+            for c in range(m.C):
+                x[c] += row[c]
+        if m.embed_gains != 0:
+            step_norm(m, m.kind, m.embed_gains, m.x, n, zero)
+            row = vector(n, m.C, zero)
+            for c in range(m.C):
+                x[c] = row[c]
+    return over
+
+
+@functools.cache
+def provide_step(dtype):
+    """Compile for a dtype: units first .. last - 1 of a stage, panels, groups of heads, or the one thing that it does.
+    It returns what `step_begin` does."""
+    provide_product(dtype)
+    number = numba.from_dtype(np.dtype(dtype))
+
+    def step_of_dtype(record, stages, stage, index, first, last, slot):
+        m, zero = vector(record, 1, NO_STEPS)[0], number(0)
+        stages = vector(stages, m.stages, NO_STAGES)
+        t, n, over = stages[stage], m.scratch + slot * m.scratch_size, 0
+        scratch, source = n + (m.Cs + VECTOR_BYTES) * m.size, t.source
+        if t.kind == BEGIN:
+            over = step_begin(m, stages, index, n, zero)
+        elif t.kind == ATTENTION:
+            for g in range(first, last):
+                step_attention(m, t, g, m.position + index, scratch, zero)
+        else:
+            if t.gains != 0:
+                step_norm(m, t.norm, t.gains, t.source, n, zero)
+                source = n
+            if t.kind == HEAD and m.screened:
+                logits = vector(m.logits, m.V, zero)
+                screen_logits(m, vector(n, m.C, zero), first * m.panel, min(last * m.panel, m.V), logits, zero)
+            else:
+                wide = 1 + m.gated if t.kind == HIDDEN else 1
+                step_panels(m, t, source, first * wide, last * wide, zero)
+            if t.kind == HIDDEN:  # with a gate, each panel of it lies before that of its values
+                for low in range(first * m.panel, min(last * m.panel, m.Fs), m.panel):
+                    width = min(m.panel, m.Fs - low)
+                    h = matrix(t.y + (1 + m.gated) * low * m.size, 1, (1 + m.gated) * width, zero)
+                    activation_rows(m.activation, h, 0, 0, width, matrix(m.a + low * m.size, 1, width, zero))
+        return over
+
+    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE, _nrt=False)(step_of_dtype)
+
+
+@kernel
+def step_kernel(task, slot, record, stages):
+    """From the stage that is open (the first: a token is fed at m.position; the last: x is what the head reads there)
+    to the logits, and on until m.count tokens are drawn. A task is a thread that helps; it works in its own part of the
+    scratch memory, since `slot` may be that of a thread that came later than this text."""
+    m = record[0]
+    words, end = m.words, m.count * len(stages) + 1 if m.count > 0 else len(stages)
+    while True:
+        seen = look(words + 8 * CLAIM)
+        number, chunk = seen >> 32, seen & 0xFFFFFFFF
+        if number >= end:
+            break
+        index, stage = number // len(stages), number % len(stages)
+        units = stages[stage].units
+        chunks = min(units, m.ways * HEAD_CHUNKS if stage == len(stages) - 1 and m.ways > 1 else m.ways)
+        if chunk >= chunks or not replace(words + 8 * CLAIM, seen, seen + 1):
+            continue
+        low, high = units * chunk // chunks, units * (chunk + 1) // chunks
+        over = call_step(m.code, record.ctypes.data, stages.ctypes.data, stage, index, low, high, task)
+        if fetch_add(words + 8 * DONE, 1) == chunks - 1:
+            put(words + 8 * DONE, 0)
+            put(words + 8 * CLAIM, (end if over else number + 1) << 32)
+
+
+def screen_of(head_w):
+    """(screen (V, C) int8, units (V,)): head_w (V, C) is units * screen, within half a unit."""
+    units = np.abs(head_w).max(1) / 127
+    q = head_w / np.where(units > 0, units, 1)[:, None]
+    return np.rint(q, out=q).astype(np.int8), units
+
+
+def gate_beside_values(w, panel):
+    """w (K, 2 F) -> (K, 2 F'): a panel of the gate, that of its values, the next; F' is F in whole vectors."""
+    K, F = len(w), w.shape[1] // 2
+    wide = np.zeros((K, 2, whole_vectors(F)), w.dtype)
+    wide[:, :, :F] = w.reshape(K, 2, F)
+    return np.concatenate([wide[:, :, low : low + panel].reshape(K, -1) for low in range(0, wide.shape[2], panel)], 1)
+
+
+class Steps:
+    """The state of `step_kernel` for one text. `kv` is that of `Decoding`; parameters are copied as they are now."""
+
+    def __init__(self, p, cfg, kv):
+        dtype, size, (C, D, H, G) = kv.dtype, kv.dtype.itemsize, (cfg.width, cfg.head_width, cfg.heads, cfg.kv_heads)
+        L, F, V, P, code = cfg.layers, cfg.hidden, cfg.vocab_size, cfg.seq_len, provide_step(kv.dtype.name)
+        self.cfg, self.kv, self.threads, self.record = cfg, kv, POOL.threads, np.zeros(1, STEP)
+        self.panel, self.kept = STEP_VECTORS * VECTOR_BYTES // size, [code]  # whose addresses are in records
+        Cs, Fs, Ds = map(whole_vectors, (C, F, D + 1))
+        Ps = whole_vectors(P) + 16  # rows of 2^n bytes would use few sets of the cache
+        scratch = whole_vectors(Cs + VECTOR_BYTES + max(Ds + Ps, (C + 1) * VECTOR_BYTES // size))
+        self.set(code=code.address, size=size, panel=self.panel, scratch_size=scratch * size, eps=cfg.norm_eps)
+        self.set(C=C, H=H, G=G, D=D, V=V, P=P, Cs=Cs, Fs=Fs, Ds=Ds, Ps=Ps)
+        shapes = dict(x=C, qkv=cfg.qkv_width, o=H * D, h=2 * Fs, a=Fs, logits=V, offsets=V, odds=V, units=V)
+        shapes |= dict(scratch=POOL.threads * scratch, keys=(L, G, D, Ps), values=(L, G, P, Ds))
+        self.arrays = {name: self.zeros(shape, dtype) for name, shape in shapes.items()}
+        self.arrays["values"][..., D] = 1
+        self.arrays |= dict(tokens=np.zeros(P + 2, np.int64), words=aligned(24, np.int64), uniforms=np.zeros(P + 1))
+        kind, (scale, slopes, _) = norm_of(p["layers"][0], "norm1", cfg)[0], attention_arguments(cfg, 0, (), dtype)
+        self.arrays |= dict(kv=kv, embed_w=p["embed_w"], head_w=p["embed_w" if cfg.tied else "head_w"], slopes=slopes)
+        self.set(kind=kind, scale=scale, activation=ACTIVATION[cfg.mlp], gated=cfg.mlp == "swiglu")
+        if cfg.positions == "learned":
+            self.arrays["positions"] = p["position_w"]
+        if cfg.positions.startswith("rope"):
+            self.arrays["cos"], self.arrays["sin"] = rotation_columns(P, D, cfg.rope_theta, dtype.name)
+            self.set(half=cfg.positions == "rope-half")
+        self.set(**{name: x.ctypes.data for name, x in self.arrays.items()})
+        if cfg.embedding_norm:
+            self.set(embed_gains=self.norm(p, "embed_norm"))
+        self.stages = self.list_stages(p, kind)
+        self.set(stages=len(self.stages))
+        self.head_b, self.screened = p["head_b"], self.arrays["head_w"].nbytes > SCREEN_BYTES
+        self.alone = self.arrays["head_w"].nbytes + sum(x.nbytes for x in self.kept[1:]) <= ALONE_BYTES
+
+    def set(self, **values):
+        for name, value in values.items():
+            self.record[0][name] = value
+
+    def zeros(self, shape, dtype):
+        """Zeros that vectors may be written to beyond the last element."""
+        count = math.prod(np.atleast_1d(shape))
+        return aligned(whole_vectors(count), dtype)[:count].reshape(shape)
+
+    def keep(self, x):
+        """Address of a copy of x (rows, M), or of x (M,), rows padded to whole vectors."""
+        x = x.reshape(-1, x.shape[-1])
+        self.kept.append(aligned(len(x) * whole_vectors(x.shape[1]), x.dtype))
+        self.kept[-1].reshape(len(x), -1)[:, : x.shape[1]] = x
+        return self.kept[-1].ctypes.data
+
+    def keep_panels(self, w):
+        """Address of a copy of w (K, M): `panel` columns row after row, then the next."""
+        (K, M), columns = w.shape, whole_vectors(w.shape[1])
+        self.kept.append(aligned(K * columns, w.dtype))
+        for low in range(0, columns, self.panel):
+            block = self.kept[-1][low * K : (low + self.panel) * K].reshape(K, -1)
+            block[:, : M - low] = w[:, low : low + self.panel]
+        return self.kept[-1].ctypes.data
+
+    def norm(self, of, name):
+        return self.keep(np.stack(norm_of(of, name, self.cfg, NO_NORM)[1:3]))
+
+    def linear(self, layer, name, source, y, **more):
+        """Stage that is a product with a layer's matrix."""
+        w, at = layer[name + "_w"], self.record[0]
+        b = biases(layer, name + "_b", w.shape[1])[None]
+        K, units = len(w), blocks(whole_vectors(w.shape[1]), self.panel)
+        if more.get("kind") == HIDDEN:
+            units = blocks(whole_vectors(self.cfg.hidden), self.panel)
+            w, b = (gate_beside_values(x, self.panel) if at["gated"] else x for x in (w, b))
+        bias, weights = self.keep(b), self.keep_panels(w)
+        stage = dict(kind=LINEAR, units=units, source=at[source], K=K, bias=bias, weights=weights, y=at[y])
+        return stage | dict(columns=whole_vectors(w.shape[1])) | more
+
+    def list_stages(self, p, kind):
+        """The stages of a token, (5 L + 2,)."""
+        cfg, rows = self.cfg, [dict(kind=BEGIN, units=1)]
+        for index, layer in enumerate(p["layers"]):
+            rows.append(self.linear(layer, "qkv", "x", "qkv", norm=kind, gains=self.norm(layer, "norm1")))
+            rows.append(dict(kind=ATTENTION, units=cfg.kv_heads, layer=index, window=layer_window(cfg, index)))
+            if cfg.qk_norm:
+                rows[-1]["gains"] = self.keep(np.concatenate([layer["q_norm_w"], layer["k_norm_w"]]))
+            rows.append(self.linear(layer, "out", "o", "x", adds=1))
+            rows.append(self.linear(layer, "up", "x", "h", kind=HIDDEN, norm=kind, gains=self.norm(layer, "norm2")))
+            rows.append(self.linear(layer, "down", "a", "x", adds=1))
+        m, columns = self.record[0], whole_vectors(cfg.vocab_size)
+        rows.append(dict(kind=HEAD, units=blocks(columns, self.panel), norm=kind * cfg.final_norm, K=cfg.width))
+        rows[-1] |= dict(gains=self.norm(p, "norm"), source=m["x"], y=m["logits"], columns=columns)
+        return np.array([tuple(row.get(name, 0) for name in STAGE.names) for row in rows], STAGE)
+
+    def take(self, start, stop):
+        """Keys and values of these positions, which a block has left in `kv`."""
+        new, D = self.kv[:, 0, start:stop].transpose(2, 0, 3, 1, 4), self.cfg.head_width  # (2, L, G, T, D)
+        self.arrays["keys"][..., start:stop] = new[0].swapaxes(-1, -2)
+        self.arrays["values"][:, :, start:stop, :D] = new[1]
+
+    def needs_screen(self):
+        """Whether the head has a screen; it is made when it is first needed."""
+        if self.screened and not self.record[0]["screen"]:
+            self.arrays["screen"], self.arrays["units"][:] = screen_of(self.arrays["head_w"])
+            self.set(screen=self.arrays["screen"].ctypes.data)
+            self.screened = bool(np.isfinite(self.arrays["units"]).all())
+        return self.screened
+
+    def run(self, token, x, position, screened=False, **launch):
+        """`step_kernel` from a token at this position, or from x, what the head reads of it, if that is not None."""
+        ways, first = 1 if self.alone else min(POOL.threads, self.threads), 0
+        if x is not None:
+            self.arrays["x"][:], first = x.reshape(-1), len(self.stages) - 1
+        if not screened and not self.stages[-1]["weights"]:
+            self.stages[-1]["weights"] = self.keep_panels(self.arrays["head_w"].T)
+        self.arrays["words"][:], self.arrays["tokens"][0] = 0, token
+        self.arrays["words"][CLAIM], self.record[0]["screened"] = first << 32, screened
+        self.set(ways=ways, position=position, **launch)
+        POOL.run(step_kernel, ways, self.record, self.stages)
+
+    def logits(self, token, x, position):
+        """(V,), what follows the token at this position."""
+        self.run(token, x, position, count=0)
+        return self.arrays["logits"].copy() if self.head_b is None else self.arrays["logits"] + self.head_b
+
+    def draw(self, token, x, position, uniforms, stop, temperature=1.0, top_k=0, top_p=1.0, banned=()):
+        """The ids that follow, one for each of uniforms (count,), or up to `stop`; all but the last have been fed."""
+        count, offsets = len(uniforms), self.arrays["offsets"]
+        self.arrays["uniforms"][:count], offsets[:] = uniforms, 0 if self.head_b is None else self.head_b
+        offsets[list(banned)] = -math.inf
+        launch = dict(count=count, stop=stop, temperature=temperature, top_k=top_k, top_p=top_p)
+        self.run(token, x, position, temperature == 0 and self.needs_screen(), **launch)
+        return self.arrays["tokens"][1 : 1 + self.arrays["words"][DRAWN]].tolist()
+
+
 # == 8  tables of ops ==================================================================================================
 
 OPS = {
@@ -2455,6 +2987,7 @@ OPS = {
         "mlp_layer_backward": mlp_layer_backward,
         "head_logits": head_logits,
         "head_loss": head_loss,
+        "steps": None,  # a token goes through `forward` with a cache
     },
     "numba": {
         "embed_forward": embed_forward_kernels,
@@ -2465,6 +2998,7 @@ OPS = {
         "mlp_layer_backward": mlp_layer_backward_kernels,
         "head_logits": head_logits_kernels,
         "head_loss": head_loss_kernels,
+        "steps": Steps,
     },
 }
 
@@ -2649,19 +3183,41 @@ class Decoding:
         self.window = []
         dtype = p["embed_w"].dtype
         self.kv = np.empty((cfg.layers, 1, cfg.seq_len, 2, cfg.kv_heads, cfg.head_width), dtype)
-        self.one_token = one_layer_space(cfg, 1, 1, dtype)
+        self.steps = ops["steps"] and ops["steps"](p, cfg, self.kv)
+        self.one_token = None if self.steps else one_layer_space(cfg, 1, 1, dtype)
 
-    def feed(self, ids):
-        """Append token ids (at least one) -> logits (V,) of what follows them."""
+    def append(self, ids):
+        """Read token ids (at least one) -> what the head reads of the last (1, C), and the workspace; both None where
+        that one is left to `steps`."""
         start, new = len(self.window), list(ids)
         if start + len(new) > self.cfg.seq_len:
             start, new = 0, (self.window + new)[-max(1, self.cfg.seq_len // 2) :]
         tokens = np.array([new], np.int64)  # (1, T)
         check_tokens(tokens, start, self.cfg)
         self.window = self.window[:start] + new
+        if self.steps and len(new) == 1:
+            return None, None
         space = self.one_token if len(new) == 1 else one_layer_space(self.cfg, 1, len(new), self.kv.dtype)
         x, _ = forward(self.p, tokens, self.cfg, self.ops, (self.kv, start), space)
-        return self.ops["head_logits"](x[:, -1], self.p, self.cfg, space)[0]
+        if self.steps:
+            self.steps.take(start, start + len(new))
+        return x[:, -1], space
+
+    def feed(self, ids):
+        """Append token ids (at least one) -> logits (V,) of what follows them."""
+        x, space = self.append(ids)
+        if self.steps:
+            return self.steps.logits(self.window[-1], x, len(self.window) - 1)
+        return self.ops["head_logits"](x, self.p, self.cfg, space)[0]
+
+    def draw(self, ids, uniforms, stop, **filters):
+        """Append token ids, draw one with each of `uniforms` and append it, with no Python in between -> ids, at least
+        one, at most as many as the window takes, up to `stop`; the last is not yet appended. For a table with steps."""
+        x, _ = self.append(ids)
+        last = len(self.window) - 1
+        drawn = self.steps.draw(self.window[-1], x, last, uniforms[: self.cfg.seq_len - last], stop, **filters)
+        self.window += drawn[:-1]
+        return drawn
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
@@ -2686,16 +3242,30 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
     return p / p.sum()
 
 
+TURN = 0.01  # seconds of drawing, about, before what is drawn is shown
+
+
 def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
-    """Yield ids that follow `ids` (at least one), until `stop` (not yielded) or max_new_tokens; `filters` as above."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
-    for _ in range(max_new_tokens):
-        cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
-        token = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-        if token == stop:
-            return
-        yield token
-        ids = [token]
+    """Yield ids that follow `ids` (at least one), until `stop` (not yielded) or max_new_tokens; `filters` as above.
+
+    Tokens come in turns of about TURN seconds from a `decoding` that has steps: it may be ahead of what was yielded.
+    """
+    rng, count, uniforms = np.random.Generator(np.random.Philox(key=[seed, 1])), 1, np.empty(0)
+    steps = getattr(decoding, "steps", None)
+    while max_new_tokens > 0:
+        start, count = time.perf_counter(), min(count, max_new_tokens) if steps else 1
+        uniforms = np.append(uniforms, rng.random(max(0, count - len(uniforms))))
+        if steps:
+            drawn = decoding.draw(ids, uniforms[:count], stop, **filters)
+        else:
+            cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
+            drawn = [int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right"))]
+        count = 2 * count if time.perf_counter() - start < TURN / 2 else max(1, count // 2)
+        for token in drawn:
+            if token == stop:
+                return
+            yield token
+        ids, uniforms, max_new_tokens = drawn[-1:], uniforms[len(drawn) :], max_new_tokens - len(drawn)
 
 
 # == 11  checkpoints ===================================================================================================

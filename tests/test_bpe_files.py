@@ -98,7 +98,6 @@ def test_what_only_looks_like_a_tokenizer_is_refused_in_one_line(bare, tmp_path)
         ("a.bin", llama2c[:-1], "damaged tokenizer.bin"),
         ("a.bin", llama2c[:3000], "tokenizer.bin"),
         ("a.bin", llama2c.replace(b"<0x41>", b"<0x4_>"), "damaged tokenizer.bin"),
-        ("a.bin", llama2c.replace(struct.pack("<f", -6.0), struct.pack("<f", -5.0)), "have one score"),
         ("a.tiktoken", ranks.replace(b" 7\n", b" 8\n", 1), "same id"),
         ("a.tiktoken", ranks + b"YWJj 999\n", "no token of id 376"),
         ("a.tiktoken", ranks + b"AAECAwQF 376\n", "is not made of two tokens of lower rank"),
@@ -227,9 +226,9 @@ def test_a_special_that_is_disallowed_is_an_error_where_it_stands_for_itself(tok
 # -- llama2.c
 
 
-def llama2c_encode(text):
+def llama2c_encode(text, data=None):
     """What run.c of llama2.c does: the whole text at once, the best score first, the leftmost of equals."""
-    data, tokens, scores, at = TOK512.read_bytes(), [], [], 4
+    data, tokens, scores, at = data or TOK512.read_bytes(), [], [], 4
     while at < len(data):
         score, size = struct.unpack_from("<fi", data, at)
         tokens.append(data[at + 8 : at + 8 + size])
@@ -269,6 +268,25 @@ def test_ids_are_those_of_llama2c(llama):
     for text in [*LLAMA_TEXTS, *STORIES, *random_texts(23, 150)]:
         assert llama.encode(text) == llama2c_encode(text), text
         assert llama.encode_array(text).tolist() == list(llama.encode_iterable(text)) == llama.encode(text)
+
+
+def test_tokens_of_one_score_are_joined_from_the_left(tmp_path):
+    """As Llama's own 32,000 have it: runs of spaces of one score, below all others."""
+    made = ["  ", "    ", "   ", "ab", "ba", "aba", " a", "bab", "  a"]
+    scores = [-1e9, -1e9, -1e9, -2.0, -2.0, -2.0, -1.0, -3.0, -4.0]
+    pieces = [("<unk>", 0.0), ("\n<s>\n", 0.0), ("\n</s>\n", 0.0), *((f"<0x{b:02X}>", 0.0) for b in range(256))]
+    pieces += [*zip(made, scores), *((character, -9.0) for character in " ab")]
+    data = b"".join(struct.pack("<fi", score, len(piece)) + piece.encode() for piece, score in pieces)
+    path = tmp_path / "tokenizer.bin"
+    path.write_bytes(struct.pack("<i", 8) + data)
+    tokenizer, rng = bpe.load(path), random.Random(27)
+    in_order = bpe.Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.specials, tokenizer._byte_ids)
+    texts = ["".join(rng.choices("  ab", k=rng.randrange(25))) for _ in range(1000)]
+    assert all(tokenizer.encode(text) == llama2c_encode(text, path.read_bytes()) for text in texts)
+    assert any(tokenizer.encode(text) != in_order.encode(text) for text in texts)  # a rank for each merge
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+    with pytest.raises(ValueError, match="merges of one rank"):
+        tokenizer.save(tmp_path / "tokenizer.json")
 
 
 def test_a_merge_by_another_order_gives_other_ids(llama):

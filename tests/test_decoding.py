@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import random_parameters, relative, tiny_config
+from conftest import FAMILIES, random_parameters, relative, tiny_config
 
 import tinygpt
 from tinygpt import OPS, Decoding, generate, probabilities
@@ -94,6 +94,80 @@ def test_a_token_that_is_refused_leaves_the_text_as_it_was(table):
     with pytest.raises(ValueError, match="token id 11"):
         decoding.feed([11])
     assert relative(decoding.feed(TEXT[3:4]), fresh_logits(p, TEXT[:4])[-1]) < 1e-12
+
+
+# -- the step of the kernels
+
+
+def text_of(decoding, ids, count, **filters):
+    return list(generate(decoding, ids, 3, -1, count, **filters))
+
+
+@pytest.mark.parametrize("shape", [{}, dict(width=288, head_width=42, hidden=200, qk_norm=True)], ids=["tiny", "wide"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape):
+    cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    once, single = (Decoding(p, cfg, OPS["numba"]) for _ in range(2))
+    for token in TEXT[:100]:
+        logits = single.feed([token])
+    assert logits.tobytes() == once.feed(TEXT[:100]).tobytes()
+    assert single.kv[:, :, :100].tobytes() == once.kv[:, :, :100].tobytes()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize("screen_bytes", [0, 1 << 40])
+def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monkeypatch):
+    monkeypatch.setattr(tinygpt, "ALONE_BYTES", 0)
+    monkeypatch.setattr(tinygpt, "SCREEN_BYTES", screen_bytes)
+    cfg = tinygpt.Config(
+        **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
+    )
+    _, p = random_parameters(cfg, dtype=np.float32)
+    found = set()
+    for threads in (1, 2, 3):
+        pool.resize(threads)
+        decoding = Decoding(p, cfg, OPS["numba"])
+        ids = text_of(decoding, [5], 100, temperature=temperature)
+        found.add((tuple(ids), decoding.kv[:, :, : len(decoding.window)].tobytes()))
+    assert len(found) == 1
+
+
+def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
+    cfg = tinygpt.Config(
+        **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=1, heads=6, hidden=200, tied=False
+    )
+    _, p = random_parameters(cfg, dtype=np.float32)
+    p["head_w"][350:] = p["head_w"][:350]  # each logit twice
+    texts = []
+    for screen_bytes in (0, 1 << 40):
+        monkeypatch.setattr(tinygpt, "SCREEN_BYTES", screen_bytes)
+        decoding = Decoding(p, cfg, OPS["numba"])
+        texts.append(text_of(decoding, [5], 150, temperature=0, banned=(17, 401)))
+        assert ("screen" in decoding.steps.arrays) == (screen_bytes == 0)
+    assert texts[0] == texts[1] and max(texts[0]) < 350 + 350 * (17 in texts[0]) and 17 not in texts[0]
+    assert len(set(texts[0])) > 5
+
+
+@pytest.mark.parametrize("filters", [dict(), dict(top_k=3), dict(top_p=0.6), dict(top_k=6, top_p=0.7), dict(top_k=1)])
+@pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
+def test_the_step_draws_what_probabilities_say(filters, temperature):
+    _, p = random_parameters(CFG)
+    decoding, rng = Decoding(p, CFG, OPS["numba"]), np.random.default_rng(1)
+    odds = probabilities(decoding.feed(TEXT[:3]), temperature, banned=(4,), **filters)
+    for uniform in [0.0, *rng.random(200), 1 - 1e-9]:
+        x = decoding.steps.arrays["x"].copy()
+        drawn = decoding.steps.draw(-1, x, 2, [uniform], -1, temperature, banned=(4,), **filters)
+        assert drawn == [int(np.searchsorted(np.cumsum(odds), uniform * odds.sum(), side="right"))]
+
+
+def test_turns_of_any_length_tell_one_text(monkeypatch):
+    _, p = random_parameters(CFG, dtype=np.float32)
+    texts = []
+    for turn in (0.0, 1e9):  # one token at a time; as many as the window takes
+        monkeypatch.setattr(tinygpt, "TURN", turn)
+        texts.append(text_of(Decoding(p, CFG, OPS["numba"]), TEXT[:3], 80, temperature=0.9))
+    assert texts[0] == texts[1]
 
 
 # -- probabilities

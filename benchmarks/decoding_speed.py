@@ -1,0 +1,191 @@
+"""Decoding speed of one stream, ours beside llama2.c's where a compiled one is given: the same weights, greedy.
+
+    python benchmarks/decoding_speed.py                                # ours, random weights
+    python benchmarks/decoding_speed.py --llama2c llama2.c/run --tokenizer llama2.c/tokenizer.bin --size 15m
+    python benchmarks/decoding_speed.py --llama2c llama2.c/run --checkpoint stories260K.bin --tokenizer tok512.bin
+
+llama2.c is its `run`, compiled with `gcc -Ofast -march=native -fopenmp run.c -lm -o run`. Ours and theirs take turns,
+with each number of threads, so that a machine whose speed drifts treats all alike; medians. MB are the weights that we
+read for a token (of a large head its 8 bits), GB/s those times tokens a second, their share that of what the same
+threads read of a long array in the same run.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tinygpt
+
+MEMORY = 1 << 28  # bytes of the array that is read: more than caches hold
+BLOCKS = 16  # it is read in
+
+# == 1  the machine ====================================================================================================
+
+
+@tinygpt.kernel
+def read_kernel(task, slot, x, per_task, sums):
+    """Block number `task` of x, as a product reads its weights."""
+    at, zero = x[task * per_task :].ctypes.data, x.dtype.type(0)
+    row, one = 64 * x.itemsize, sums[task]
+    tinygpt.times(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, 64, 1, zero)
+
+
+def bandwidth(x, sums):
+    """GB/s of one reading of x."""
+    start = time.perf_counter()
+    tinygpt.POOL.run(read_kernel, BLOCKS, x, x.size // BLOCKS, sums)
+    return x.nbytes / (time.perf_counter() - start) / 1e9
+
+
+# == 2  ours ===========================================================================================================
+
+
+def our_model(size, checkpoint):
+    """(parameter views, configuration)."""
+    if checkpoint:
+        found = tinygpt.load_checkpoint(checkpoint)
+        return tinygpt.views(tinygpt.layout(found.cfg), found.parameters, found.cfg.layers), found.cfg
+    cfg = tinygpt.SIZES[size]
+    return tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), cfg
+
+
+def our_turn(decoding, first, steps):
+    """(tokens a second, ids) of a greedy text that begins with the token `first`."""
+    decoding.window = []
+    start = time.perf_counter()
+    ids = list(tinygpt.generate(decoding, [first], 0, first, steps, temperature=0))
+    return len(ids) / (time.perf_counter() - start), ids
+
+
+# == 3  theirs =========================================================================================================
+
+
+def write_llama2c(path, p, cfg):
+    """A model as llama2.c's version 0 has it: seven int32, then float32 tensors (out, in), rotations among them."""
+    H, G, D, layers = cfg.heads, cfg.kv_heads, cfg.head_width, p["layers"]
+
+    def columns(name, first, last):
+        return [layer[name][:, first:last].T for layer in layers]
+
+    parts = [p["embed_w"], *(layer["norm1_w"] for layer in layers)]
+    for first, last in ((0, H * D), (H * D, (H + G) * D), ((H + G) * D, (H + 2 * G) * D)):
+        parts += columns("qkv_w", first, last)
+    parts += [*columns("out_w", 0, cfg.width), *(layer["norm2_w"] for layer in layers)]
+    parts += [*columns("up_w", 0, cfg.hidden), *columns("down_w", 0, cfg.width)]
+    parts += [*columns("up_w", cfg.hidden, 2 * cfg.hidden), p["norm_w"], np.zeros((2 * cfg.seq_len, D // 2))]
+    parts += [] if cfg.tied else [p["head_w"]]
+    vocabulary = cfg.vocab_size if cfg.tied else -cfg.vocab_size
+    with open(path, "wb") as file:
+        file.write(struct.pack("<7i", cfg.width, cfg.hidden, cfg.layers, H, G, vocabulary, cfg.seq_len))
+        for x in parts:
+            file.write(np.ascontiguousarray(x, "<f4").tobytes())
+
+
+def their_pieces(path, V):
+    """The text of each token in llama2.c's tokenizer.bin, as its `run` prints it."""
+    data, at, pieces = Path(path).read_bytes(), 4, []
+    for _ in range(V):
+        (length,) = struct.unpack_from("<i", data, at + 4)
+        piece = data[at + 8 : at + 8 + length]
+        byte = re.fullmatch(rb"<0x([0-9A-F]{2})>", piece)
+        pieces.append(bytes([int(byte[1], 16)]) if byte else piece)
+        at += 8 + length
+    return pieces
+
+
+def their_turn(run, checkpoint, tokenizer, steps, threads):
+    """(tokens a second, text)."""
+    words = [run, checkpoint, "-z", tokenizer, "-t", "0", "-n", str(steps)]
+    done = subprocess.run(words, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=True)
+    return float(re.search(rb"tok/s: ([0-9.]+)", done.stderr)[1]), done.stdout
+
+
+def same_text(ids, pieces, first, theirs):
+    """Whether llama2.c printed these ids; it leaves out bytes that are no text, and so does this."""
+    text, before = b"", first
+    for i in ids:
+        piece = pieces[i][1:] if before == first and pieces[i][:1] == b" " else pieces[i]
+        text, before = text + (piece if len(piece) > 1 or piece.isspace() or 32 <= piece[0] < 127 else b""), i
+    return text.split() == theirs.split()
+
+
+# == 4  side by side ===================================================================================================
+
+
+def measure(size, args, folder):
+    (p, cfg), first = our_model(size, args.checkpoint), 1  # 1 is llama2.c's beginning of a text
+    steps, speeds, same = min(args.steps, cfg.seq_len), {}, []
+    head = 4 * cfg.vocab_size * cfg.width
+    bytes_read = 4 * tinygpt.count_parameters(cfg)[2] + (head if cfg.tied else 0)
+    bytes_read -= 3 * head // 4 if head > tinygpt.SCREEN_BYTES else 0  # a large head is read in 8 bits
+    theirs, pieces = args.llama2c and cfg.positions == "rope" and cfg.mlp == "swiglu" and not cfg.qkv_bias, None
+    checkpoint = args.checkpoint or Path(folder) / f"{size}.bin"
+    if theirs:
+        pieces = their_pieces(args.tokenizer, cfg.vocab_size)
+        if not args.checkpoint:
+            write_llama2c(checkpoint, p, cfg)
+    memory = tinygpt.aligned(MEMORY // 4, np.float32)
+    memory[:] = 1
+    sums = np.zeros((BLOCKS, 64 + MEMORY // 4 // BLOCKS // 64), np.float32)
+    for turn in range(args.rounds + 1):
+        for threads in args.threads:
+            tinygpt.POOL.resize(threads)
+            decoding = tinygpt.Decoding(p, cfg, tinygpt.OPS["numba"])
+            our_turn(decoding, first, min(steps, 3))  # what is made when it is first needed
+            speed, ids = our_turn(decoding, first, steps)
+            found = {("ours", threads): speed, ("memory", threads): bandwidth(memory, sums)}
+            if theirs:
+                found["theirs", threads], text = their_turn(args.llama2c, checkpoint, args.tokenizer, steps, threads)
+                same.append(same_text(ids, pieces, first, text))
+            for name, value in found.items() if turn else ():
+                speeds.setdefault(name, []).append(value)
+    return {name: statistics.median(values) for name, values in speeds.items()}, bytes_read, same
+
+
+def show(size, speeds, bytes_read, same, threads_of):
+    best = max((speed for (name, _), speed in speeds.items() if name == "theirs"), default=0)
+    for threads in threads_of:
+        ours, memory = speeds["ours", threads], speeds["memory", threads]
+        cells = [f"{size:>16s}", f"{threads:7d}", f"{bytes_read / 1e6:6.1f}", f"{ours:9,.0f}"]
+        cells += [f"{ours * bytes_read / 1e9:6.1f}", f"{memory:6.1f}", f"{ours * bytes_read / 1e9 / memory:6.0%}"]
+        if best:
+            cells += [f"{speeds['theirs', threads]:9,.0f}", f"{ours / best:5.2f}x", "yes" if all(same) else "NO"]
+        print(" | ".join(cells), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tokens per second of one stream, ours beside llama2.c's.")
+    add = parser.add_argument
+    add("--size", nargs="+", metavar="SIZE", default=["700k", "1m", "8m", "28m"], help="random weights of these shapes")
+    add("--checkpoint", type=Path, metavar="FILE", help="instead: this model")
+    add("--llama2c", metavar="RUN", help="its compiled run; measured beside ours on the shapes that it has")
+    add("--tokenizer", metavar="FILE", help="llama2.c's tokenizer.bin, for --llama2c")
+    add("--steps", type=int, default=200, help="tokens a turn (default %(default)s)")
+    add("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
+    add("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default 1 2)")
+    args = parser.parse_args()
+    sizes = [args.checkpoint.stem] if args.checkpoint else args.size
+    if not args.checkpoint and (unknown := [size for size in sizes if size not in tinygpt.SIZES]):
+        parser.error(f"--size {unknown[0]}: expected one of {', '.join(tinygpt.SIZES)}")
+    if args.llama2c and not args.tokenizer:
+        parser.error("--llama2c needs --tokenizer: it does not run without one")
+    theirs = " |  llama2.c | of its best | same text" if args.llama2c else ""
+    print(f"            size | threads |     MB |     tok/s |   GB/s | memory | share{theirs}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            show(size, *measure(size, args, folder), args.threads)
+
+
+if __name__ == "__main__":
+    main()
