@@ -2479,7 +2479,7 @@ STAGE = np.dtype(  # y = norm(source) w + b, or +=, in panels; attention has its
     [(name, np.int64) for name in "kind units norm gains source K bias weights y columns adds layer window".split()]
 )
 STEP = np.dtype(
-    [(name, np.int64) for name in "code stages size panel C H G D K V P Cs Fs Vs Ds Ps".split()]  # s: whole
+    [(name, np.int64) for name in "code stages size panel C H G D V P Cs Fs Ds Ps".split()]  # s: whole
     + [(name, np.int64) for name in "x qkv o h a logits offsets odds units keys values scratch kv".split()]  # addresses
     + [(name, np.int64) for name in "embed_w positions embed_gains cos sin slopes head_w screen".split()]
     + [(name, np.int64) for name in "tokens words uniforms scratch_size kind activation gated half".split()]
