@@ -3056,7 +3056,7 @@ LLAMA = dict(norm="rmsnorm", positions="rope", mlp="swiglu")
 LLAMA |= dict.fromkeys(("qkv_bias", "out_bias", "up_bias", "down_bias"), False)
 # Ours is GPT-2's with rotation and norms of queries and keys. Bits per byte of 1m after 1.2M tokens, rate 8e-3: GPT-2's
 # 1.219, ALiBi 1.087, RoPE 1.075, RoPE with RMSNorm, SwiGLU and no biases 1.094, RoPE and QK-norm 1.061.
-OWN = dict(vocab_size=4096, positions="rope", qk_norm=True)
+OWN = dict(vocab_size=4096, positions="rope", qk_norm=True, embedding_norm=True)
 STORYLLAMAS = LLAMA | dict(vocab_size=4096, seq_len=256, up_bias=True, down_bias=True, init="gpt2")
 LILLM = LLAMA | dict(vocab_size=8192, seq_len=512, heads=16, kv_heads=8, norm_eps=1e-6, init="lillm")
 LLAMA2C = LLAMA | dict(vocab_size=32000, init="gpt2")
