@@ -1478,7 +1478,10 @@ def run_command(parser, args, started):
             raise ValueError("--stride is of --eval; leave it out")
         run, batches, space = open_run(args, started)
         describe(run.state.cfg, run.s, run.data, run.folder)
-        if train(run, batches, space, measure_peak() * RANKS.count):
+        peak = measure_peak()
+        if RANKS.comm:  # of all ranks: it was measured on every core that this one may use
+            peak *= RANKS.count * POOL.threads / tinygpt.count_cores()
+        if train(run, batches, space, peak):
             if not RANKS.rank:
                 run.finish()
             return 0
