@@ -1107,7 +1107,7 @@ def resolve(args, cfg):
     if s["min_lr"] > s["lr"]:
         raise ValueError(f"--min-lr {s['min_lr']} is above --lr {s['lr']}")
     s |= {"prompts": args.prompt or [], "size": args.size or TUNED}
-    return s | {name: getattr(args, name) for name in ("init_from", "seed", "kernels", "save_every", "keep", "asked")}
+    return s | {name: getattr(args, name) for name in ("init_from", "seed", "kernels", "save_every", "keep")}
 
 
 def plan(args, s, batches, steps):
@@ -1293,7 +1293,7 @@ def begin_in(folder, log, args, started):
     else:
         base = SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
         base = base.changed(seq_len=args.seq_len or base.seq_len)
-    s = resolve(args, base)
+    s = resolve(args, base) | {"asked": args.asked}
     if s["dropout"]:
         base = base.changed(**dict.fromkeys(("attention_dropout", "out_dropout", "mlp_dropout"), s["dropout"]))
     ahead = compile_ahead(base, s)

@@ -1192,7 +1192,7 @@ def test_sizes_of_memory_are_read(text, size):
 def chosen(words, cfg):
     """(settings, what choose_micro_batch says) for a command line."""
     args = train.make_parser().parse_args(words)
-    args.size, args.asked = "1m", {}
+    args.size = "1m"
     s = train.resolve(args, cfg)
     return s, train.choose_micro_batch(args, s, cfg, None)
 
