@@ -3381,6 +3381,12 @@ def read_safetensors(path, dtypes=DTYPES):
     return tensors, metadata
 
 
+def read_metadata(path):
+    """The metadata of a checkpoint that was written here, without its tensors."""
+    with open(path, "rb") as f:
+        return json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))["__metadata__"]
+
+
 class Checkpoint(NamedTuple):
     parameters: np.ndarray  # flat (count,)
     cfg: Config

@@ -655,7 +655,7 @@ class Run:
 
     def __init__(self, folder, s, state, data, ops, log):
         self.folder, self.s, self.state, self.data, self.ops, self.log = folder, s, state, data, ops, log
-        self.saved_at, self.save_seconds, self.saved_step, self.best = -math.inf, 0.0, None, math.inf
+        self.saved_at, self.save_seconds, self.best = -math.inf, 0.0, math.inf
         self.evaluated = 0  # step of the last validation
         self.tokenizer_json = data.tokenizer.to_json()
 
@@ -702,14 +702,16 @@ class Run:
         extra = {"moment1": self.state.m, "moment2": self.state.v}
         self.save_model(name, extra, metadata)
         if name == "last.safetensors":
-            self.saved_at, self.saved_step = time.monotonic(), self.state.step
+            self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - start
 
     def last_good(self):
         """Where to go on from, for the line that ends a run."""
-        if self.saved_step is None:
+        path = self.folder / "last.safetensors"
+        try:
+            return f"last good checkpoint: {path}, step {tinygpt.read_metadata(path)['step']}"
+        except (OSError, ValueError, KeyError):
             return f"no checkpoint is in {self.folder} yet"
-        return f"last good checkpoint: {self.folder / 'last.safetensors'}, step {self.saved_step}"
 
     def save_model(self, name, extra=None, metadata=None):
         for x in (self.state.parameters, *(extra or {}).values()):
@@ -1394,7 +1396,7 @@ def go_on(folder, log, args):
     state.step, state.m[:], state.v[:] = step, *moments
     s.setdefault("recompute", False)  # runs that began before there was a choice
     run = Run(folder, s, state, data, OPS[s["kernels"]], log)
-    run.best, run.evaluated, run.saved_at, run.saved_step = best, evaluated, time.monotonic(), step
+    run.best, run.evaluated, run.saved_at = best, evaluated, time.monotonic()
     run.cut_log(position)
     return run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)
 

@@ -37,8 +37,9 @@ def files(tmp_path_factory):
     cfg = tiny_config(vocab_size=tokenizer.vocab_size)
     flat, _ = random_parameters(cfg, dtype=np.float32)
     args = train.make_parser().parse_args(["--steps", "9", "--kernels", "numpy"])
-    args.size, args.asked = "1m", {}
-    s = train.resolve(args, cfg) | {"steps": 9, "warmup_steps": 1, "eval_every": 3, "eval_tokens": 20}
+    args.size = "1m"
+    s = train.resolve(args, cfg) | {"steps": 9, "warmup_steps": 1, "eval_every": 3, "eval_tokens": 20, "asked": {}}
+    s |= {"micro_batch_size": 4, "recompute": False}
     s |= {"data": "t", "files": [[str(folder / "t.bin")], [str(folder / "t.bin")]]}
     s |= {"train_tokens": len(bpe.read_tokens(folder / "t.bin")[0])}
     place = {"step": "4", "settings": json.dumps(s), "best": "2.5", "log_bytes": "0", "evaluated": "3"}
