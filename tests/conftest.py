@@ -4,11 +4,15 @@ import functools
 import inspect
 import itertools
 import math
+import signal
 
 import numpy as np
 import pytest
 
 import tinygpt
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a shell: there is Ctrl-C to test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_config(**changes):
