@@ -1673,7 +1673,7 @@ def workspace_layout(cfg, B, T, recompute=False):
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
     transposed = max(C * blocks(V, HEAD_COLUMNS) * HEAD_COLUMNS, C * Q, C * U, HD * C)
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), 2 * (S + D + 1) * SCORE_BLOCK)
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), 2 * (S + D + 1) * SCORE_BLOCK + S * D)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     rows = [  # name, shape, layered
         ("norm1", (2, B, T), True),  # mean, rstd
@@ -2014,7 +2014,8 @@ def first_seen(position, window):
 @part
 def seen_by(key, first, count, window):
     """Of `count` queries from position `first` on, the first and last + 1 that see the key."""
-    return max(0, key - first), min(count, key - first + window) if window > 0 else count
+    last = min(count, key - first + window) if window > 0 else count
+    return np.int32(max(0, key - first)), np.int32(last)
 
 
 @part
@@ -2030,6 +2031,18 @@ def drop_columns(p, begin, key, first, threshold, keep, column_keys):
 
 
 @part
+def gathered(kv, b, S, which, scratch):
+    """kv[b, :S, which] copied to where its rows (S, D) lie side by side, and what is left of scratch."""
+    D = kv.shape[3]
+    rows = scratch[: S * D].reshape(S, D)
+    for s in range(S):
+        row, out = kv[b, s, which], rows[s]
+        for d in range(D):
+            out[d] = row[d]
+    return rows, scratch[S * D :]
+
+
+@part
 def scale_columns(x, scale):
     for i in range(x.shape[0]):
         row = x[i]
@@ -2042,12 +2055,13 @@ def attention_kernel(
     task, slot, qkv, H, kv, k_at, v_at, S, scale, slopes, window, keys, threshold, keep, o, lse, scratch
 ):  # fmt: skip
     """One head of one sequence: q in qkv (B, T, heads, D), S keys in kv[:, :S, k_at + g], values in v_at + g -> o
-    (B, T, H, D), lse (B, H, T). Section 2.4, SCORE_BLOCK queries at a time, their scores in columns: p (keys, queries),
-    of the keys that one of them sees."""
+    (B, T, H, D), lse (B, H, T). Section 2.4, SCORE_BLOCK queries at a time, all in columns: p (keys, queries), of the
+    keys that one of them sees, o^T = v^T p."""
     (_, T, _, D), zero, one = qkv.shape, qkv.dtype.type(0), qkv.dtype.type(1)
     b, h = task // H, task % H
     g, slope, column_keys = h // (H // (v_at - k_at)), slopes[h], np.empty(SCORE_BLOCK, np.uint32)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    v, rest = gathered(kv, b, S, v_at + g, rest)
     for first in range(0, T, SCORE_BLOCK):
         last = min(first + SCORE_BLOCK, T)
         width, at = whole_vectors(last - first), S - T + first
@@ -2066,22 +2080,26 @@ def attention_kernel(
                 for t in range(width):
                     row[t] -= slope * row.dtype.type(at + t - begin - s)
             for t in range(width):
-                top[t] = row[t] if row[t] > top[t] and t >= low and t < high else top[t]
+                column = np.int32(t)  # as wide as its score
+                top[t] = row[t] if row[t] > top[t] and column >= low and column < high else top[t]
         for s in range(end - begin):
             row, (low, high) = p[s], seen_by(begin + s, at, width, window)
             for t in range(width):
-                e = exp(row[t] - top[t])
-                row[t] = e if t >= low and t < high else zero
+                e, column = exp(row[t] - top[t]), np.int32(t)
+                row[t] = e if column >= low and column < high else zero
                 total[t] += row[t]
         for t in range(last - first):
             lse[b, h, first + t] = top[t] + math.log(total[t])
         if threshold > 0:
             drop_columns(p, begin, keys[b], h * 65536 + first, threshold, p.dtype.type(keep), column_keys)
-        product(p.T[: last - first], kv[b, begin:end, v_at + g], o[b, first:last, h], False, panel)
-        for t in range(last - first):
-            row, share = o[b, first + t, h], one / total[t]
-            for d in range(D):
-                row[d] *= share
+        product(v[begin:end].T, p, q, False, panel)
+        for t in range(width):
+            total[t] = one / total[t]
+        for d in range(D):
+            row = q[d]
+            for t in range(width):
+                row[t] *= total[t]
+        transpose_rows(q[:, : last - first], o[b, first:last, h])
 
 
 @kernel
@@ -2128,6 +2146,7 @@ def attention_backward_kernel(
             row = dqkv[b, s, which]
             for d in range(D):
                 row[d] = zero
+    all_k, rest = gathered(qkv, b, T, H + g, rest)
     for h in range(g * (H // G), (g + 1) * (H // G)):
         slope = slopes[h]
         for first in range(0, T, SCORE_BLOCK):
@@ -2138,7 +2157,7 @@ def attention_backward_kernel(
             left = rest[(2 * D + 2) * width :]
             p, ds = left[:size].reshape(last - begin, width), left[size : 2 * size].reshape(last - begin, width)
             q_rows, do_rows = qkv[b, first:last, h], do[b, first:last, h]
-            k, v = qkv[b, begin:last, H + g], qkv[b, begin:last, H + G + g]
+            k, v = all_k[begin:last], qkv[b, begin:last, H + G + g]
             transpose_rows(o[b, first:last, h], q)
             transpose_rows(do_rows, do_columns)
             for t in range(width):
@@ -2160,12 +2179,13 @@ def attention_backward_kernel(
                     for t in range(width):
                         row[t] -= slope * row.dtype.type(first + t - begin - s)
                 for t in range(width):
-                    e = exp(row[t] - shift[t])
-                    row[t] = e if t >= low and t < high else zero
+                    e, column = exp(row[t] - shift[t]), np.int32(t)
+                    row[t] = e if column >= low and column < high else zero
                     drow[t] = row[t] * (drow[t] - mean[t]) * scale
             if threshold > 0:
                 drop_columns(p, begin, keys[b], h * 65536 + first, threshold, kept, column_keys)
-            product(ds.T[: last - first], k, dqkv[b, first:last, h], False, panel)
+            product(k.T, ds, q, False, panel)
+            transpose_rows(q[:, : last - first], dqkv[b, first:last, h])
             product(ds[:, : last - first], q_rows, dqkv[b, begin:last, H + g], True, panel)
             product(p[:, : last - first], do_rows, dqkv[b, begin:last, H + G + g], True, panel)
 
