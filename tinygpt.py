@@ -1661,10 +1661,10 @@ def softmax_row(scores, low, high, weight):
 
 ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a sublayer
 SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
-HEAD_BLOCK = 8 * TILE_ROWS  # rows whose logits a thread computes at a time
+HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
+HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
+HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits are worked on while they are in a cache
 HIDDEN_BLOCK = 256  # columns of the MLP's hidden layer that exist at a time outside `space`
-HEAD_ROWS = 512  # rows whose logits exist at a time
-HEAD_COLUMNS = 64  # of the transposed embedding that stand together: columns of a row of 2^n bytes are far apart
 
 
 def workspace_layout(cfg, B, T, recompute=False):
@@ -1672,9 +1672,11 @@ def workspace_layout(cfg, B, T, recompute=False):
     With `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
-    transposed = max(C * blocks(V, HEAD_COLUMNS) * HEAD_COLUMNS, C * Q, C * U, HD * C)
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), 2 * (S + D + 1) * SCORE_BLOCK + S * D)
+    transposed = max(blocks(C, TILE_ROWS) * TILE_ROWS * V, C * Q, C * U, HD * C)
+    attention, head = 2 * (S + D + 1) * SCORE_BLOCK + S * D, (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), attention, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
+    head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered
         ("norm1", (2, B, T), True),  # mean, rstd
         ("qkv", (B, T, H + 2 * cfg.kv_heads, D), True),
@@ -1695,11 +1697,12 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("do", (B, T, H, D), False),
         ("a", (B, T, F), False),
         ("dh", (B, T, U), False),
-        ("logits", (min(HEAD_ROWS, B * T), V + 16), False),  # a row of 2^n bytes would use few sets of the cache
+        ("odds", (min(max(HEAD_BLOCKS, POOL.threads), head_tasks), V, HEAD_BLOCK), False),
+        ("shares", (B, T), False),
         ("nats", (B, T), False),
         ("sums", (tasks, 2, C), False),
         ("qk_sums", (tasks, 2, D), False),
-        ("head_sums", (B * blocks(T, HEAD_BLOCK), 2, C), False),
+        ("head_sums", (head_tasks, 2, C), False),
         ("transposed", (transposed,), False),
         ("scratch", (POOL.threads, scratch), False),
     ]
@@ -2374,56 +2377,97 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
 
 
 @kernel
-def head_panels_kernel(task, slot, head_w, panels):
-    """panels (blocks, C, HEAD_COLUMNS) = head_w (V, C)^T, HEAD_COLUMNS columns at a time."""
-    transpose_rows(head_w[task * HEAD_COLUMNS : (task + 1) * HEAD_COLUMNS], panels[task])
+def head_tiles_kernel(task, slot, head_w, tiles):
+    """tiles (blocks, V, TILE_ROWS): the columns of head_w (V, C), as a register tile reads them; 256 rows a task."""
+    C = head_w.shape[1]
+    for v in range(256 * task, min(256 * task + 256, len(head_w))):
+        row = head_w[v]
+        for i in range(len(tiles)):
+            for r in range(TILE_ROWS):
+                c = i * TILE_ROWS + r
+                tiles[i, v, r] = row[c] if c < C else head_w.dtype.type(0)
 
 
 @kernel
 def head_kernel(
-    task, slot, earlier, x, kind, norm_w, norm_b, eps, head_w, head_b, panels, targets, weights, T, backward,
-    logits, nats, dx, n, sums, scratch,
+    task, slot, earlier, x, kind, norm_w, norm_b, eps, head_w, head_b, tiles, targets, weights, T, backward,
+    odds, shares, nats, dx, n, sums, scratch,
 ):  # fmt: skip
     """Block earlier + task of HEAD_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
 
-    Fills logits (HEAD_ROWS, V), nats (N,), dx, n (N, C), sums (blocks, 2, C).
+    Rows stand side by side, in columns of odds (blocks, V, HEAD_BLOCK): o = e^(logits - top) = p total. With share =
+    weight / total, dlogits = share (o - total onehot): odds and n (N, C) keep the two factors for the gradient of
+    head_w. Fills shares and nats (N,), dx (N, C), sums (blocks, 2, C).
     """
     start, stop = block_rows(earlier + task, T, HEAD_BLOCK)
-    top = start - block_rows(earlier, T, HEAD_BLOCK)[0]  # the row of `logits` that is row `start`
-    (rows, C), V = (stop - start, x.shape[1]), head_w.shape[0]
-    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
-    dn, stats = rest[: rows * C].reshape(rows, C), rest[rows * C : rows * (C + 2)].reshape(2, rows)
-    mean, rstd = stats[0], stats[1]
+    (rows, C), V, width, block = (stop - start, x.shape[1]), len(head_w), whole_vectors(stop - start), odds[task]
+    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE + 4 * width :]
+    stats = scratch[slot, PANEL_SIZE : PANEL_SIZE + 4 * width].reshape(4, width)
+    mean, rstd, top, total = stats[0], stats[1], stats[2], stats[3]
+    n_T, dn_T = rest[: C * width].reshape(C, width), rest[C * width : (C + len(tiles) * TILE_ROWS) * width]
+    dn, dn_T = rest[: rows * C].reshape(rows, C), dn_T.reshape(len(tiles) * TILE_ROWS, width)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, mean, rstd, n[start:stop])
-    block = logits[top : top + rows, :V]
-    for v in range(0, V, HEAD_COLUMNS):
-        columns = block[:, v : v + HEAD_COLUMNS]
-        product(n[start:stop], panels[v // HEAD_COLUMNS, :, : columns.shape[1]], columns, False, panel)
-    for i in range(rows):
-        target, weight, row = targets[start + i], weights[start + i], logits[top + i]
-        for v in range(head_b.size):
-            row[v] += head_b[v]
-        score = row[target]
-        nats[start + i] = softmax_row(row, 0, V, weight) - score
-        row[target] -= weight
+    transpose_rows(n[start:stop], n_T)
+    for t in range(width):
+        top[t], total[t] = -np.inf, 0
+    for first in range(0, V, HEAD_WORDS):
+        last = min(first + HEAD_WORDS, V)
+        product(head_w[first:last], n_T, block[first:last, :width], False, panel)
+        for v in range(first, last):
+            row = odds[task, v, :width]
+            if head_b.size > 0:
+                for t in range(width):
+                    row[t] += head_b[v]
+            for t in range(width):
+                top[t] = row[t] if row[t] > top[t] else top[t]
+    for t in range(rows):
+        nats[start + t] = top[t] - block[targets[start + t], t]
+    for first in range(0, V, HEAD_WORDS):
+        last = min(first + HEAD_WORDS, V)
+        for v in range(first, last):
+            row = odds[task, v, :width]
+            for t in range(width):
+                e = exp(row[t] - top[t])
+                row[t] = e
+                total[t] += e
+        if backward:  # dn^T = head_w^T odds, of what still lies in the first cache
+            for i in range(len(tiles)):
+                sums_of = dn_T[i * TILE_ROWS : (i + 1) * TILE_ROWS]
+                product(tiles[i, first:last].T, block[first:last, :width], sums_of, first > 0, panel)
+    for t in range(rows):
+        nats[start + t] += math.log(total[t])
     if backward:
-        product(block, head_w, dn, False, panel)
-        for i in range(start, stop):
+        transpose_rows(dn_T[:C, :rows], dn)
+        for t in range(rows):
+            weight, target, row, word = weights[start + t], targets[start + t], dn[t], head_w[targets[start + t]]
+            share = weight / total[t]
             for c in range(C):
-                dx[i, c] = 0
+                row[c] = share * row[c] - weight * word[c]
+                dx[start + t, c] = 0
+            block[target, t] -= total[t]
+            shares[start + t] = share
         dx_rows, dw_db = dx[start:stop], sums[earlier + task]
         norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx_rows, n[start:stop], dw_db)
+        for t in range(rows):
+            row = n[start + t]
+            for c in range(C):
+                row[c] *= shares[start + t]
 
 
 @kernel
-def add_rows_kernel(task, slot, x, total):
-    """total (V,) += sum_n x (N, V), 256 columns a task, row after row."""
-    first, last = 256 * task, min(256 * task + 256, total.size)
-    sums = total[first:last]
-    for n in range(len(x)):
-        row = x[n, first:last]
-        for v in range(row.size):
-            sums[v] += row[v]
+def head_gradient_kernel(task, slot, earlier, count, T, odds, shares, n, dw, db, scratch):
+    """dw (V, C) += dlogits^T n of `count` blocks, 2 HEAD_WORDS rows a task; db (V,) += sum_n dlogits."""
+    first, last = 2 * HEAD_WORDS * task, min(2 * HEAD_WORDS * (task + 1), len(dw))
+    for block in range(count):
+        start, stop = block_rows(earlier + block, T, HEAD_BLOCK)
+        product(odds[block, first:last, : stop - start], n[start:stop], dw[first:last], True, scratch[slot])
+        if db.size > 0:
+            share = shares[start:stop]
+            for v in range(first, last):
+                row, total = odds[block, v], db.dtype.type(0)
+                for t in range(share.size):
+                    total += row[t] * share[t]
+                db[v] += total
 
 
 @kernel
@@ -2448,25 +2492,22 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
-    count = blocks(V, HEAD_COLUMNS)
-    panels = s["transposed"][: count * C * HEAD_COLUMNS].reshape(count, C, HEAD_COLUMNS)
-    POOL.run(head_panels_kernel, count, head_w, panels)
+    tiles = s["transposed"][: blocks(C, TILE_ROWS) * TILE_ROWS * V].reshape(-1, V, TILE_ROWS)
+    POOL.run(head_tiles_kernel, blocks(V, 256), head_w, tiles)
     flat_targets = np.ascontiguousarray(targets, np.int64).reshape(-1)
     flat_weights = np.ascontiguousarray(weights, x.dtype).reshape(-1)
-    head = (head_w, nothing if p["head_b"] is None else p["head_b"], panels)
+    head = (head_w, nothing if p["head_b"] is None else p["head_b"], tiles)
     norm = norm_of(p, "norm", cfg, None if cfg.final_norm else NO_NORM)
-    outputs = (s["logits"], nats.reshape(-1), dx.reshape(-1, C), n, sums, scratch)
-    at_once = max(1, HEAD_ROWS // HEAD_BLOCK)
-    for first in range(0, len(sums), at_once):
-        last = min(first + at_once, len(sums))
+    odds, shares = s["odds"], s["shares"].reshape(-1)
+    outputs = (odds, shares, nats.reshape(-1), dx.reshape(-1, C), n, sums, scratch)
+    for first in range(0, len(sums), len(odds)):
+        count = min(len(odds), len(sums) - first)
         inputs = (first, x_NC, *norm, *head, flat_targets, flat_weights, T, g is not None)
-        POOL.run(head_kernel, last - first, *inputs, *outputs)
+        POOL.run(head_kernel, count, *inputs, *outputs)
         if g is not None:
-            start, stop = block_rows(first, T, HEAD_BLOCK)[0], block_rows(last - 1, T, HEAD_BLOCK)[1]
-            dlogits = s["logits"][: stop - start, :V]
-            weight_gradient(dlogits, n[start:stop], g[name], None, scratch)
-            if g["head_b"] is not None:
-                POOL.run(add_rows_kernel, blocks(V, 256), dlogits, g["head_b"])
+            gradients = (g[name], nothing if g["head_b"] is None else g["head_b"])
+            tasks = blocks(V, 2 * HEAD_WORDS)
+            POOL.run(head_gradient_kernel, tasks, first, count, T, odds, shares, n, *gradients, scratch)
     if g is not None:
         add_sums(sums, g["norm_w"], g["norm_b"])
     return float((weights * nats).sum()), nats, dx

@@ -234,6 +234,9 @@ FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of
         2 * len(x) * (up_w.size + down_w.size)
     ),
     "head_kernel": lambda tasks, earlier, x, *rest: 4 * rows_of_head(tasks, earlier, x, *rest) * rest[4].size,
+    "head_gradient_kernel": lambda tasks, earlier, count, T, odds, shares, n, dw, *_: (
+        2 * min(count * odds.shape[2], len(n) - earlier * odds.shape[2]) * dw.size
+    ),
     "weight_gradient_kernel": lambda tasks, shape, per_task, x, dy, dw, *_: 2 * len(x) * dw.size,
     "linear_backward_kernel": lambda tasks, dy, w_T, *_: 2 * len(dy) * w_T.size,
     "attention_backward_kernel": lambda tasks, qkv, H, *_: 10 * len(qkv) * H * qkv.shape[3] * causal(qkv.shape[1]),
