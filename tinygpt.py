@@ -1338,15 +1338,37 @@ def transpose_rows(typing_context, x, out):
 
 
 @kernel
-def transpose_kernel(task, slot, x, out):
-    """out (M, K) = x (K, M)^T, 64 rows of x a task."""
-    first, last = task * 64, min(task * 64 + 64, x.shape[0])
-    transpose_rows(x[first:last], out[:, first:last])
+def panels_kernel(task, slot, w, turned, per_part, width, panels):
+    """One panel of `panels_of`, of part task // per_part of w's columns; a part has `width` of them."""
+    columns = panels.shape[2]
+    first = task // per_part * width + task % per_part * columns
+    last = min(first + columns, (task // per_part + 1) * width)
+    if turned:
+        transpose_rows(w[first:last], panels[task])
+    else:
+        for k in range(w.shape[0]):
+            row, out = w[k, first:last], panels[task, k]
+            for c in range(row.size):
+                out[c] = row[c]
 
 
-def transpose(x, out):
-    POOL.run(transpose_kernel, blocks(x.shape[0], 64), x, out)
-    return out
+def panels_of(w, out, turned=False, parts=1):
+    """w (K, M), or w^T of w (M, K) if `turned`, by panels as wide as a register tile: (blocks, K, columns), in `out`; a
+    part of the columns begins with a panel of its own."""
+    columns, (K, M) = TILE_VECTORS * VECTOR_BYTES // w.itemsize, w.shape[::-1] if turned else w.shape
+    per_part = blocks(M // parts, columns)
+    panels = out[: parts * per_part * K * columns].reshape(-1, K, columns)
+    POOL.run(panels_kernel, len(panels), w, turned, per_part, M // parts, panels)
+    return panels
+
+
+@part
+def product_of_panels(a, panels, c, add, panel):
+    """c (M, N) = a (M, K) b, or c += a b if `add`; b (K, N) by panels (blocks, K, columns)."""
+    columns = panels.shape[2]
+    for j in range(len(panels)):
+        c_columns = c[:, j * columns : (j + 1) * columns]
+        product(a, panels[j, :, : c_columns.shape[1]], c_columns, add, panel)
 
 
 GRADIENT_BLOCKS = ((132, 256), (132, 128), (66, 128), (66, 64))  # of a weight gradient: rows, columns
@@ -1672,9 +1694,12 @@ def workspace_layout(cfg, B, T, recompute=False):
     With `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
-    transposed = max(blocks(C, TILE_ROWS) * TILE_ROWS * V, C * Q, C * U, HD * C)
-    attention, head = 2 * (S + D + 1) * SCORE_BLOCK + S * D, (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), attention, head)
+    wide = TILE_VECTORS * VECTOR_BYTES // 4  # a panel at most: what the last one of K rows adds to K * M
+    mlp = max(C * (U + 2 * wide) + F * (C + wide), U * (C + wide))
+    attention = max(K * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
+    panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
+    scores, head = 2 * (S + D + 1) * SCORE_BLOCK + S * D, (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), scores, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered
@@ -1703,7 +1728,7 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("sums", (tasks, 2, C), False),
         ("qk_sums", (tasks, 2, D), False),
         ("head_sums", (head_tasks, 2, C), False),
-        ("transposed", (transposed,), False),
+        ("panels", (panels,), False),  # of the weights at work
         ("scratch", (POOL.threads, scratch), False),
     ]
     table, offset = [], 0
@@ -1772,6 +1797,7 @@ def layer_space(space, cfg, x):
     return space or workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
 
 
+@part
 def blocks(T, size):
     return -(-T // size)
 
@@ -1992,17 +2018,17 @@ def place_rows_backward(dqkv, position, qk, q_norm, k_norm, eps, heads, cos, sin
 
 @kernel
 def qkv_kernel(
-    task, slot, x, kind, norm_w, norm_b, eps, w, b, T, place, at, qk, q_norm, k_norm, qk_eps, heads, cos, sin, half,
-    stats, qkv, scratch,
+    task, slot, x, kind, norm_w, norm_b, eps, panels, b, T, place, at, qk, q_norm, k_norm, qk_eps, heads, cos, sin,
+    half, stats, qkv, scratch,
 ):  # fmt: skip
     """x (N, C) -> qkv (N, H + 2 G, D) = norm(x) w + b, q and k placed if `place`, the sequences' first rows at position
     `at`; stats (2, N) = mean, rstd."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
-    n, y = rest[: (stop - start) * x.shape[1]].reshape(stop - start, x.shape[1]), qkv.reshape(len(qkv), w.shape[1])
+    n, y = rest[: (stop - start) * x.shape[1]].reshape(stop - start, x.shape[1]), qkv.reshape(len(qkv), b.size)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
     set_rows(b, y, start, stop, 0, y.shape[1])
-    product(n, w, y[start:stop], True, panel)
+    product_of_panels(n, panels, y[start:stop], True, panel)
     if place:
         kept = qk[task : task + 1]
         place_rows(qkv[start:stop], at + start % T, kept, q_norm, k_norm, qk_eps, heads, cos, sin, half, rest)
@@ -2106,15 +2132,15 @@ def attention_kernel(
 
 
 @kernel
-def linear_residual_kernel(task, slot, x, o, w, b, T, keys, threshold, keep, y, scratch):
+def linear_residual_kernel(task, slot, x, o, panels, b, T, keys, threshold, keep, y, scratch):
     """y (N, M) = x + mask * (o w + b)."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     if threshold == 0:
         add_bias(x[start:stop], b, y[start:stop])
-        product(o[start:stop], w, y[start:stop], True, scratch[slot])
+        product_of_panels(o[start:stop], panels, y[start:stop], True, scratch[slot])
     else:
         set_rows(b, y, start, stop, 0, y.shape[1])
-        product(o[start:stop], w, y[start:stop], True, scratch[slot])
+        product_of_panels(o[start:stop], panels, y[start:stop], True, scratch[slot])
         drop_and_add(x, y, start, stop, T, keys, threshold, keep)
 
 
@@ -2129,10 +2155,10 @@ def drop_and_add(x, y, start, stop, T, keys, threshold, keep):
 
 
 @kernel
-def linear_backward_kernel(task, slot, dy, w_T, T, dx, scratch):
-    """dx (N, K) = dy (N, M) w^T."""
+def linear_backward_kernel(task, slot, dy, panels, T, dx, scratch):
+    """dx (N, K) = dy (N, M) w^T, by panels of w^T."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    product(dy[start:stop], w_T, dx[start:stop], False, scratch[slot])
+    product_of_panels(dy[start:stop], panels, dx[start:stop], False, scratch[slot])
 
 
 @kernel
@@ -2202,12 +2228,14 @@ def place_backward_kernel(task, slot, dqkv, T, qk, q_norm, k_norm, eps, heads, c
 
 
 @kernel
-def linear_norm_backward_kernel(task, slot, dy, dlinear, w_T, x, kind, norm_w, norm_b, stats, T, dx, n, sums, scratch):
+def linear_norm_backward_kernel(
+    task, slot, dy, dlinear, panels, x, kind, norm_w, norm_b, stats, T, dx, n, sums, scratch
+):  # fmt: skip
     """dx (N, C) = dy + norm_backward(dlinear w^T), n (N, C) = norm(x) again, sums (tasks, 2, C) of the norm's."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     panel, dn = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE : PANEL_SIZE + (stop - start) * x.shape[1]]
     dn = dn.reshape(stop - start, x.shape[1])
-    product(dlinear[start:stop], w_T, dn, False, panel)
+    product_of_panels(dlinear[start:stop], panels, dn, False, panel)
     copy(dy[start:stop], dx[start:stop])
     mean, rstd = stats[0, start:stop], stats[1, start:stop]
     norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx[start:stop], n[start:stop], sums[task])
@@ -2241,7 +2269,8 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     tasks, s = B * blocks(T, ROW_BLOCK), layer_space(space, cfg, x)
     x_NC, stats, scratch = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), scratch_of(s)
     qkv, o, y, start = s["qkv"], s["o"], s["attended"], past[1] if past is not None else 0
-    linear, norm = (p["qkv_w"], biases(p, "qkv_b", cfg.qkv_width)), norm_of(p, "norm1", cfg)
+    linear = (panels_of(p["qkv_w"], s["panels"]), biases(p, "qkv_b", cfg.qkv_width))
+    norm = norm_of(p, "norm1", cfg)
     placed, place = cfg.qk_norm or cfg.positions.startswith("rope"), place_arguments(p, s, cfg)
     POOL.run(
         qkv_kernel, tasks, x_NC, *norm, *linear, T, placed, start, *place, stats, qkv.reshape(B * T, -1, D), scratch
@@ -2254,7 +2283,7 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     arguments = attention_arguments(cfg, index, mask, qkv.dtype)
     POOL.run(attention_kernel, B * H, qkv, H, kv, k_at, k_at + G, S, *arguments, o, s["lse"], scratch)
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
-    linear = (o.reshape(B * T, -1), p["out_w"], biases(p, "out_b", C))
+    linear = (o.reshape(B * T, -1), panels_of(p["out_w"], s["panels"]), biases(p, "out_b", C))
     POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), scratch)
     return y, (x_NC, s, arguments, placed and place, out_mask)
 
@@ -2276,7 +2305,7 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
     do, dqkv, o, n = s["do"], s["dqkv"], s["o"], s["n"].reshape(-1, C)
 
     dout = masked(dy_NC, out_mask, s, T)
-    out_w_T = transpose(p["out_w"], s["transposed"][: C * HD].reshape(C, HD))
+    out_w_T = panels_of(p["out_w"], s["panels"], turned=True)
     POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), scratch)
     weight_gradient(o.reshape(N, HD), dout, g["out_w"], g["out_b"], scratch)
 
@@ -2287,7 +2316,7 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
             add_sums(s["qk_sums"], g["q_norm_w"], g["k_norm_w"])
 
     dqkv_NM = dqkv.reshape(N, -1)
-    qkv_w_T = transpose(p["qkv_w"], s["transposed"][: p["qkv_w"].size].reshape(-1, C))
+    qkv_w_T = panels_of(p["qkv_w"], s["panels"], turned=True)
     dx = norm_backward_kernels(dy_NC, dqkv_NM, qkv_w_T, x_NC, norm_of(p, "norm1", cfg), s["norm1"], T, s["dx"][1], s)
     weight_gradient(n, dqkv_NM, g["qkv_w"], g["qkv_b"], scratch)
     add_sums(s["sums"], g["norm1_w"], g["norm1_b"])
@@ -2307,12 +2336,13 @@ def norm_backward_kernels(dy_NC, dlinear, w_T, x_NC, norm, stats, T, dx, s):
 
 @kernel
 def mlp_kernel(
-    task, slot, x, kind, norm_w, norm_b, eps, activation, up_w, up_b, down_w, down_b, T, keys, threshold, keep,
+    task, slot, x, kind, norm_w, norm_b, eps, activation, up, up_b, down, down_b, T, keys, threshold, keep,
     stats, h, y, scratch,
 ):  # fmt: skip
-    """y (N, C) = x + mask * (f(norm(x) up_w + up_b) down_w + down_b); keeps h (N, F) before the activation."""
+    """y (N, C) = x + mask * (f(norm(x) up_w + up_b) down_w + down_b), the weights by panels; keeps h (N, F) before the
+    activation."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    (rows, C), F = (stop - start, x.shape[1]), down_w.shape[0]
+    (rows, C), F, columns = (stop - start, x.shape[1]), down.shape[1], up.shape[2]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     n = rest[: rows * C].reshape(rows, C)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
@@ -2325,23 +2355,26 @@ def mlp_kernel(
         a = rest[rows * C : rows * (C + width)].reshape(rows, width)
         for first in range(f, h.shape[1], F):  # with a gate: its columns, then those of the values
             set_rows(up_b, h, start, stop, first, first + width)
-            product(n, up_w[:, first : first + width], h[start:stop, first : first + width], True, panel)
+            at = first // F * blocks(F, columns) + f // columns
+            panels = up[at : at + blocks(width, columns)]
+            product_of_panels(n, panels, h[start:stop, first : first + width], True, panel)
         activation_rows(activation, h, start, f, F, a)
-        product(a, down_w[f : f + width], y[start:stop], True, panel)
+        product_of_panels(a, down[:, f : f + width], y[start:stop], True, panel)
     if threshold > 0:
         drop_and_add(x, y, start, stop, T, keys, threshold, keep)
 
 
 @kernel
-def mlp_backward_kernel(task, slot, dy, h, activation, down_w_T, T, a, dh, scratch):
-    """dh (N, F) = df(h) * (dy down_w^T), and a (N, F) = f(h) again."""
+def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a, dh, scratch):
+    """dh (N, F) = df(h) * (dy down_w^T), and a (N, F) = f(h) again; down_w^T by panels."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    rows, F = stop - start, a.shape[1]
+    rows, F, columns = stop - start, a.shape[1], down_T.shape[2]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     for f in range(0, F, HIDDEN_BLOCK):
         width = min(HIDDEN_BLOCK, F - f)
         da = rest[: rows * width].reshape(rows, width)
-        product(dy[start:stop], down_w_T[:, f : f + width], da, False, panel)
+        panels = down_T[f // columns : blocks(f + width, columns)]
+        product_of_panels(dy[start:stop], panels, da, False, panel)
         activation_rows_backward(activation, h, da, start, f, F, a, dh)
 
 
@@ -2349,7 +2382,9 @@ def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
     B, T, C = x.shape
     s = layer_space(space, cfg, x)
     x_NC, h, y = np.ascontiguousarray(x).reshape(-1, C), s["h"].reshape(B * T, -1), s["mixed"]
-    weights = (p["up_w"], biases(p, "up_b", cfg.up_width), p["down_w"], biases(p, "down_b", C))
+    up = panels_of(p["up_w"], s["panels"], parts=cfg.up_width // cfg.hidden)
+    down = panels_of(p["down_w"], s["panels"][up.size :])
+    weights = (up, biases(p, "up_b", cfg.up_width), down, biases(p, "down_b", C))
     mask = mask_of(dropout, MLP_SITE, cfg.mlp_dropout, B)
     inputs = (x_NC, *norm_of(p, "norm2", cfg), ACTIVATION[cfg.mlp], *weights, T, *mask)
     outputs = (s["norm2"].reshape(2, -1), h, y.reshape(-1, C), scratch_of(s))
@@ -2359,14 +2394,14 @@ def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
 
 def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
     x_NC, s, mask = cache
-    (B, T, C), F, scratch = dy.shape, cfg.hidden, scratch_of(s)
+    (B, T, C), scratch = dy.shape, scratch_of(s)
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
     h, a, dh, n = (s[name].reshape(B * T, -1) for name in ("h", "a", "dh", "n"))
     dout = masked(dy_NC, mask, s, T)
-    down_w_T = transpose(p["down_w"], s["transposed"][: C * F].reshape(C, F))
+    down_w_T = panels_of(p["down_w"], s["panels"], turned=True)
     POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a, dh, scratch)
     weight_gradient(a, dout, g["down_w"], g["down_b"], scratch)
-    up_w_T = transpose(p["up_w"], s["transposed"][: p["up_w"].size].reshape(-1, C))
+    up_w_T = panels_of(p["up_w"], s["panels"], turned=True)
     dx = norm_backward_kernels(dy_NC, dh, up_w_T, x_NC, norm_of(p, "norm2", cfg), s["norm2"], T, s["dx"][0], s)
     weight_gradient(n, dh, g["up_w"], g["up_b"], scratch)
     add_sums(s["sums"], g["norm2_w"], g["norm2_b"])
@@ -2492,7 +2527,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
-    tiles = s["transposed"][: blocks(C, TILE_ROWS) * TILE_ROWS * V].reshape(-1, V, TILE_ROWS)
+    tiles = s["panels"][: blocks(C, TILE_ROWS) * TILE_ROWS * V].reshape(-1, V, TILE_ROWS)
     POOL.run(head_tiles_kernel, blocks(V, 256), head_w, tiles)
     flat_targets = np.ascontiguousarray(targets, np.int64).reshape(-1)
     flat_weights = np.ascontiguousarray(weights, x.dtype).reshape(-1)

@@ -227,21 +227,21 @@ def causal(T):
 
 
 FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of tasks and its arguments
-    "qkv_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, w, *_: 2 * len(x) * w.size,
+    "qkv_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, panels, *_: 2 * len(x) * panels.size,
     "attention_kernel": lambda tasks, qkv, *_: 4 * tasks * qkv.shape[3] * causal(qkv.shape[1]),
-    "linear_residual_kernel": lambda tasks, x, o, w, *_: 2 * len(x) * w.size,
-    "mlp_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, activation, up_w, up_b, down_w, *_: (
-        2 * len(x) * (up_w.size + down_w.size)
+    "linear_residual_kernel": lambda tasks, x, o, panels, *_: 2 * len(x) * panels.size,
+    "mlp_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, activation, up, up_b, down, *_: (
+        2 * len(x) * (up.size + down.size)
     ),
     "head_kernel": lambda tasks, earlier, x, *rest: 4 * rows_of_head(tasks, earlier, x, *rest) * rest[4].size,
     "head_gradient_kernel": lambda tasks, earlier, count, T, odds, shares, n, dw, *_: (
         2 * min(count * odds.shape[2], len(n) - earlier * odds.shape[2]) * dw.size
     ),
     "weight_gradient_kernel": lambda tasks, shape, per_task, x, dy, dw, *_: 2 * len(x) * dw.size,
-    "linear_backward_kernel": lambda tasks, dy, w_T, *_: 2 * len(dy) * w_T.size,
+    "linear_backward_kernel": lambda tasks, dy, panels, *_: 2 * len(dy) * panels.size,
     "attention_backward_kernel": lambda tasks, qkv, H, *_: 10 * len(qkv) * H * qkv.shape[3] * causal(qkv.shape[1]),
-    "linear_norm_backward_kernel": lambda tasks, dy, dlinear, w_T, *_: 2 * len(dy) * w_T.size,
-    "mlp_backward_kernel": lambda tasks, dy, h, activation, down_w_T, *_: 2 * len(dy) * down_w_T.size,
+    "linear_norm_backward_kernel": lambda tasks, dy, dlinear, panels, *_: 2 * len(dy) * panels.size,
+    "mlp_backward_kernel": lambda tasks, dy, h, activation, down_T, *_: 2 * len(dy) * down_T.size,
 }
 
 

@@ -71,7 +71,9 @@ T_BORDERS = around(
     *(tinygpt.TILE_ROWS, tinygpt.PACK_ROWS, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK, tinygpt.PACKED_A, tinygpt.DEPTH),
     *(*TILE_COLUMNS, 2 * tinygpt.ROW_BLOCK),
 )
-V_BORDERS = around(*LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, tinygpt.HEAD_WORDS, 2 * tinygpt.HEAD_WORDS)
+V_BORDERS = around(
+    *LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, tinygpt.HEAD_WORDS, 2 * tinygpt.HEAD_WORDS
+)
 HEAD_BORDERS = around(tinygpt.HEAD_BLOCK, tinygpt.HEAD_BLOCKS * tinygpt.HEAD_BLOCK)
 
 
