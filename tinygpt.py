@@ -985,9 +985,7 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-PACKED_TILES = 22  # of a transposed `a` that are copied at a time
-PACKED_A = PACKED_TILES * TILE_ROWS
-PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS + PACKED_TILES) * VECTOR_BYTES // 4 + DEPTH * PACKED_A  # in elements
+PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
 
 
 def register_tile(rows, vectors):
@@ -1065,10 +1063,9 @@ flat_wide, flat_two, flat_one = (register_tile(1, vectors) for vectors in (TILE_
 
 
 @part
-def sweep(a, a_row, a_k, a_tile, b, b_k, c, c_row, rows, vectors, k, add, zero):
-    """A panel of `vectors` vectors of c, all its rows: tall tiles, whose rows of a are a_tile apart, then the rows that
-    remain by two, then one."""
-    if vectors < TILE_VECTORS and a_tile == TILE_ROWS * a_row:  # a narrow tile keeps busy with more rows
+def sweep(a, a_row, a_k, b, b_k, c, c_row, rows, vectors, k, add, zero):
+    """A panel of `vectors` vectors of c, all its rows: tall tiles, then the rows that remain by two, then one."""
+    if vectors < TILE_VECTORS:  # a narrow tile keeps busy with more rows
         for _ in range(rows // (2 * TILE_ROWS)):
             if vectors == 2:
                 high_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
@@ -1083,7 +1080,7 @@ def sweep(a, a_row, a_k, a_tile, b, b_k, c, c_row, rows, vectors, k, add, zero):
             tall_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
         else:
             tall_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
-        a, c = a + a_tile, c + TILE_ROWS * c_row
+        a, c = a + TILE_ROWS * a_row, c + TILE_ROWS * c_row
     rows %= TILE_ROWS
     for _ in range(rows // 2):
         if vectors == TILE_VECTORS:
@@ -1158,74 +1155,30 @@ def copy_rows(source, step, to, to_step, rows, width, size, zero):
                 poke(to + r * to_step + at, peek(source + r * step + at, zero))
 
 
-@intrinsic
-def move_eight(typing_context, to, source, zero):
-    """Copy eight elements of the type of zero from one address to another."""
-
-    def build(context, builder, signature, args):
-        scalar = context.get_value_type(signature.args[-1])
-        size, pointer = context.get_abi_sizeof(scalar), ir.VectorType(scalar, 8).as_pointer()
-        value = builder.load(builder.inttoptr(args[1], pointer), align=size)
-        builder.store(value, builder.inttoptr(args[0], pointer), align=size)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, zero), build
-
-
-@part
-def pack_tiles(a, a_k, to, tile, rows, depth, size, zero):
-    """To each tile, `tile` bytes after the one before, its columns of a. Eight elements are moved at a time: the two
-    too many are overwritten by those that follow."""
-    for k in range(depth):
-        source, at = a + k * a_k, to + k * TILE_ROWS * size
-        for r in range(0, rows, TILE_ROWS):
-            if r + 8 <= rows or k + 1 < depth:
-                move_eight(at, source + r * size, zero)
-            else:  # the last row of a: nothing may stand behind it
-                for i in range(rows - r):
-                    poke(at + i * size, peek(source + (r + i) * size, zero))
-            at += tile
-
-
 @part
 def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
-    lanes = VECTOR_BYTES // size
-    edge = panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
-    panel_a = edge + TILE_ROWS * VECTOR_BYTES
-    # the columns of a, which tiles read, stand in far-off rows: copied
-    transposed = a_row == size and M >= PACK_ROWS and a_k > 4 * VECTOR_BYTES
-    block = PACKED_A if transposed else M
-    for i in range(0, M, block):
-        rows = min(block, M - i)
-        for k in range(0, K, DEPTH):
-            depth, more = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0
-            a_at, a_right, a_tile = a + i * a_row + k * a_k, a_k, TILE_ROWS * a_row
-            if transposed:
-                a_tile = depth * TILE_ROWS * size + VECTOR_BYTES
-                pack_tiles(a_at, a_k, panel_a, a_tile, rows, depth, size, zero)
-                a_at, a_right = panel_a, TILE_ROWS * size
-            j = 0
-            while j < N:
-                left = (N - j) // lanes
-                vectors = TILE_VECTORS if left >= TILE_VECTORS else 2 if TILE_VECTORS > 2 and left >= 2 else 1
-                width = min(vectors * lanes, N - j)
-                b_at, b_down, c_at = b + k * b_k + j * size, b_k, c + i * c_row + j * size
-                if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
-                    b_down = vectors * VECTOR_BYTES
-                    copy_rows(b_at, b_k, panel, b_down, depth, width, size, zero)
-                    b_at = panel
-                if left > 0:
-                    sweep(a_at, a_row, a_right, a_tile, b_at, b_down, c_at, c_row, rows, vectors, depth, more, zero)
-                else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
-                    for r in range(0, rows, TILE_ROWS):
-                        few, a_few, c_few = min(TILE_ROWS, rows - r), a_at + r // TILE_ROWS * a_tile, c_at + r * c_row
-                        copy_rows(c_few, c_row, edge, VECTOR_BYTES, few, width, size, zero)
-                        sweep(
-                            a_few, a_row, a_right, a_tile, b_at, b_down, edge, VECTOR_BYTES, few, 1, depth, more, zero
-                        )
-                        copy_rows(edge, VECTOR_BYTES, c_few, c_row, few, width, size, zero)
-                j += width
+    lanes, edge = VECTOR_BYTES // size, panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
+    for k in range(0, K, DEPTH):
+        depth, more, a_at, j = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0, a + k * a_k, 0
+        while j < N:
+            left = (N - j) // lanes
+            vectors = TILE_VECTORS if left >= TILE_VECTORS else 2 if TILE_VECTORS > 2 and left >= 2 else 1
+            width = min(vectors * lanes, N - j)
+            b_at, b_down, c_at = b + k * b_k + j * size, b_k, c + j * size
+            if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
+                b_down = vectors * VECTOR_BYTES
+                copy_rows(b_at, b_k, panel, b_down, depth, width, size, zero)
+                b_at = panel
+            if left > 0:
+                sweep(a_at, a_row, a_k, b_at, b_down, c_at, c_row, M, vectors, depth, more, zero)
+            else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
+                for r in range(0, M, TILE_ROWS):
+                    few, c_few = min(TILE_ROWS, M - r), c_at + r * c_row
+                    copy_rows(c_few, c_row, edge, VECTOR_BYTES, few, width, size, zero)
+                    sweep(a_at + r * a_row, a_row, a_k, b_at, b_down, edge, VECTOR_BYTES, few, 1, depth, more, zero)
+                    copy_rows(edge, VECTOR_BYTES, c_few, c_row, few, width, size, zero)
+            j += width
 
 
 @intrinsic
@@ -1259,8 +1212,8 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
 def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
     """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses, row strides and `size` in bytes."""
     lanes = VECTOR_BYTES // size
-    for k in range(0, K, lanes):
-        for m in range(0, M, lanes):
+    for m in range(0, M, lanes):  # what is written lies side by side
+        for k in range(0, K, lanes):
             if k + lanes <= K and m + lanes <= M:
                 transpose_square(x + k * x_row + m * size, x_row, out + m * out_row + k * size, out_row, zero)
             else:
@@ -1375,32 +1328,43 @@ GRADIENT_BLOCKS = ((132, 256), (132, 128), (66, 128), (66, 64))  # of a weight g
 GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
 
 
+@part
+def block_rows(task, T, size):
+    """First and last + 1 row of a task: blocks of `size` rows that never cross from one sequence into the next."""
+    per_sequence = (T + size - 1) // size
+    sequence, block = task // per_sequence, task % per_sequence
+    start = sequence * T + block * size
+    return start, min(start + size, (sequence + 1) * T)
+
+
 @kernel
-def weight_gradient_kernel(task, slot, shape, per_task, x, dy, dw, db, scratch):
-    """dw (K, M) += x (N, K)^T dy (N, M); db (1, M) += sum_n dy. A task owns `per_task` blocks of dw of a shape, column
-    after column, and the part of db above the first of each column."""
-    (N, K), M = x.shape, dw.shape[1]
-    rows = max(1, GRADIENT_CHUNK // (K + M) // DEPTH) * DEPTH
-    per_column = (K + shape[0] - 1) // shape[0]
-    ones = np.ones((1, rows), dw.dtype)
+def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, scratch):
+    """dw (K, M) += x (N, K)^T dy (N, M), where x_T (blocks, K, size) has the rows of a block side by side; db (1, M) +=
+    sum_n dy. A task owns `per_task` blocks of dw of a shape, column after column, and the part of db above the first
+    of each column."""
+    (count, K, size), M = x_T.shape, dw.shape[1]
+    at_once, per_column = max(1, GRADIENT_CHUNK // ((K + M) * size)), (K + shape[0] - 1) // shape[0]
+    ones = np.ones((1, size), dw.dtype)
     last_block = min((task + 1) * per_task, per_column * ((M + shape[1] - 1) // shape[1]))
-    for n in range(0, N, rows):
-        x_rows, dy_rows = x[n : n + rows], dy[n : n + rows]
+    for first in range(0, count, at_once):
         for block in range(task * per_task, last_block):
             k, m = block % per_column * shape[0], block // per_column * shape[1]
             k_end, m_end = min(k + shape[0], K), min(m + shape[1], M)
-            product(x_rows[:, k:k_end].T, dy_rows[:, m:m_end], dw[k:k_end, m:m_end], True, scratch[slot])
-            if k == 0 and db.size > 0:
-                product(ones[:, : len(dy_rows)], dy_rows[:, m:m_end], db[:, m:m_end], True, scratch[slot])
+            for rows in range(first, min(first + at_once, count)):
+                start, stop = block_rows(rows, T, size)
+                dy_rows = dy[start:stop, m:m_end]
+                product(x_T[rows, k:k_end, : stop - start], dy_rows, dw[k:k_end, m:m_end], True, scratch[slot])
+                if k == 0 and db.size > 0:
+                    product(ones[:, : stop - start], dy_rows, db[:, m:m_end], True, scratch[slot])
 
 
-def weight_gradient(x, dy, dw, db, scratch):
-    for shape in GRADIENT_BLOCKS:  # the larger, the less is packed again; but every thread wants some
+def weight_gradient(x_T, T, dy, dw, db, scratch):
+    for shape in GRADIENT_BLOCKS:  # the larger, the less is copied again; but every thread wants some
         count = math.prod(map(blocks, dw.shape, shape))
         if count >= 2 * POOL.threads:
             break
     per_task, db = blocks(count, 4 * POOL.threads), np.empty((1, 0), dw.dtype) if db is None else db.reshape(1, -1)
-    POOL.run(weight_gradient_kernel, blocks(count, per_task), shape, per_task, x, dy, dw, db, scratch)
+    POOL.run(weight_gradient_kernel, blocks(count, per_task), shape, per_task, x_T, T, dy, dw, db, scratch)
 
 
 # == 6  rows: exponential, norm, activation ============================================================================
@@ -1574,13 +1538,13 @@ def activation_rows(kind, h, start, first, gated, a):
 
 @part
 def activation_rows_backward(kind, h, da, start, first, gated, a, dh):
-    """a (N, F) and dh like h (N, F or 2 F) from row `start` and column `first` on, from da (rows, columns)."""
+    """da (rows, columns) -> a (rows, columns) again, and dh (N, F or 2 F) from row `start` and column `first` on."""
     one, half, zero, last = h.dtype.type(1), h.dtype.type(0.5), h.dtype.type(0), first + da.shape[1]
     scale, cube, root = h.dtype.type(2 * GELU_SCALE), h.dtype.type(GELU_CUBE), h.dtype.type(math.sqrt(0.5))
     cube3, peak = h.dtype.type(3 * GELU_CUBE), h.dtype.type(1 / math.sqrt(2 * math.pi))
     for i in range(da.shape[0]):
         h_row, da_row = h[start + i, first:last], da[i]
-        a_row, dh_row = a[start + i, first:last], dh[start + i, first:last]
+        a_row, dh_row = a[i], dh[start + i, first:last]
         if kind == GELU_TANH:
             for f in range(h_row.size):
                 v = h_row[f]
@@ -1699,14 +1663,14 @@ def workspace_layout(cfg, B, T, recompute=False):
     attention = max(K * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
     panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
     scores, head = 2 * (S + D + 1) * SCORE_BLOCK + S * D, (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(HIDDEN_BLOCK, D + 3)), scores, head)
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C, D + 3)), scores, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered
         ("norm1", (2, B, T), True),  # mean, rstd
         ("qkv", (B, T, H + 2 * cfg.kv_heads, D), True),
         ("qk", (tasks, H + cfg.kv_heads, D, ROW_BLOCK) if cfg.qk_norm else (0, 0, 0, 0), True),  # before their norm
-        ("o", (B, T, H, D), True),
+        ("o_T", (B * blocks(T, SCORE_BLOCK), HD, SCORE_BLOCK), True),  # rows of a block side by side, as all `_T`
         ("lse", (B, H, T), True),
         ("attended", (B, T, C), True),
         ("norm2", (2, B, T), True),
@@ -1718,9 +1682,11 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("dx", (2, B, T, C), False),
         ("kept", (B, T, C) if masks else (0,), False),  # dy times a mask
         ("n", (B, T, C), False),
+        ("n_T", (tasks, C, ROW_BLOCK), False),
+        ("o", (B, T, H, D), False),
         ("dqkv", (B, T, H + 2 * cfg.kv_heads, D), False),
         ("do", (B, T, H, D), False),
-        ("a", (B, T, F), False),
+        ("a_T", (tasks, F, ROW_BLOCK), False),
         ("dh", (B, T, U), False),
         ("odds", (min(max(HEAD_BLOCKS, POOL.threads), head_tasks), V, HEAD_BLOCK), False),
         ("shares", (B, T), False),
@@ -1800,15 +1766,6 @@ def layer_space(space, cfg, x):
 @part
 def blocks(T, size):
     return -(-T // size)
-
-
-@part
-def block_rows(task, T, size):
-    """First and last + 1 row of a task: blocks of `size` rows that never cross from one sequence into the next."""
-    per_sequence = (T + size - 1) // size
-    sequence, block = task // per_sequence, task % per_sequence
-    start = sequence * T + block * size
-    return start, min(start + size, (sequence + 1) * T)
 
 
 @kernel
@@ -2081,11 +2038,11 @@ def scale_columns(x, scale):
 
 @kernel
 def attention_kernel(
-    task, slot, qkv, H, kv, k_at, v_at, S, scale, slopes, window, keys, threshold, keep, o, lse, scratch
+    task, slot, qkv, H, kv, k_at, v_at, S, scale, slopes, window, keys, threshold, keep, o, o_T, lse, scratch
 ):  # fmt: skip
     """One head of one sequence: q in qkv (B, T, heads, D), S keys in kv[:, :S, k_at + g], values in v_at + g -> o
-    (B, T, H, D), lse (B, H, T). Section 2.4, SCORE_BLOCK queries at a time, all in columns: p (keys, queries), of the
-    keys that one of them sees, o^T = v^T p."""
+    (B, T, H, D), o_T (blocks, H D, SCORE_BLOCK), lse (B, H, T). Section 2.4, SCORE_BLOCK queries at a time, all in
+    columns: p (keys, queries), of the keys that one of them sees, o^T = v^T p."""
     (_, T, _, D), zero, one = qkv.shape, qkv.dtype.type(0), qkv.dtype.type(1)
     b, h = task // H, task % H
     g, slope, column_keys = h // (H // (v_at - k_at)), slopes[h], np.empty(SCORE_BLOCK, np.uint32)
@@ -2121,14 +2078,16 @@ def attention_kernel(
             lse[b, h, first + t] = top[t] + math.log(total[t])
         if threshold > 0:
             drop_columns(p, begin, keys[b], h * 65536 + first, threshold, p.dtype.type(keep), column_keys)
-        product(v[begin:end].T, p, q, False, panel)
+        block = b * blocks(T, SCORE_BLOCK) + first // SCORE_BLOCK
+        columns = o_T[block, h * D : (h + 1) * D, :width]
+        product(v[begin:end].T, p, columns, False, panel)
         for t in range(width):
             total[t] = one / total[t]
         for d in range(D):
-            row = q[d]
+            row = o_T[block, h * D + d]
             for t in range(width):
                 row[t] *= total[t]
-        transpose_rows(q[:, : last - first], o[b, first:last, h])
+        transpose_rows(columns[:, : last - first], o[b, first:last, h])
 
 
 @kernel
@@ -2163,12 +2122,12 @@ def linear_backward_kernel(task, slot, dy, panels, T, dx, scratch):
 
 @kernel
 def attention_backward_kernel(
-    task, slot, qkv, H, G, scale, slopes, window, keys, threshold, keep, o, lse, do, dqkv, scratch
+    task, slot, qkv, H, G, scale, slopes, window, keys, threshold, keep, o_T, lse, do, dqkv, scratch
 ):  # fmt: skip
-    """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), o, do (B, T, H, D), lse (B, H, T); p and
-    ds (keys, queries)."""
-    (_, T, _, D), zero, kept = qkv.shape, o.dtype.type(0), o.dtype.type(keep)
-    b, g, scale, column_keys = task // G, task % G, o.dtype.type(scale), np.empty(SCORE_BLOCK, np.uint32)
+    """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), do (B, T, H, D), o_T and lse as above; p
+    and ds (keys, queries)."""
+    (_, T, _, D), zero, kept = qkv.shape, do.dtype.type(0), do.dtype.type(keep)
+    b, g, scale, column_keys = task // G, task % G, do.dtype.type(scale), np.empty(SCORE_BLOCK, np.uint32)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     for s in range(T):
         for which in range(H + g, H + G + g + 1, G):
@@ -2187,13 +2146,12 @@ def attention_backward_kernel(
             p, ds = left[:size].reshape(last - begin, width), left[size : 2 * size].reshape(last - begin, width)
             q_rows, do_rows = qkv[b, first:last, h], do[b, first:last, h]
             k, v = all_k[begin:last], qkv[b, begin:last, H + G + g]
-            transpose_rows(o[b, first:last, h], q)
             transpose_rows(do_rows, do_columns)
             for t in range(width):
                 shift[t] = lse[b, h, first + t] if first + t < T else zero
                 mean[t] = zero
             for d in range(D):  # sum_s dp_s p_s = sum_d do_d o_d
-                row, drow = q[d], do_columns[d]
+                row, drow = o_T[b * blocks(T, SCORE_BLOCK) + first // SCORE_BLOCK, h * D + d], do_columns[d]
                 for t in range(width):
                     mean[t] += row[t] * drow[t]
             transpose_rows(q_rows, q)
@@ -2229,16 +2187,18 @@ def place_backward_kernel(task, slot, dqkv, T, qk, q_norm, k_norm, eps, heads, c
 
 @kernel
 def linear_norm_backward_kernel(
-    task, slot, dy, dlinear, panels, x, kind, norm_w, norm_b, stats, T, dx, n, sums, scratch
+    task, slot, dy, dlinear, panels, x, kind, norm_w, norm_b, stats, T, dx, n_T, sums, scratch
 ):  # fmt: skip
-    """dx (N, C) = dy + norm_backward(dlinear w^T), n (N, C) = norm(x) again, sums (tasks, 2, C) of the norm's."""
+    """dx (N, C) = dy + norm_backward(dlinear w^T), n_T (tasks, C, ROW_BLOCK) = norm(x) again, sums (tasks, 2, C) of the
+    norm's."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    panel, dn = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE : PANEL_SIZE + (stop - start) * x.shape[1]]
-    dn = dn.reshape(stop - start, x.shape[1])
+    panel, rest, (rows, C) = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:], (stop - start, x.shape[1])
+    dn, n = rest[: rows * C].reshape(rows, C), rest[rows * C : 2 * rows * C].reshape(rows, C)
     product_of_panels(dlinear[start:stop], panels, dn, False, panel)
     copy(dy[start:stop], dx[start:stop])
     mean, rstd = stats[0, start:stop], stats[1, start:stop]
-    norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx[start:stop], n[start:stop], sums[task])
+    norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx[start:stop], n, sums[task])
+    transpose_rows(n, n_T[task])
 
 
 def attention_arguments(cfg, index, mask, dtype):
@@ -2281,7 +2241,7 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
         kv, k_at, S = past[0].reshape(B, -1, 2 * G, D), 0, start + T
     mask = mask_of(dropout, ATTENTION_SITE, cfg.attention_dropout, B)
     arguments = attention_arguments(cfg, index, mask, qkv.dtype)
-    POOL.run(attention_kernel, B * H, qkv, H, kv, k_at, k_at + G, S, *arguments, o, s["lse"], scratch)
+    POOL.run(attention_kernel, B * H, qkv, H, kv, k_at, k_at + G, S, *arguments, o, s["o_T"], s["lse"], scratch)
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
     linear = (o.reshape(B * T, -1), panels_of(p["out_w"], s["panels"]), biases(p, "out_b", C))
     POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), scratch)
@@ -2302,14 +2262,14 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
     (B, T, C), (H, G, D) = dy.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     tasks, scratch, N, HD = B * blocks(T, ROW_BLOCK), scratch_of(s), B * T, H * D
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
-    do, dqkv, o, n = s["do"], s["dqkv"], s["o"], s["n"].reshape(-1, C)
+    do, dqkv = s["do"], s["dqkv"]
 
     dout = masked(dy_NC, out_mask, s, T)
     out_w_T = panels_of(p["out_w"], s["panels"], turned=True)
     POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), scratch)
-    weight_gradient(o.reshape(N, HD), dout, g["out_w"], g["out_b"], scratch)
+    weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], scratch)
 
-    POOL.run(attention_backward_kernel, B * G, s["qkv"], H, G, *arguments, o, s["lse"], do, dqkv, scratch)
+    POOL.run(attention_backward_kernel, B * G, s["qkv"], H, G, *arguments, s["o_T"], s["lse"], do, dqkv, scratch)
     if place:
         POOL.run(place_backward_kernel, tasks, dqkv.reshape(N, -1, D), T, *place, s["qk_sums"], scratch)
         if cfg.qk_norm:
@@ -2318,15 +2278,14 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
     dqkv_NM = dqkv.reshape(N, -1)
     qkv_w_T = panels_of(p["qkv_w"], s["panels"], turned=True)
     dx = norm_backward_kernels(dy_NC, dqkv_NM, qkv_w_T, x_NC, norm_of(p, "norm1", cfg), s["norm1"], T, s["dx"][1], s)
-    weight_gradient(n, dqkv_NM, g["qkv_w"], g["qkv_b"], scratch)
+    weight_gradient(s["n_T"], T, dqkv_NM, g["qkv_w"], g["qkv_b"], scratch)
     add_sums(s["sums"], g["norm1_w"], g["norm1_b"])
     return dx
 
 
 def norm_backward_kernels(dy_NC, dlinear, w_T, x_NC, norm, stats, T, dx, s):
     """dx (B, T, C) = dy + norm_backward(dlinear w^T)."""
-    stats, dx_NC, n = stats.reshape(2, -1), dx.reshape(x_NC.shape), s["n"].reshape(x_NC.shape)
-    tail = (w_T, x_NC, *norm[:3], stats, T, dx_NC, n, s["sums"], scratch_of(s))
+    tail = (w_T, x_NC, *norm[:3], stats.reshape(2, -1), T, dx.reshape(x_NC.shape), s["n_T"], s["sums"], scratch_of(s))
     POOL.run(linear_norm_backward_kernel, len(s["sums"]), dy_NC, dlinear, *tail)
     return dx
 
@@ -2365,17 +2324,18 @@ def mlp_kernel(
 
 
 @kernel
-def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a, dh, scratch):
-    """dh (N, F) = df(h) * (dy down_w^T), and a (N, F) = f(h) again; down_w^T by panels."""
+def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a_T, dh, scratch):
+    """dh (N, F) = df(h) * (dy down_w^T), and a_T (tasks, F, ROW_BLOCK) = f(h) again; down_w^T by panels."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    rows, F, columns = stop - start, a.shape[1], down_T.shape[2]
+    rows, F, columns = stop - start, a_T.shape[1], down_T.shape[2]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     for f in range(0, F, HIDDEN_BLOCK):
         width = min(HIDDEN_BLOCK, F - f)
-        da = rest[: rows * width].reshape(rows, width)
+        da, a = rest[: rows * width].reshape(rows, width), rest[rows * width : 2 * rows * width].reshape(rows, width)
         panels = down_T[f // columns : blocks(f + width, columns)]
         product_of_panels(dy[start:stop], panels, da, False, panel)
         activation_rows_backward(activation, h, da, start, f, F, a, dh)
+        transpose_rows(a, a_T[task, f : f + width])
 
 
 def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
@@ -2396,14 +2356,14 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
     x_NC, s, mask = cache
     (B, T, C), scratch = dy.shape, scratch_of(s)
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
-    h, a, dh, n = (s[name].reshape(B * T, -1) for name in ("h", "a", "dh", "n"))
+    h, dh, a_T = s["h"].reshape(B * T, -1), s["dh"].reshape(B * T, -1), s["a_T"]
     dout = masked(dy_NC, mask, s, T)
     down_w_T = panels_of(p["down_w"], s["panels"], turned=True)
-    POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a, dh, scratch)
-    weight_gradient(a, dout, g["down_w"], g["down_b"], scratch)
+    POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a_T, dh, scratch)
+    weight_gradient(a_T, T, dout, g["down_w"], g["down_b"], scratch)
     up_w_T = panels_of(p["up_w"], s["panels"], turned=True)
     dx = norm_backward_kernels(dy_NC, dh, up_w_T, x_NC, norm_of(p, "norm2", cfg), s["norm2"], T, s["dx"][0], s)
-    weight_gradient(n, dh, g["up_w"], g["up_b"], scratch)
+    weight_gradient(s["n_T"], T, dh, g["up_w"], g["up_b"], scratch)
     add_sums(s["sums"], g["norm2_w"], g["norm2_b"])
     return dx
 

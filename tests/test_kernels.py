@@ -68,7 +68,7 @@ TILE_COLUMNS = tuple(tinygpt.TILE_VECTORS * lanes for lanes in LANES.values())
 C_BORDERS = around(32, *(size for shape in tinygpt.GRADIENT_BLOCKS for size in shape if size < 200), tinygpt.DEPTH)
 F_BORDERS = around(tinygpt.DEPTH, tinygpt.HIDDEN_BLOCK)
 T_BORDERS = around(
-    *(tinygpt.TILE_ROWS, tinygpt.PACK_ROWS, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK, tinygpt.PACKED_A, tinygpt.DEPTH),
+    *(tinygpt.TILE_ROWS, tinygpt.PACK_ROWS, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK, tinygpt.DEPTH),
     *(*TILE_COLUMNS, 2 * tinygpt.ROW_BLOCK),
 )
 V_BORDERS = around(
@@ -376,7 +376,7 @@ def check_products():
         rng = np.random.default_rng(0)
         shapes = [(m, k, n) for m in rows for n in columns for k in (1, 5, 130)]
         shapes += [(m, k, 2 * lanes + 3) for m in (1, 7, 40) for k in depths]
-        shapes += [(m, k, 70) for m in around(lanes, *TILE_COLUMNS, tinygpt.PACKED_A) for k in (1, 5, 9, 130)]
+        shapes += [(m, k, 70) for m in around(lanes, *TILE_COLUMNS) for k in (1, 5, 9, 130)]
         shapes += [tuple(int(x) for x in rng.integers(1, 300, 3)) for _ in range(30)]
         for shape in shapes:
             for transposed in (False, True):
@@ -426,12 +426,21 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
     db, scratch = rng.standard_normal(M).astype(dtype), np.empty((POOL.threads, tinygpt.PANEL_SIZE), dtype)
     expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
     in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
-    tinygpt.weight_gradient(x, dy, dw, db, scratch)
+
+    def side_by_side(x, size):  # sequences of T rows
+        T = math.gcd(half, N - half) or 1
+        spans = [(first, min(first + size, n + T)) for n in range(0, len(x), T) for first in range(n, n + T, size)]
+        x_T = np.full((len(spans), K, size), np.nan, dtype)
+        for block, (first, last) in zip(x_T, spans):
+            block[:, : last - first] = x[first:last].T
+        return x_T, T
+
+    tinygpt.weight_gradient(*side_by_side(x, 16), dy, dw, db, scratch)
     limit = 100 * np.finfo(dtype).eps
     assert relative(dw, expected_dw) < limit and relative(db, expected_db) < limit
     for rows in (slice(0, half), slice(half, N)):
         if x[rows].size:
-            tinygpt.weight_gradient(x[rows], dy[rows], in_two_dw, in_two_db, scratch)
+            tinygpt.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, scratch)
     assert in_two_dw.tobytes() == dw.tobytes() and in_two_db.tobytes() == db.tobytes()
 
 
