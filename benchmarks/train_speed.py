@@ -237,7 +237,7 @@ FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of
     "head_gradient_kernel": lambda tasks, earlier, count, T, odds, shares, n, dw, *_: (
         2 * min(count * odds.shape[2], len(n) - earlier * odds.shape[2]) * dw.size
     ),
-    "weight_gradient_kernel": lambda tasks, shape, per_task, x, dy, dw, *_: 2 * len(x) * dw.size,
+    "weight_gradient_kernel": lambda tasks, shape, per_task, x_T, T, dy, dw, *_: 2 * len(dy) * dw.size,
     "linear_backward_kernel": lambda tasks, dy, panels, *_: 2 * len(dy) * panels.size,
     "attention_backward_kernel": lambda tasks, qkv, H, *_: 10 * len(qkv) * H * qkv.shape[3] * causal(qkv.shape[1]),
     "linear_norm_backward_kernel": lambda tasks, dy, dlinear, panels, *_: 2 * len(dy) * panels.size,
