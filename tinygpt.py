@@ -985,7 +985,8 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-PANEL_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
+HEADER = CACHE_LINE // 4  # of a panel, in elements: zeros, or for whom `product` is, in the words of tiles.py
+PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
 
 
 def register_tile(rows, vectors):
@@ -1225,6 +1226,28 @@ def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
             poke(out + j * out_row + i * size, zero)
 
 
+@intrinsic
+def product_elsewhere(typing_context, panel, arguments):
+    """Ask the function whose address a panel's header begins with: whether there is one and it made the product."""
+
+    def build(context, builder, signature, args):
+        i64, operands = ir.IntType(64), cgutils.unpack_tuple(builder, args[1])
+        address = builder.load(word_at(builder, args[0]), align=4)
+        start, ask, done = builder.block, builder.append_basic_block("ask"), builder.append_basic_block("done")
+        builder.cbranch(builder.icmp_signed("!=", address, i64(0)), ask, done)
+        builder.position_at_end(ask)
+        kind = ir.FunctionType(i64, [i64] * len(operands)).as_pointer()
+        answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), i64(0))
+        builder.branch(done)
+        builder.position_at_end(done)
+        found = builder.phi(ir.IntType(1))
+        found.add_incoming(ir.IntType(1)(0), start)
+        found.add_incoming(answer, ask)
+        return found
+
+    return types.boolean(types.intp, arguments), build
+
+
 # Numba compiles what a function calls once more for each caller. These two would be most of the machine code of each
 # kernel: they are compiled once for each dtype, given names that the linker finds, and called by name.
 
@@ -1239,7 +1262,8 @@ def provide_product(dtype):
     number, size = numba.from_dtype(np.dtype(dtype)), np.dtype(dtype).itemsize
 
     def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel):
-        product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, number(0))
+        if not product_elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
+            product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel + CACHE_LINE, size, number(0))
 
     def transpose_of_dtype(x, x_row, out, out_row, K, M, width):
         transpose_at(x, x_row, out, out_row, K, M, width, size, number(0))
@@ -1266,7 +1290,8 @@ def parts_of(context, builder, kinds, arrays):
 
 @intrinsic
 def product(typing_context, a, b, c, add, panel):
-    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,)."""
+    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,),
+    its HEADER zeros where nobody else is asked first."""
 
     def build(context, builder, signature, args):
         at, down, right, ((M, K), _, (_, N)) = parts_of(context, builder, (a, b, c), args[:3])
@@ -2476,7 +2501,7 @@ def head_logits_kernels(x, p, cfg, space=None):
     n = NORMS[cfg.norm][0](x, p["norm_w"], p["norm_b"], cfg.norm_eps)[0] if cfg.final_norm else x  # a row or a few
     logits_T = np.empty((cfg.vocab_size, len(x)), x.dtype)
     provide_product(x.dtype.name)
-    scratch = scratch_of(space) if space else np.empty((POOL.threads, PANEL_SIZE), x.dtype)
+    scratch = scratch_of(space) if space else np.zeros((POOL.threads, PANEL_SIZE), x.dtype)
     tasks, head_w = blocks(cfg.vocab_size, 960), p["embed_w" if cfg.tied else "head_w"]
     POOL.run(head_logits_kernel, tasks, np.ascontiguousarray(n.T), head_w, logits_T, scratch)
     return logits_T.T if p["head_b"] is None else logits_T.T + p["head_b"]
@@ -3031,6 +3056,68 @@ class Steps:
         return self.arrays["tokens"][1 : 1 + self.arrays["words"][DRAWN]].tolist()
 
 
+# == 7.6  products through tiles =======================================================================================
+#
+# The same kernels. A thread finds in the header of its panel whom to ask for each product: the driver of tiles.py,
+# which leaves a few to the register tiles. The header is written before an op and erased after it.
+
+
+NO_TILES = "tiles.py is not here, which multiplies in bfloat16"
+
+
+def without_tiles():
+    """None where OPS["tiles"] multiplies float32 in bf16 tiles, else why it does not, in a sentence."""
+    try:
+        import tiles
+    except ImportError:
+        return NO_TILES
+    return tiles.why_not()
+
+
+@contextlib.contextmanager
+def tiles_in(space):
+    """Meanwhile, products of kernels in this space are those of tiles.py. ValueError where it has none."""
+    try:
+        import tiles
+    except ImportError:
+        raise ValueError(NO_TILES) from None
+    scratch = scratch_of(space)
+    header = scratch[:, : CACHE_LINE // scratch.itemsize].view(np.int64)
+    header[:] = tiles.headers(len(scratch), tiles.KINDS[scratch.dtype.name])
+    try:
+        yield
+    finally:
+        header[:] = 0
+
+
+def attention_layer_forward_tiles(x, p, cfg, index=0, past=None, space=None, dropout=None):
+    space = layer_space(space, cfg, x)
+    with tiles_in(space):
+        return attention_layer_forward_kernels(x, p, cfg, index, past, space, dropout)
+
+
+def attention_layer_backward_tiles(dy, cache, p, g, cfg, index=0, space=None):
+    with tiles_in(cache[1]):
+        return attention_layer_backward_kernels(dy, cache, p, g, cfg, index, space)
+
+
+def mlp_layer_forward_tiles(x, p, cfg, space=None, dropout=None):
+    space = layer_space(space, cfg, x)
+    with tiles_in(space):
+        return mlp_layer_forward_kernels(x, p, cfg, space, dropout)
+
+
+def mlp_layer_backward_tiles(dy, cache, p, g, cfg, space=None):
+    with tiles_in(cache[1]):
+        return mlp_layer_backward_kernels(dy, cache, p, g, cfg, space)
+
+
+def head_loss_tiles(x, targets, weights, p, g, cfg, space=None):
+    space = space or workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)
+    with tiles_in(space):
+        return head_loss_kernels(x, targets, weights, p, g, cfg, space)
+
+
 # == 8  tables of ops ==================================================================================================
 
 OPS = {
@@ -3056,6 +3143,13 @@ OPS = {
         "head_loss": head_loss_kernels,
         "steps": Steps,
     },
+}
+OPS["tiles"] = OPS["numba"] | {  # what reads or writes no large matrix, and decoding, stay as they are
+    "attention_layer_forward": attention_layer_forward_tiles,
+    "attention_layer_backward": attention_layer_backward_tiles,
+    "mlp_layer_forward": mlp_layer_forward_tiles,
+    "mlp_layer_backward": mlp_layer_backward_tiles,
+    "head_loss": head_loss_tiles,
 }
 
 
@@ -3585,7 +3679,8 @@ def main(argv=None):
     check = commands.add_parser("check", help="every gradient of the model against finite differences, in float64")
     check.add_argument("--size", default="1m", metavar="SIZE", help="of which architecture (default 1m), scaled down")
     check.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="and these changes")
-    check.add_argument("--kernels", nargs="+", choices=list(OPS), default=list(OPS), help="of these (default all)")
+    here = [name for name in OPS if name != "tiles" or Path(__file__).with_name("tiles.py").exists()]
+    check.add_argument("--kernels", nargs="+", choices=list(OPS), default=here, help="of these (default all)")
     check.add_argument("--seed", type=int, default=0, help="of the random parameters, tokens and directions")
     args = parser.parse_args(argv)
     try:

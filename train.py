@@ -484,7 +484,7 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
         begins = [begin, *part[:-1]]
         rows = [window(tokens[:stop], begin, stop, T, end) for begin, stop in zip(begins, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
-        if ops is OPS["numba"] and len(rows) not in spaces:
+        if ops is not OPS["numpy"] and len(rows) not in spaces:
             spaces[len(rows)] = tinygpt.one_layer_space(cfg, len(rows), T, p["embed_w"].dtype)
         _, found = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, ops, spaces.get(len(rows)))
         nats[begins[0] : part[-1]] = found[weights > 0]  # row after row: in the order of the text
@@ -734,7 +734,7 @@ class Run:
         stories = []
         for prompt in self.s["prompts"]:
             look()
-            stories.append(tell(self.state, tokenizer, self.ops, prompt, self.s["seed"]))
+            stories.append(tell(self.state, tokenizer, OPS[self.s["kernels"]], prompt, self.s["seed"]))
         self.write(step=self.state.step, val_nats=nats, val_bits_per_byte=bits, stories=stories)
         note(f"step {self.state.step} | validation {nats:.4f} nats/token, {bits:.4f} bits/byte (first {len(tokens):,})")
         for story in stories:
@@ -901,6 +901,9 @@ def recipe_of(size, cfg, published):
     return {"steps": None} | DEFAULTS | recipe | {"batch_size": batch_size}
 
 
+DTYPES = ("float32", "bfloat16")  # of the operands of products; what they add up to, and all else, is float32
+
+
 def in_range(kind, low, high, open_low=False):
     """An argparse type: a number of this kind from low to high."""
 
@@ -973,7 +976,18 @@ def make_parser():
     add("--dropout", type=in_range(float, 0, 0.99), help="of attention, its output and the MLP's; 0 is off (default 0)")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of weights and data order (default %(default)s)")
-    add("--kernels", choices=list(OPS), default="numba", help="numpy is the specification, slow (default %(default)s)")
+    add(
+        "--kernels",
+        choices=["numba", "numpy"],
+        default="numba",
+        help="numpy is the specification, slow (default numba)",
+    )
+    add(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of products: auto is bfloat16 where the CPU has tiles",
+    )
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="FOLDER", help="of the run (default runs/SIZE, runs/SIZE-2, ...)")
@@ -1105,6 +1119,10 @@ def resolve(args, cfg):
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {s['batch_size']}; try {options}")
     if args.max_memory and args.kernels == "numpy":
         raise ValueError("--max-memory is about the buffers of kernels; leave it out with --kernels numpy")
+    if args.dtype == "bfloat16" and args.kernels == "numpy":
+        raise ValueError("--dtype bfloat16 is about the products of kernels; leave it out with --kernels numpy")
+    tiles = args.kernels != "numpy" and args.dtype != "float32" and not tinygpt.without_tiles()
+    s["dtype"] = "bfloat16" if tiles else "float32"
     s["min_lr"] = s["lr"] / 10 if s["min_lr"] is None else s["min_lr"]
     if s["min_lr"] > s["lr"]:
         raise ValueError(f"--min-lr {s['min_lr']} is above --lr {s['lr']}")
@@ -1211,13 +1229,23 @@ def describe(cfg, s, data, folder):
         f"weight decay {s['weight_decay']:g}, betas {s['beta1']:g} {s['beta2']:g}, clip {s['grad_clip']:g}, "
         f"seed {s['seed']}\n"
         f"machine   {s['kernels']} kernels, {POOL.threads} threads{memory if s['kernels'] != 'numpy' else ''}{of}\n"
+        f"precision {precision(s)}\n"
         f"run       {folder}"
     )
 
 
+def precision(s):
+    """What products are made of; where that is float32 although nobody asked for it, why."""
+    if s["dtype"] == "bfloat16":
+        return "bfloat16 tiles multiply; float32 for all else"
+    free = s["kernels"] != "numpy" and s.get("asked", {}).get("dtype") != "float32"
+    reason = tinygpt.without_tiles() if free else None
+    return "float32" + (f": {reason}" if reason else "")
+
+
 def repeat_command(args, s, cfg):
     words = ["--size", args.size] if args.size else []
-    words += ["--seq-len", cfg.seq_len, "--steps", s["steps"], "--kernels", s["kernels"]]
+    words += ["--seq-len", cfg.seq_len, "--steps", s["steps"], "--kernels", s["kernels"], "--dtype", s["dtype"]]
     words += ["--set", *args.set] if args.set else []
     for name in ("data", "val_data"):
         words += [f"--{name.replace('_', '-')}", *getattr(args, name)] if getattr(args, name) else []
@@ -1315,7 +1343,7 @@ def begin_in(folder, log, args, started):
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
     parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
-    run = Run(folder, s, State(cfg, parameters), data, OPS[args.kernels], log)
+    run = Run(folder, s, State(cfg, parameters), data, table_of(s), log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
     return run, batches, space
 
@@ -1395,7 +1423,9 @@ def go_on(folder, log, args):
     state = State(cfg, parameters)
     state.step, state.m[:], state.v[:] = step, *moments
     s.setdefault("recompute", False)  # runs that began before there was a choice
-    run = Run(folder, s, state, data, OPS[s["kernels"]], log)
+    s.setdefault("dtype", "float32")
+    check_tiles(s, folder)
+    run = Run(folder, s, state, data, table_of(s), log)
     run.best, run.evaluated, run.saved_at = best, evaluated, time.monotonic()
     run.cut_log(position)
     return run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)
@@ -1413,7 +1443,11 @@ def check_settings(s):
     sound &= s["beta1"] < 1 and s["beta2"] < 1 and all(type(text) is str for text in texts)
     if not sound or s["batch_size"] > 2**16 or s["batch_size"] % s["micro_batch_size"]:
         raise ValueError("a setting is out of range")
-    if s["kernels"] not in OPS or s.get("schedule", "cosine") not in SCHEDULES:
+    if (
+        s["kernels"] not in OPS
+        or s.get("dtype", "float32") not in DTYPES
+        or s.get("schedule", "cosine") not in SCHEDULES
+    ):
         raise ValueError("its kernels or its schedule are not known here")
     dict.keys(s.get("asked", {}))
 
@@ -1425,8 +1459,21 @@ def make_space(cfg, s):
     return tinygpt.workspace(cfg, micro, cfg.seq_len, np.float32, s["recompute"])
 
 
+def table_of(s):
+    return OPS["tiles"] if s.get("dtype") == "bfloat16" else OPS[s["kernels"]]
+
+
 def ops_of(s):
-    return tinygpt.recomputed(OPS[s["kernels"]]) if s["recompute"] else OPS[s["kernels"]]
+    return tinygpt.recomputed(table_of(s)) if s["recompute"] else table_of(s)
+
+
+def check_tiles(s, folder):
+    """ValueError where this machine cannot go on with the products that a run began with: other bytes would follow."""
+    if s["dtype"] == "bfloat16" and (reason := tinygpt.without_tiles()):
+        other = f"begin another run with its model: --init-from {folder / 'last.safetensors'}"
+        raise ValueError(
+            f"the run in {folder} multiplies in bfloat16, but {reason}; resume it where that is, or {other}"
+        )
 
 
 def open_run(args, started):
@@ -1440,9 +1487,10 @@ def open_run(args, started):
 
     s, cfg, step, evaluated, folder, tokenizer = RANKS.alone(lead)
     if RANKS.rank:
+        check_tiles(s, folder)
         data = read_data(bpe.Tokenizer.from_json(tokenizer), s["files"], s["data"], cfg.seq_len)
         state = State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
-        run, state.step = Run(folder, s, state, data, OPS[s["kernels"]], None), step
+        run, state.step = Run(folder, s, state, data, table_of(s), None), step
         run.evaluated = evaluated
         made += [run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)]
     state = made[0].state

@@ -344,6 +344,7 @@ def guarded(rng, rows, columns, dtype, guard):
 def call_product(a, b, c, add):
     """tinygpt.product, compiled once by itself."""
     panel = np.full(tinygpt.PANEL_SIZE, np.nan, c.dtype)
+    panel[: tinygpt.HEADER] = 0
     strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
     tinygpt.provide_product(c.dtype.name)[0].ctypes(*strides, *c.shape, a.shape[1], int(add), panel.ctypes.data)
 
@@ -411,7 +412,7 @@ def test_product_as_kernels_call_it_is_the_same(dtype):
         tinygpt.product(a, b, c, add, panel[0])
 
     def product(a, b, c, add):
-        jitted(a, b, c, add, np.empty((1, tinygpt.PANEL_SIZE), dtype))
+        jitted(a, b, c, add, np.zeros((1, tinygpt.PANEL_SIZE), dtype))
 
     for seed in range(4):
         check_product(13, 130, 75, dtype, seed, seed > 1, seed % 2 == 1, product)
@@ -423,7 +424,7 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
     tinygpt.provide_product(np.dtype(dtype).name)
     rng = np.random.default_rng(0)
     x, dy, dw = (rng.standard_normal(shape).astype(dtype) for shape in ((N, K), (N, M), (K, M)))
-    db, scratch = rng.standard_normal(M).astype(dtype), np.empty((POOL.threads, tinygpt.PANEL_SIZE), dtype)
+    db, scratch = rng.standard_normal(M).astype(dtype), np.zeros((POOL.threads, tinygpt.PANEL_SIZE), dtype)
     expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
     in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
 

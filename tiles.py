@@ -1,0 +1,661 @@
+"""Matrix products of bf16 tiles: the matrix unit that Intel's processors have since 2023 (AMX), driven from Numba.
+
+    python tiles.py        # whether this machine has it, how exact its products are, and how fast
+
+`train.py --dtype bfloat16` multiplies through this file. Operands are rounded to bf16, 8 bits of mantissa, as they are
+packed; what they add up to is float32. Without this file everything else runs as before, in float32.
+
+Read in order: 1 what this machine has, 2 packing, 3 the innermost block, 4 the driver, 5 how it is called.
+
+The driver blocks, packs and handles edges, once for all; the innermost block is called by its address, and there are
+three. "amx" is the matrix unit. "stand-in" reads the same packed operands and adds up in the same order with ordinary
+float32 arithmetic: what a machine without the unit can test. "float64" rounds nothing, so that finite differences run
+through the same driver. No other file's functions are called from here, and tinygpt.py calls this one by address.
+
+Tiles: a is 16 rows of 32 columns; b is 32 rows of 16 columns, two rows interleaved: 16 rows of 16 pairs; c is 16 x 16.
+Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18, volume 2 under TDPBF16PS.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+import time
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+part = register_jitable(error_model="numpy")  # of a function that has an address, compiled with it
+
+TILE = 16  # rows of a tile of a and of c, columns of c, pairs in a row of a tile
+STEP = 2 * TILE  # columns of a that a tile holds
+SQUARE = 2 * TILE  # rows and columns of the block of c that stays in four tiles
+LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
+BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed at a time: 160 KiB, of a core's 2 MiB
+
+I8, I32, I64 = (ir.IntType(bits) for bits in (8, 32, 64))
+
+
+# == 1  what this machine has ==========================================================================================
+
+
+def compiles_for(feature):
+    """Whether the processor that Numba compiles for has a feature, by LLVM's name."""
+    if numba.config.CPU_NAME:
+        return f"+{feature}" in (numba.config.CPU_FEATURES or "").split(",")
+    return binding.get_host_cpu_features().get(feature, False)
+
+
+def ask_linux():
+    """Ask for the tile registers, for all threads of this process: 0, or the number of the error."""
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Linux 5.16
+    return ctypes.get_errno() if ctypes.CDLL(None, use_errno=True).syscall(158, 0x1023, 18) else 0
+
+
+@functools.cache
+def product_error(kind):
+    """Of a product with edges on all sides, against float64 of the same rounded operands, relative to the largest."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(dtype_of(kind)) for shape in ((77, 91), (91, 69)))
+    c = multiply(a, b, np.ones((77, 69), a.dtype), True, kind)
+    if kind != "float64":
+        a, b = rounded(a), rounded(b)
+    expected = 1 + a.astype(np.float64) @ b
+    return float(np.abs(c - expected).max() / np.abs(expected).max())
+
+
+def why_not():
+    """None where float32 can be multiplied in bf16 tiles, else why not, in a sentence."""
+    if KINDS["float32"] != "amx":
+        return None
+    here = platform.system(), platform.machine()
+    if here != ("Linux", "x86_64"):
+        return f"bf16 tiles (Intel AMX) are used on Linux x86_64 only, this is {' '.join(here)}"
+    if not (compiles_for("amx-tile") and compiles_for("amx-bf16")):
+        return "this processor has no bf16 tiles (Intel AMX)"
+    if refused := ask_linux():
+        return f"Linux refuses the tile registers of this processor ({os.strerror(refused)})"
+    error = product_error("amx")
+    return None if error < 1e-5 else f"the tiles of this processor fail their test (relative error {error:.1e})"
+
+
+# == 2  packing ========================================================================================================
+#
+# A packed element is bf16, or float64 where nothing is rounded. Pairs of them are words: 32 or 128 bits.
+
+
+def packed_size(size):
+    """Bytes of an element once it is packed, of one that had `size`."""
+    return 2 if size == 4 else 8
+
+
+def load(builder, address, kind, align):
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def store(builder, value, address, align):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def instruction(builder, name, result, *values):
+    """Call LLVM's intrinsic for an instruction of x86."""
+    name, kind = f"llvm.x86.{name}", ir.FunctionType(result, [x.type for x in values])
+    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
+
+
+def splat(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+class BF16(ir.Type):
+    """LLVM's type, which llvmlite has no name for."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BF16)
+
+    def __hash__(self):
+        return hash(BF16)
+
+
+def converts():
+    """Whether there is an instruction that rounds two vectors of float32. (It takes float32 below 1.2e-38 for 0, as the
+    matrix unit does.)"""
+    return binding.llvm_version_info[0] >= 16 and compiles_for("avx512bf16") and compiles_for("avx512bw")
+
+
+def round_bits(builder, x):
+    """Vector of float32 -> its bits; the upper 16 are those of bf16, rounded to the nearest, of two the even one."""
+    words = ir.VectorType(I32, x.type.count)
+    bits = builder.bitcast(x, words)
+    odd = builder.and_(builder.lshr(bits, splat(words, 16)), splat(words, 1))
+    near = builder.add(builder.add(bits, splat(words, 0x7FFF)), odd)  # inf stays inf
+    quiet = builder.or_(bits, splat(words, 0x400000))  # NaN stays NaN: rounding might carry it to -0
+    return builder.select(builder.fcmp_unordered("uno", x, x), quiet, near)
+
+
+def narrow(builder, low, high, neighbours):
+    """Two vectors of n elements -> n words: pairs of neighbours, first those of low, or else low[i] with high[i]."""
+    n = low.type.count
+    indices = ir.VectorType(I32, 2 * n)
+    zipped = ir.Constant(indices, [lane for i in range(n) for lane in (i, n + i)])
+    if low.type.element == ir.DoubleType():
+        joined = ir.Constant(indices, list(range(2 * n))) if neighbours else zipped
+        return builder.bitcast(builder.shuffle_vector(low, high, joined), ir.VectorType(ir.IntType(128), n))
+    halves, words = ir.VectorType(ir.IntType(16), 2 * n), ir.VectorType(I32, n)
+    if converts():
+        kind = ir.VectorType(BF16(), 2 * n)
+        both = instruction(builder, "avx512bf16.cvtne2ps2bf16.512", kind, high, low)
+        both = builder.bitcast(both, halves)
+        both = both if neighbours else builder.shuffle_vector(both, ir.Constant(halves, ir.Undefined), zipped)
+        return builder.bitcast(both, words)
+    low, high = round_bits(builder, low), round_bits(builder, high)
+    if neighbours:
+        low, high = builder.bitcast(low, halves), builder.bitcast(high, halves)
+        upper = ir.Constant(indices, list(range(1, 4 * n, 2)))
+        return builder.bitcast(builder.shuffle_vector(low, high, upper), words)
+    return builder.or_(builder.lshr(low, splat(words, 16)), builder.and_(high, splat(words, 0xFFFF0000)))
+
+
+def element_vector(context, kind):
+    """(LLVM type of a vector of TILE elements, bytes of one)."""
+    scalar = context.get_value_type(kind)
+    return ir.VectorType(scalar, TILE), context.get_abi_sizeof(scalar)
+
+
+@intrinsic
+def sizes_of(typing_context, zero):
+    """Bytes of an element of the type of zero, and once it is packed."""
+
+    def build(context, builder, signature, args):
+        size = element_vector(context, zero)[1]
+        return context.make_tuple(builder, signature.return_type, (I64(size), I64(packed_size(size))))
+
+    return types.UniTuple(types.intp, 2)(zero), build
+
+
+@intrinsic
+def pack_row(typing_context, to, source, zero):
+    """STEP elements that follow one another, of the type of zero -> TILE words."""
+
+    def build(context, builder, signature, args):
+        vector, size = element_vector(context, zero)
+        low, high = (load(builder, builder.add(args[1], I64(i * TILE * size)), vector, size) for i in range(2))
+        store(builder, narrow(builder, low, high, True), args[0], 64)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, zero), build
+
+
+@intrinsic
+def pack_pair(typing_context, to, low, high, zero):
+    """TILE elements from each of two addresses, of the type of zero -> TILE words."""
+
+    def build(context, builder, signature, args):
+        vector, size = element_vector(context, zero)
+        rows = (load(builder, address, vector, size) for address in args[1:3])
+        store(builder, narrow(builder, *rows, False), args[0], 64)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, zero), build
+
+
+@intrinsic
+def turn_words(typing_context, at, zero):
+    """TILE x TILE words, in place: row i becomes column i."""
+
+    def build(context, builder, signature, args):
+        size = element_vector(context, zero)[1]
+        words = ir.VectorType(ir.IntType(16 * packed_size(size)), TILE)
+        places = [builder.add(args[0], I64(i * TILE * 2 * packed_size(size))) for i in range(TILE)]
+        rows = [load(builder, place, words, 64) for place in places]
+        order = [lane for i in range(TILE) for lane in (i, TILE + i)]
+        masks = [ir.Constant(ir.VectorType(I32, TILE), half) for half in (order[:TILE], order[TILE:])]
+        for _ in range(TILE.bit_length() - 1):  # each round takes the first bit of (row, column) to its end
+            halves = zip(rows[: TILE // 2], rows[TILE // 2 :])
+            rows = [builder.shuffle_vector(*two, mask) for two in halves for mask in masks]
+        for row, place in zip(rows, places):
+            store(builder, row, place, 64)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, zero), build
+
+
+@intrinsic
+def peek(typing_context, address, index, zero):
+    """Element `index` of those at an address, of the type of zero."""
+
+    def build(context, builder, signature, args):
+        scalar = context.get_value_type(zero)
+        pointer = builder.gep(builder.inttoptr(args[0], scalar.as_pointer()), [args[1]])
+        return builder.load(pointer, align=context.get_abi_sizeof(scalar))
+
+    return zero(types.intp, types.intp, zero), build
+
+
+@intrinsic
+def poke(typing_context, address, index, value):
+    """Put a value at the place of element `index` of those at an address."""
+
+    def build(context, builder, signature, args):
+        scalar = args[2].type
+        pointer = builder.gep(builder.inttoptr(args[0], scalar.as_pointer()), [args[1]])
+        builder.store(args[2], pointer, align=context.get_abi_sizeof(scalar))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, value), build
+
+
+@part
+def copy_padded(source, row, right, rows, columns, to, height, width, zero):
+    """to (height, width), rows without gaps = source (rows, columns), zeros beyond it; strides in bytes."""
+    size, _ = sizes_of(zero)
+    for i in range(height):
+        line = to + i * width * size
+        given = columns if i < rows else 0
+        if right == size:
+            for j in range(given):
+                poke(line, j, peek(source + i * row, j, zero))
+        else:
+            for j in range(given):
+                poke(line, j, peek(source + i * row + j * right, 0, zero))
+        for j in range(given, width):
+            poke(line, j, zero)
+
+
+@part
+def pack_a(a, a_row, a_k, rows, depth, to, edge, zero):
+    """a (rows, depth) -> for every 16 rows, of whole SQUAREs, its tiles from left to right."""
+    size, packed = sizes_of(zero)
+    line = TILE * 2 * packed  # bytes of a row of a tile
+    steps = (depth + STEP - 1) // STEP
+    for r in range(0, (rows + SQUARE - 1) // SQUARE * SQUARE, TILE):
+        for s in range(steps):
+            at, source, deep = (
+                to + (r // TILE * steps + s) * TILE * line,
+                a + r * a_row + s * STEP * a_k,
+                depth - s * STEP,
+            )
+            if rows - r >= TILE and deep >= STEP and a_row == size:
+                for i in range(TILE):
+                    pack_pair(at + i * line, source + 2 * i * a_k, source + (2 * i + 1) * a_k, zero)
+                turn_words(at, zero)
+            else:
+                down = a_row
+                if rows - r < TILE or deep < STEP or a_k != size:
+                    few = max(0, min(TILE, rows - r))
+                    copy_padded(source, a_row, a_k, few, min(STEP, deep), edge, TILE, STEP, zero)
+                    source, down = edge, STEP * size
+                for i in range(TILE):
+                    pack_row(at + i * line, source + i * down, zero)
+
+
+@part
+def pack_b(b, b_k, depth, columns, to, edge, zero):
+    """b (depth, columns), at most SQUARE columns -> for every 16 columns its tiles from top to bottom."""
+    size, packed = sizes_of(zero)
+    line = TILE * 2 * packed
+    steps = (depth + STEP - 1) // STEP
+    for half in range(2):
+        for s in range(steps):
+            at, source, down = to + (half * steps + s) * TILE * line, b + s * STEP * b_k + half * TILE * size, b_k
+            wide, deep = max(0, min(TILE, columns - half * TILE)), min(STEP, depth - s * STEP)
+            if wide < TILE or deep < STEP:
+                copy_padded(source, b_k, size, deep, wide, edge, STEP, TILE, zero)
+                source, down = edge, TILE * size
+            for i in range(TILE):
+                pack_pair(at + i * line, source + 2 * i * down, source + (2 * i + 1) * down, zero)
+
+
+# == 3  the innermost block ============================================================================================
+#
+# c (32, 32) = a b, or c += a b if add: two rows of `steps` tiles of a, two columns of as many tiles of b. The tile of c
+# in row i and column j becomes, step after step,  c + (e + o),  e = sum_k a_i,2k b_2k,j,  o = sum_k a_i,2k+1 b_2k+1,j,
+# e and o being chains of 16 fused multiply-adds that begin at 0: the order of TDPBF16PS. (The unit also takes float32
+# below 1.2e-38 for 0.)
+
+
+def cell(call):
+    """Numba function of (top, bottom, left, right: tiles of a and b; c, c_row, steps, add) whose code `call` builds."""
+
+    @intrinsic
+    def block(typing_context, top, bottom, left, right, c, c_row, steps, add, zero):
+        def build(context, builder, signature, args):
+            call(context, builder, zero, *args[:8])
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8, zero), build
+
+    return block
+
+
+def unit(builder, name, *operands):
+    """An instruction of the matrix unit: tiles by number."""
+    instruction(builder, name, ir.VoidType(), *(I8(x) if isinstance(x, int) else x for x in operands))
+
+
+def unit_block(context, builder, zero, top, bottom, left, right, c, c_row, steps, add):
+    """Tiles 0 to 3 are those of c, 4 and 5 of a, 6 and 7 of b."""
+
+    def move(name, tile, address, stride):
+        unit(builder, name, tile, builder.inttoptr(address, I8.as_pointer()), stride)
+
+    low = builder.add(c, builder.mul(c_row, I64(TILE)))
+    corners = [builder.add(row, I64(4 * TILE * j)) for row in (c, low) for j in range(2)]
+    with builder.if_else(builder.icmp_signed("!=", add, I64(0))) as (resume, begin):
+        with resume:
+            for tile, corner in enumerate(corners):
+                move("tileloadd64", tile, corner, c_row)
+        with begin:
+            for tile in range(4):
+                unit(builder, "tilezero", tile)
+    with cgutils.for_range(builder, steps) as loop:
+        at = builder.mul(loop.index, I64(TILE * 64))
+        for tile, operand in zip((4, 6, 7, 5), (top, left, right, bottom)):
+            move("tileloadd64", tile, builder.add(operand, at), I64(64))
+        for tile in range(4):
+            unit(builder, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
+    for tile, corner in enumerate(corners):
+        move("tilestored64", tile, corner, c_row)
+
+
+ROWS_AT_ONCE = 4  # of a tile, in the stand-in: 12 sums in registers
+
+
+def widen(builder, words, scalar):
+    """n words -> the first and the second elements of the pairs, as vectors."""
+    n = words.type.count
+    if scalar == ir.DoubleType():
+        pairs = builder.bitcast(words, ir.VectorType(scalar, 2 * n))
+        sides = (ir.Constant(ir.VectorType(I32, n), list(range(side, 2 * n, 2))) for side in range(2))
+        return [builder.shuffle_vector(pairs, ir.Constant(pairs.type, ir.Undefined), side) for side in sides]
+    upper = builder.and_(words, splat(words.type, 0xFFFF0000))
+    lower = builder.shl(words, splat(words.type, 16))
+    return [builder.bitcast(x, ir.VectorType(scalar, n)) for x in (lower, upper)]
+
+
+def plain_block(context, builder, zero, top, bottom, left, right, c, c_row, steps, add):
+    """The same from the same operands, in the arithmetic of the type of zero."""
+    vector, size = element_vector(context, zero)
+    line, scalar = TILE * 2 * packed_size(size), vector.element
+    word = ir.IntType(16 * packed_size(size))
+    name = f"llvm.fma.v{TILE}f{8 * size}"
+    fma = builder.module.globals.get(name)
+    fma = fma or ir.Function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+    resume = builder.icmp_signed("!=", add, I64(0))
+
+    def rows_of_tile(a, b, corner):
+        """ROWS_AT_ONCE rows of a tile of c, from those of a."""
+        places = [builder.add(corner, builder.mul(c_row, I64(r))) for r in range(ROWS_AT_ONCE)]
+        sums = [cgutils.alloca_once(builder, vector) for _ in places]
+        for place, at in zip(places, sums):
+            with builder.if_else(resume) as (old, new):
+                with old:
+                    builder.store(load(builder, place, vector, size), at)
+                with new:
+                    builder.store(splat(vector, 0.0), at)
+        with cgutils.for_range(builder, steps) as loop:
+            tile = builder.mul(loop.index, I64(TILE * line))
+            chains = [[splat(vector, 0.0)] * 2 for _ in places]
+            for k in range(TILE):
+                pairs = load(builder, builder.add(builder.add(b, tile), I64(k * line)), ir.VectorType(word, TILE), 64)
+                b_sides = widen(builder, pairs, scalar)
+                for r in range(ROWS_AT_ONCE):
+                    place = builder.add(builder.add(a, tile), I64(r * line + k * line // TILE))
+                    pair = load(builder, place, ir.VectorType(word, 1), line // TILE)
+                    for side, x in enumerate(widen(builder, pair, scalar)):
+                        every = builder.shuffle_vector(x, x, splat(ir.VectorType(I32, TILE), 0))
+                        chains[r][side] = builder.call(fma, [every, b_sides[side], chains[r][side]])
+            for at, chain in zip(sums, chains):
+                builder.store(builder.fadd(builder.load(at), builder.fadd(*chain)), at)
+        for place, at in zip(places, sums):
+            store(builder, builder.load(at), place, size)
+
+    for i, a in enumerate((top, bottom)):
+        for j, b in enumerate((left, right)):
+            with cgutils.for_range(builder, I64(TILE // ROWS_AT_ONCE)) as group:
+                r = builder.mul(group.index, I64(ROWS_AT_ONCE))
+                corner = builder.add(c, builder.mul(c_row, builder.add(r, I64(i * TILE))))
+                rows_of_tile(builder.add(a, builder.mul(r, I64(line))), b, builder.add(corner, I64(j * TILE * size)))
+
+
+unit_cell, plain_cell = cell(unit_block), cell(plain_block)
+
+
+def setting(name):
+    """Numba function of one address that tells the thread's matrix unit something."""
+
+    @intrinsic
+    def tell(typing_context, address):
+        def build(context, builder, signature, args):
+            unit(builder, name, *([builder.inttoptr(args[0], I8.as_pointer())] if name == "ldtilecfg" else []))
+            return context.get_dummy_value()
+
+        return types.void(types.intp), build
+
+    return tell
+
+
+configure_unit, release_unit = setting("ldtilecfg"), setting("tilerelease")
+
+
+# == 4  the driver =====================================================================================================
+#
+# Per block of rows and of depth: a is packed once and stays in the second-level cache, 32 columns of b at a time in the
+# first-level one, and 2 x 2 tiles of c are held while all of the depth passes. An element of c is the same chain of
+# steps of 32 wherever it stands: neither the blocks nor its neighbours change a byte of it.
+
+# The words of a thread's header: the driver, where it works, the blocks; what it calls at its beginning, for each block
+# of c and at its end (0: nothing; each thread has to tell its core's unit the shapes of tiles); the least columns of a
+# with which it does not leave a product to others (0: any).
+DRIVER, MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST = range(8)
+
+
+@intrinsic
+def word(typing_context, header, index):
+    """The 64-bit word `index` of a header."""
+
+    def build(context, builder, signature, args):
+        return load(builder, builder.add(args[0], builder.mul(args[1], I64(8))), I64, 1)
+
+    return types.intp(types.intp, types.intp), build
+
+
+@intrinsic
+def call(typing_context, address, args):
+    """Call the function at an address with integers."""
+
+    def build(context, builder, signature, values):
+        operands = cgutils.unpack_tuple(builder, values[1])
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(operands)).as_pointer()
+        builder.call(builder.inttoptr(values[0], kind), operands)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, args), build
+
+
+def memory_size(blocks, size):
+    """Bytes that a thread works in: the tiles' shapes, two edges, packed b and a."""
+    rows, depth = blocks
+    return 64 + 2 * SQUARE * SQUARE * size + (rows + 1) * depth * SQUARE * STEP * packed_size(size)
+
+
+@part
+def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses and strides in bytes; a in any strides, the elements
+    of a row of b and of c side by side. 1; or 0, with nothing done, where tiles do not pay, or one would rather not
+    round: for a single row that lies in one piece (of ones: the gradient of a bias)."""
+    size, packed = sizes_of(zero)
+    least = word(header, LEAST)
+    if least > 0 and (K < least or (M == 1 and a_k == size)):
+        return 0
+    memory, height, far = word(header, MEMORY), SQUARE * word(header, ROWS), STEP * word(header, DEPTH)
+    edge_c, edge = memory + 64, memory + 64 + SQUARE * SQUARE * size
+    right = edge + SQUARE * SQUARE * size
+    left = right + far * SQUARE * packed
+    if word(header, ENTER) != 0:
+        call(word(header, ENTER), (memory,))
+    for i in range(0, M, height):
+        rows = min(height, M - i)
+        for k in range(0, K, far):
+            depth, more = min(far, K - k), 1 if add != 0 or k > 0 else 0
+            steps = (depth + STEP - 1) // STEP
+            column = steps * TILE * TILE * 2 * packed  # bytes of tiles one above the other, or side by side
+            pack_a(a + i * a_row + k * a_k, a_row, a_k, rows, depth, left, edge, zero)
+            for j in range(0, N, SQUARE):
+                wide = min(SQUARE, N - j)
+                pack_b(b + k * b_k + j * size, b_k, depth, wide, right, edge, zero)
+                for r in range(0, rows, SQUARE):
+                    high, top = min(SQUARE, rows - r), left + r // TILE * column
+                    at, down = c + (i + r) * c_row + j * size, c_row
+                    whole = high == SQUARE and wide == SQUARE
+                    if not whole:  # through a block of its own, so that nothing beside c is touched
+                        if more != 0:
+                            copy_padded(at, c_row, size, high, wide, edge_c, SQUARE, SQUARE, zero)
+                        at, down = edge_c, SQUARE * size
+                    call(word(header, BLOCK), (top, top + column, right, right + column, at, down, steps, more))
+                    if not whole:
+                        for line in range(high):
+                            from_edge, to_c = edge_c + line * SQUARE * size, c + (i + r + line) * c_row + j * size
+                            for n in range(wide):
+                                poke(to_c, n, peek(from_edge, n, zero))
+    if word(header, LEAVE) != 0:
+        call(word(header, LEAVE), (memory,))
+    return 1
+
+
+# == 5  how it is called ===============================================================================================
+
+DTYPES = {"amx": "float32", "stand-in": "float32", "float64": "float64"}  # of what each kind of innermost block adds up
+KINDS = {"float32": "amx", "float64": "float64"}  # the one that is taken
+
+
+def dtype_of(kind):
+    return np.dtype(DTYPES[kind])
+
+
+def addressed(function, count, result=types.void):
+    return numba.cfunc(result(*[types.intp] * count), cache=True, error_model="numpy", _nrt=False)(function)
+
+
+@functools.cache
+def driver(dtype):
+    """The compiled driver for float32 or float64."""
+    number = numba.from_dtype(np.dtype(dtype))
+
+    def drive_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header):
+        return drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, number(0))
+
+    return addressed(drive_dtype, 12, types.intp)
+
+
+@functools.cache
+def innermost(kind):
+    """(what enters, the innermost block, what leaves) of a kind, compiled; None where there is nothing to do."""
+    number = numba.from_dtype(dtype_of(kind))
+
+    def enter(memory):
+        configure_unit(memory)
+
+    def leave(memory):
+        release_unit(memory)
+
+    def block_of_unit(top, bottom, left, right, c, c_row, steps, add):
+        unit_cell(top, bottom, left, right, c, c_row, steps, add, number(0))
+
+    def block(top, bottom, left, right, c, c_row, steps, add):
+        plain_cell(top, bottom, left, right, c, c_row, steps, add, number(0))
+
+    if kind == "amx":
+        return addressed(enter, 1), addressed(block_of_unit, 8), addressed(leave, 1)
+    return None, addressed(block, 8), None
+
+
+def shapes_of_tiles():
+    """What the unit is told: of eight tiles, 16 rows of 64 bytes each."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1  # the only palette that there is
+    shapes[16:32].view(np.uint16)[:] = 64
+    shapes[48:56] = TILE
+    return shapes
+
+
+@functools.cache
+def workplaces(threads, size):
+    """Memory (threads, size), each from the beginning of a cache line on."""
+    size = -(-size // 64) * 64
+    flat = np.zeros(threads * size + 64, np.uint8)
+    first = -flat.ctypes.data % 64
+    places = flat[first : first + threads * size].reshape(threads, size)
+    places[:, :64] = shapes_of_tiles()
+    return places
+
+
+@functools.cache
+def words_of(threads, kind, blocks):
+    """(threads, 8): a header for each thread."""
+    places = workplaces(threads, memory_size(blocks, dtype_of(kind).itemsize))
+    table = np.zeros((threads, LEAST + 1), np.int64)
+    table[:, DRIVER], (table[:, ROWS], table[:, DEPTH]) = driver(DTYPES[kind]).address, blocks
+    table[:, MEMORY] = places.ctypes.data + np.arange(threads) * places.strides[0]
+    for index, function in zip((ENTER, BLOCK, LEAVE), innermost(kind)):
+        table[:, index] = function.address if function else 0
+    table[:, LEAST] = 0 if kind == "float64" else LEAST_DEPTH
+    return table
+
+
+@functools.cache
+def headers(threads, kind, blocks=BLOCKS):
+    """(threads, 8) words for the threads that multiply. The first is the address of a function that takes what `drive`
+    takes, `header` being the address of the thread's words. ValueError where there is none of this kind."""
+    if kind == "amx" and (reason := why_not()):
+        raise ValueError(reason)
+    return words_of(threads, kind, blocks)
+
+
+def multiply(a, b, c, add=False, kind="amx", blocks=BLOCKS):
+    """c = a b, or c += a b if add, through the driver -> c. ValueError where it leaves the product to others."""
+    header = words_of(1, kind, blocks)
+    addresses = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
+    if not driver(DTYPES[kind]).ctypes(*addresses, *c.shape, a.shape[1], int(add), header.ctypes.data):
+        raise ValueError(f"a {a.shape} is too small for tiles; expected {LEAST_DEPTH} columns or more, and two rows")
+    return c
+
+
+def rounded(x):
+    """float32 -> the nearest bf16, as float32: the specification of what packing does."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    near = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, near.view(np.float32)).astype(np.float32)
+
+
+def main():
+    reason = why_not()
+    print(reason or "this machine has bf16 tiles (Intel AMX), and Linux grants them")
+    kinds = ("stand-in", "float64") if reason else ("amx", "stand-in", "float64")
+    for kind in kinds:
+        print(f"{kind:8}  relative error against float64 of the same rounded operands {product_error(kind):.1e}")
+    rng = np.random.default_rng(0)
+    for M, K, N in ((96, 128, 384), (96, 256, 256), (96, 512, 512)):
+        a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N)))
+        c, rates = np.zeros((M, N), np.float32), []
+        for kind in kinds[:-1]:
+            best, until = float("inf"), time.perf_counter() + 0.3
+            while time.perf_counter() < until:
+                start = time.perf_counter()
+                multiply(a, b, c, True, kind)
+                best = min(best, time.perf_counter() - start)
+            rates.append(f"{kind} {2 * M * K * N / best / 1e9:.0f}")
+        print(f"{M} x {K} x {N}, one thread, packing counted: GFLOP/s {', '.join(rates)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
