@@ -1262,7 +1262,7 @@ def provide_product(dtype):
     number, size = numba.from_dtype(np.dtype(dtype)), np.dtype(dtype).itemsize
 
     def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel):
-        if not product_elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
+        if panel == 0 or not product_elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
             product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel + CACHE_LINE, size, number(0))
 
     def transpose_of_dtype(x, x_row, out, out_row, K, M, width):
