@@ -41,6 +41,7 @@ def test_the_four_files_alone_train_on_a_text_and_tell_a_story(alone, tmp_path):
     status, _, err = python(alone, "train.py", *shape, "--data", text, "--steps", 3, "--threads", 1)
     assert status == 0, err
     assert "step 3 | loss " in err
+    assert "precision float32: tiles.py is not here" in err
     status, out, err = python(alone, "sample.py", "--prompt", "Lily found", "--max-new-tokens", 10)
     assert status == 0, err
     assert out.startswith("Lily found") and len(out) > len("Lily found\n")

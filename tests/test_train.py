@@ -44,7 +44,7 @@ def write_stories(path, seed=0, count=60):
 
 @contextlib.contextmanager
 def workshop(folder):
-    """Work in `folder`, offline, with a tiny size, one thread, no matplotlib, and a peak that nobody measures."""
+    """Work in `folder`, offline, with a tiny size, one thread, no matplotlib, a peak that nobody measures, no tiles."""
     threads = tinygpt.POOL.threads
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -53,6 +53,7 @@ def workshop(folder):
         patch.setitem(train.DEFAULTS, "batch_size", RECIPE[1])
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setattr(train, "measure_peak", lambda: 1e11)
+        patch.setattr(tinygpt, "without_tiles", lambda: "there are no tiles in this workshop")
         tinygpt.POOL.resize(1)
         try:
             yield folder
@@ -1043,7 +1044,8 @@ OUT_OF_RANGE = {
     "--eval-every": ["0"],
     "--save-every": ["-1", "nan"],
     "--size": ["none"],
-    "--kernels": ["none"],
+    "--kernels": ["none", "tiles"],
+    "--dtype": ["float16", "float64"],
     "--no-such-flag": ["1"],
 }
 

@@ -1,0 +1,478 @@
+"""tiles.py: the driver with each innermost block that this machine has, the kernels through it, bf16 training against
+float32, what happens without tiles, and the machine code where nobody can run it."""
+
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from conftest import as_bytes, random_batch, random_parameters, relative, run_model, tiny_config
+from llvmlite import binding
+from test_kernels import around, guarded
+from test_train import (
+    interrupt_at,
+    invoke,
+    losses,
+    model_bytes,
+    place,
+    read_log,
+    refusal,
+    text,
+    trained,
+)
+
+import tiles
+import tinygpt
+import train
+from tinygpt import OPS
+
+__all__ = ["place", "text"]  # fixtures
+
+HAS_UNIT = tiles.why_not() is None
+KINDS = ["stand-in", "float64", *(["amx"] if HAS_UNIT else [])]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+in_bf16 = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float64"])
+
+
+# -- the driver
+
+
+def check_product(M, K, N, kind, seed, transposed, add, blocks):
+    """Against float64 of the rounded operands; nothing beside a, b and c is read or written."""
+    rng, dtype = np.random.default_rng(seed), tiles.dtype_of(kind)
+    a = guarded(rng, K, M, dtype, np.nan)[1].T if transposed else guarded(rng, M, K, dtype, np.nan)[1]
+    b = guarded(rng, K, N, dtype, np.nan)[1]
+    whole, c = guarded(rng, M, N, dtype, 1234.5)
+    before, old = whole.copy(), c.astype(np.float64)
+    if not add:
+        c[:] = np.nan  # must not be read
+    tiles.multiply(a, b, c, add, kind, blocks)
+    wide_a, wide_b = ((x if kind == "float64" else tiles.rounded(x)).astype(np.float64) for x in (a, b))
+    expected = wide_a @ wide_b + (old if add else 0)
+    bound = (K + 2) * np.finfo(dtype).eps * (np.abs(wide_a) @ np.abs(wide_b) + (np.abs(old) if add else 0))
+    assert (np.abs(c - expected) <= bound).all(), (M, K, N, kind, transposed, add, blocks)
+    c[:] = before[1:-1, 3 : 3 + N]
+    assert np.array_equal(whole, before), f"{(M, K, N, kind, blocks)}: written beside c"
+
+
+def borders(size):
+    return around(1, tiles.TILE, tiles.SQUARE, size)
+
+
+@every_kind
+@pytest.mark.parametrize("blocks", [(1, 1), (1, 2), (2, 1), (3, 4)])
+def test_products_are_right_at_the_borders_of_tiles_and_of_small_blocks(kind, blocks):
+    rows, depth = (tiles.SQUARE * n for n in blocks)
+    shapes = [(m, k, n) for m in (*borders(rows), rows + 33) for n in (1, 16, 31, 33, 64) for k in (32, 47)]
+    shapes += [(m, k, 37) for m in (2, 40, 70) for k in (*borders(depth), 2 * depth + 5) if k >= tiles.LEAST_DEPTH]
+    for seed, shape in enumerate(shapes):
+        for transposed in (False, True):
+            if min(shape[:2]) > 1:
+                check_product(*shape, kind, seed, transposed, seed % 3 == 0, blocks)
+
+
+@every_kind
+def test_products_are_right_at_the_borders_of_the_blocks_that_train(kind):
+    rows, depth = (tiles.SQUARE * n for n in tiles.BLOCKS)
+    shapes = [(m, 40, 50) for m in around(rows)] + [(40, k, 50) for k in around(depth)] + [(rows + 7, depth + 9, 70)]
+    for seed, shape in enumerate(shapes):
+        for transposed in (False, True):
+            check_product(*shape, kind, seed, transposed, seed % 2 == 0, tiles.BLOCKS)
+
+
+@every_kind
+def test_a_may_have_any_strides(kind):
+    rng, dtype = np.random.default_rng(0), tiles.dtype_of(kind)
+    x, b = rng.standard_normal((90, 80)).astype(dtype), rng.standard_normal((40, 19)).astype(dtype)
+    views = [x[::2, ::2], x[::-1, ::-2][:45], x.T[:, ::2][:, :40], np.broadcast_to(x[:1, :40], (33, 40))]
+    views += [np.broadcast_to(x[:33, :1], (33, 40)), x[:33].T[:40].T, x[5:50, 3:43], x.T[5:50, 3:43]]
+    for a in views:
+        c = tiles.multiply(a[:, :40], b, np.zeros((len(a), 19), dtype), False, kind)
+        wide_a, wide_b = (np.ascontiguousarray(x) for x in (a[:, :40], b))
+        exact = wide_a @ wide_b if kind == "float64" else tiles.rounded(wide_a).astype(np.float64) @ tiles.rounded(b)
+        assert relative(c, exact) < 100 * np.finfo(dtype).eps
+
+
+@in_bf16
+def test_neither_blocks_nor_neighbours_change_a_byte(kind):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((70, 150)).astype(np.float32), rng.standard_normal((150, 90)).astype(np.float32)
+    whole = tiles.multiply(a, b, np.zeros((70, 90), np.float32), False, kind)
+    for blocks in ((1, 1), (2, 3), (1, 7)):
+        assert tiles.multiply(a, b, np.zeros_like(whole), False, kind, blocks).tobytes() == whole.tobytes()
+    part = tiles.multiply(a[13:60], b[:, 7:80].copy(), np.zeros((47, 73), np.float32), False, kind)
+    assert np.array_equal(part, whole[13:60, 7:80])
+    turned = tiles.multiply(a.T.copy().T, b, np.zeros_like(whole), False, kind)
+    assert turned.tobytes() == whole.tobytes()
+
+
+@in_bf16
+def test_sums_that_go_on_are_those_of_one_product(kind):
+    """Rows of tokens in two goes, cut where a step of 32 ends: what makes micro-batches of such windows the same."""
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((40, 160)).astype(np.float32), rng.standard_normal((160, 50)).astype(np.float32)
+    once = tiles.multiply(a, b, np.ones((40, 50), np.float32), True, kind)
+    twice = np.ones((40, 50), np.float32)
+    for part in (slice(0, 64), slice(64, 160)):
+        tiles.multiply(a[:, part], b[part], twice, True, kind)
+    assert twice.tobytes() == once.tobytes()
+
+
+def test_small_products_are_left_to_others_and_c_as_it_was():
+    a, c = np.ones((9, 80), np.float32), np.full((9, 20), 7.0, np.float32)
+    for left in (a[:, : tiles.LEAST_DEPTH - 1], a[:1]):
+        with pytest.raises(ValueError, match=r"too small for tiles; expected 16 columns or more"):
+            tiles.multiply(left, np.ones((left.shape[1], 20), np.float32), c[: len(left)], False, "stand-in")
+    assert (c == 7).all()
+
+
+# -- rounding
+
+SPECIAL = [0, 1, -1, 3.389e38, -3.3961776e38, 3.4028235e38, math.inf, -math.inf, math.nan, -math.nan, 1e-37, -1.5e-30]
+
+
+def nearest(x):
+    """float32 -> bf16 by its definition: of the two around it the nearest, of two as near the one with an even bit."""
+    bits, x = x.view(np.uint32), x.astype(np.float64)
+    below = bits & np.uint32(0xFFFF0000)
+    above = (below + np.uint32(0x10000)).view(np.float32).astype(np.float64)
+    below = below.view(np.float32).astype(np.float64)
+    above = np.where(np.isinf(above), np.copysign(2.0**128, x), above)  # as if there were one more
+    down, up = np.abs(x - below), np.abs(x - above)
+    found = np.where((up < down) | ((up == down) & (bits >> 16 & 1 == 1)), above, below)
+    found = np.where(np.abs(found) == 2.0**128, np.copysign(math.inf, x), found)
+    return np.where(np.isfinite(x), found, x)
+
+
+@in_bf16
+def test_operands_are_rounded_to_the_nearest_of_two_the_even_one(kind):
+    rng = np.random.default_rng(0)
+    random = (rng.standard_normal(1000) * np.exp(rng.uniform(-60, 60, 1000))).astype(np.float32)
+    halves = ((rng.integers(0x3000, 0x5000, 500).astype(np.uint32) << 16) + 0x8000).view(np.float32)
+    x = np.concatenate([random, halves, np.array(SPECIAL, np.float32)])
+    x = np.concatenate([x, np.zeros(-len(x) % 64, np.float32)])
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = nearest(x)
+        assert np.array_equal(tiles.rounded(x), expected.astype(np.float32), equal_nan=True)
+    one = np.zeros((32, 32), np.float32)
+    one[0] = 1
+    rows = np.zeros((len(x), 32), np.float32)
+    rows[:, 0] = x
+    turned, odd = np.ascontiguousarray(rows.T).T, np.zeros((len(x), 64), np.float32)[:, ::2]
+    odd[:] = rows
+    for a in (rows, turned, odd):  # three ways into a tile
+        c = tiles.multiply(a, one, np.zeros((len(x), 32), np.float32), False, kind)
+        assert all(np.array_equal(column, expected, equal_nan=True) for column in c.T)
+    b = np.zeros((32, len(x)), np.float32)
+    b[0] = x
+    c = tiles.multiply(one.T, b, np.zeros((32, len(x)), np.float32), False, kind)
+    assert all(np.array_equal(row, expected, equal_nan=True) for row in c)
+
+
+def operands(rng, M, K, N, positive):
+    draw = (lambda shape: rng.uniform(0.5, 1.5, shape)) if positive else rng.standard_normal
+    return draw((M, K)).astype(np.float32), draw((K, N)).astype(np.float32)
+
+
+def error_beside_rounding(a, b, c):
+    """Error of c = a b, and of the exact product of operands in bf16, against float64: the largest, of one scale."""
+    exact = a.astype(np.float64) @ b
+    rounded = tiles.rounded(a).astype(np.float64) @ tiles.rounded(b)
+    return np.abs(c - exact).max() / np.abs(rounded - exact).max()
+
+
+SHAPES = [(96, 128, 384), (96, 512, 128), (96, 2048, 64), (132, 128, 256), (256, 32, 64), (48, 64, 64), (5, 17, 3)]
+
+
+@in_bf16
+@pytest.mark.parametrize("positive", [False, True], ids=["of both signs", "positive"])
+def test_products_err_at_most_twice_as_much_as_rounding_the_operands(kind, positive):
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        a, b = operands(rng, *shape, positive)
+        c = tiles.multiply(a, b, np.zeros((len(a), b.shape[1]), np.float32), False, kind)
+        assert 0 < error_beside_rounding(a, b, c) <= 2, shape
+
+
+def test_cutting_operands_off_instead_of_rounding_is_noticed():
+    a, b = operands(np.random.default_rng(0), 96, 128, 384, True)
+    cut_a, cut_b = ((x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64) for x in (a, b))
+    assert error_beside_rounding(a, b, cut_a @ cut_b) > 2
+
+
+# -- the kernels through it
+
+
+@pytest.fixture(params=[(1, 1), tiles.BLOCKS], ids=["blocks of a tile", "blocks that train"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(tiles, "headers", lambda threads, kind: tiles.words_of(threads, kind, request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("T", [*around(32, 64), *around(tinygpt.ROW_BLOCK, 2 * tinygpt.ROW_BLOCK)])
+def test_kernels_agree_with_the_spec_at_the_borders_of_tiles(T, blocks):
+    for shape in (dict(width=36, hidden=70, vocab_size=67), dict(width=33, heads=1, mlp="swiglu", hidden=31)):
+        cfg = tiny_config(**shape | dict(seq_len=T, position_rows=T))
+        exact, found = (run_model(cfg, table, 2, T, np.float64, table == "tiles") for table in ("numpy", "tiles"))
+        for name in exact:
+            assert relative(found[name], exact[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(width=36, hidden=70, seq_len=33, position_rows=33, layers=1)])
+def test_gradients_through_the_driver_are_derivatives(shape, blocks):
+    errors = tinygpt.check_model(tiny_config(**shape), OPS["tiles"], seed=2)
+    assert max(error for _, error in errors) < 1e-6, errors
+
+
+@numba.cfunc(numba.types.intp(*[numba.types.intp] * 12))
+def says_that_it_multiplied(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header):
+    return 1
+
+
+def test_a_driver_that_does_nothing_is_noticed(monkeypatch):
+    """In float64 no product is so small that it is left to others."""
+    words = np.zeros((tinygpt.POOL.threads, 8), np.int64)
+    words[:, tiles.DRIVER] = says_that_it_multiplied.address
+    monkeypatch.setattr(tiles, "headers", lambda threads, kind: words)
+    exact, found = (run_model(tiny_config(), table, 2, 5, np.float64) for table in ("numpy", "tiles"))
+    for name in ("qkv_w", "out_w", "up_w", "down_w", "embed_w"):
+        assert not relative(found[name], exact[name]) < 0.1, name
+
+
+def test_an_op_leaves_nothing_behind(blocks):
+    cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    batch, space = random_batch(cfg, 2, 50, dtype=np.float32), tinygpt.workspace(cfg, 2, 50, np.float32)
+    results = []
+    for table in ("numba", "tiles", "numba"):
+        gradient, g = tinygpt.zero_gradients(cfg)
+        tinygpt.loss_and_gradients(p, *batch, g, cfg, OPS[table], space)
+        results.append(gradient.tobytes())
+        assert not space["scratch"][:, : tinygpt.HEADER].any()
+    assert results[0] == results[2] != results[1]
+    with pytest.raises(AttributeError):
+        OPS["tiles"]["mlp_layer_forward"](None, p["layers"][0], cfg, space["layers"][0])
+    assert not space["scratch"][:, : tinygpt.HEADER].any()
+
+
+def test_the_head_that_samples_and_decoding_stay_as_they_are():
+    assert all(OPS["tiles"][name] is OPS["numba"][name] for name in ("head_logits", "steps", "embed_forward"))
+    assert OPS["tiles"]["head_loss"] is not OPS["numba"]["head_loss"]
+
+
+WIDE = tiny_config(vocab_size=301, seq_len=70, position_rows=70, width=72, hidden=141, layers=1)
+
+
+def test_any_number_of_threads_gives_the_same_bytes(pool):
+    """Threads change the blocks of a weight gradient: 141 rows are 132 and 9, or 66, 66 and 9."""
+    results = []
+    for threads in (1, 2, 4):
+        pool.resize(threads)
+        results.append(as_bytes(run_model(WIDE, "tiles", 4, 70, np.float32, True)))
+    assert results[0] == results[1] == results[2]
+    assert results[0] != as_bytes(run_model(WIDE, "numba", 4, 70, np.float32, True))
+
+
+@pytest.mark.parametrize("T", [32, 64, 96])
+def test_micro_batches_of_windows_of_whole_steps_change_no_byte(T):
+    cfg = WIDE.changed(seq_len=T, position_rows=T)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    batch, results = random_batch(cfg, 4, T, dtype=np.float32), set()
+    for size in (1, 2, 4):
+        gradient, g = tinygpt.zero_gradients(cfg)
+        space = tinygpt.workspace(cfg, size, T, np.float32)
+        for b in range(0, 4, size):
+            tinygpt.loss_and_gradients(p, *(x[b : b + size] for x in batch), g, cfg, OPS["tiles"], space)
+        results.add(gradient.tobytes())
+    assert len(results) == 1
+
+
+# -- without tiles
+
+REASONS = {
+    "another processor": ("platform.machine", lambda: "aarch64", "are used on Linux x86_64 only, this is .* aarch64"),
+    "another system": ("platform.system", lambda: "Darwin", "are used on Linux x86_64 only, this is Darwin "),
+    "no flag": ("compiles_for", lambda feature: False, "this processor has no bf16 tiles"),
+    "refused": ("ask_linux", lambda: 1, "Linux refuses the tile registers of this processor .Operation not permitted"),
+    "wrong": ("product_error", lambda kind: 0.5, r"fail their test .relative error 5.0e-01"),
+    "not a number": ("product_error", lambda kind: math.nan, "fail their test"),
+}
+
+
+@pytest.fixture(params=REASONS)
+def hindrance(request, monkeypatch):
+    """A machine that has all it takes but one thing; what is said of it."""
+    monkeypatch.setattr("tiles.platform.system", lambda: "Linux")
+    monkeypatch.setattr("tiles.platform.machine", lambda: "x86_64")
+    for name, usual in (("compiles_for", True), ("ask_linux", 0), ("product_error", 1e-7)):
+        monkeypatch.setattr(tiles, name, lambda *_, usual=usual: usual)
+    assert tiles.why_not() is None
+    name, pretended, reason = REASONS[request.param]
+    monkeypatch.setattr(f"tiles.{name}", pretended)
+    return reason
+
+
+STEPS = ["--steps", 3, "--eval-every", 3]
+
+
+@pytest.mark.parametrize("asked", [[], ["--dtype", "auto"], ["--dtype", "bfloat16"]])
+def test_what_hinders_tiles_is_said_in_one_line_and_float32_trains(place, text, monkeypatch, hindrance, asked):
+    monkeypatch.setattr(tinygpt, "without_tiles", tiles.why_not)
+    _, err = trained("--data", text, *STEPS, *asked)
+    assert [line for line in err.splitlines() if "float32" in line] == [
+        line for line in err.splitlines() if line.startswith("precision float32: ")
+    ]
+    line = next(line for line in err.splitlines() if line.startswith("precision "))
+    assert re.search(hindrance, line), line
+    assert read_log()[0]["settings"]["dtype"] == "float32" and "--dtype float32" in read_log()[0]["command"]
+    with_reason = model_bytes()
+    trained("--data", text, *STEPS, "--dtype", "float32")
+    assert model_bytes("runs/tiny-2") == with_reason
+
+
+@pytest.mark.skipif(HAS_UNIT or sys.platform != "linux" or platform.machine() != "x86_64", reason="nobody to refuse it")
+def test_linux_itself_refuses_what_the_processor_does_not_have(monkeypatch):
+    monkeypatch.setattr(tiles, "compiles_for", lambda feature: True)
+    assert tiles.why_not().startswith("Linux refuses the tile registers of this processor (")
+
+
+@pytest.mark.skipif(HAS_UNIT, reason="this machine has tiles")
+def test_the_table_says_why_it_cannot_multiply(monkeypatch):
+    monkeypatch.setitem(tiles.KINDS, "float32", "amx")
+    with pytest.raises(ValueError, match="bf16 tiles|Linux refuses"):
+        run_model(tiny_config(), "tiles", 2, 5, np.float32)
+    monkeypatch.setitem(sys.modules, "tiles", None)
+    with pytest.raises(ValueError, match=r"^tiles\.py is not here"):
+        run_model(tiny_config(), "tiles", 2, 5, np.float64)
+    assert tinygpt.without_tiles().startswith("tiles.py is not here")
+
+
+def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(place, text):
+    message = refusal(train.main, "train.py", "--data", text, "--kernels", "numpy", "--dtype", "bfloat16")
+    assert message.startswith("--dtype bfloat16 is about the products of kernels")
+    message = refusal(train.main, "train.py", "--data", text, "--eval", "x.safetensors", "--dtype", "float32")
+    assert "--eval trains nothing; leave out --dtype" in message
+    _, err = trained("--data", text, *STEPS, "--kernels", "numpy")
+    assert "precision float32\n" in err
+
+
+# -- training
+
+
+@pytest.fixture
+def with_tiles(place, monkeypatch):
+    monkeypatch.setattr(tinygpt, "without_tiles", lambda: None)
+
+
+MODEL = ["--set", "width=48", "heads=2", "hidden=96"]  # so wide that products go through tiles
+
+
+def test_bfloat16_is_said_and_kept_in_the_settings(with_tiles, text):
+    _, err = trained("--data", text, *STEPS, "--prompt", "Lily")
+    assert "\nprecision bfloat16 tiles multiply; float32 for all else\n" in err
+    first = read_log()[0]
+    assert first["settings"]["dtype"] == "bfloat16" and "--dtype bfloat16" in first["command"]
+    checkpoint = tinygpt.load_checkpoint("runs/tiny/last.safetensors")
+    assert {checkpoint.parameters.dtype, *(x.dtype for x in checkpoint.extra.values())} == {np.dtype(np.float32)}
+
+
+def test_a_bfloat16_run_that_is_interrupted_gives_the_same_bytes(with_tiles, text, monkeypatch, pool):
+    words = ["--data", text, "--steps", 8, "--eval-every", 4, "--micro-batch-size", 2, *MODEL]
+    pool.resize(2)
+    trained(*words)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        assert invoke(train.main, "--size", "tiny", *words)[0] == 130
+    status, _, err = invoke(train.main, "--resume", "--threads", 1)
+    assert status == 0 and "precision bfloat16" in err
+    assert model_bytes("runs/tiny-2") == model_bytes()
+    trained(*words, "--dtype", "float32")
+    assert model_bytes("runs/tiny-3") != model_bytes()
+
+
+def test_a_bfloat16_run_does_not_go_on_without_tiles(with_tiles, text, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        words = ["--data", text, "--steps", 6, "--micro-batch-size", 2]
+        assert invoke(train.main, "--size", "tiny", *words)[0] == 130
+    monkeypatch.setattr(tinygpt, "without_tiles", lambda: "this processor has no bf16 tiles (Intel AMX)")
+    message = refusal(train.main, "train.py", "--resume")
+    assert "multiplies in bfloat16, but this processor has no bf16 tiles" in message
+    assert "--init-from" in message and "last.safetensors" in message
+    status, _, err = invoke(train.main, "--init-from", "runs/tiny/last.safetensors", "--data", text, "--steps", 2)
+    assert status == 0, err
+    assert "precision float32: this processor" in err
+
+
+def test_a_bfloat16_run_learns_as_a_float32_run_does(with_tiles, text):
+    words = ["--data", text, "--steps", 100, "--batch-size", 8, *MODEL]
+    trained(*words)
+    trained(*words, "--dtype", "float32")
+    found, expected = (np.array(list(losses(folder).values())) for folder in ("runs/tiny", "runs/tiny-2"))
+    assert (found != expected).any()
+    means, others = (x.reshape(-1, 20).mean(-1) for x in (found, expected))
+    assert relative(means / others, np.ones(5)) < 0.01
+    bits, other = (read_log(folder)[-1]["final_val_bits_per_byte"] for folder in ("runs/tiny", "runs/tiny-2"))
+    assert bits == pytest.approx(other, rel=0.005)
+
+
+# -- machine code that this machine may not run
+
+FEATURES = "64bit avx avx2 avx512f avx512bw avx512dq avx512vl avx512bf16 amx-tile amx-bf16 fma cmov cx8 sse sse2 sse4.2"
+PRINT = """
+import tiles
+for compiled in (*tiles.innermost("amx"), tiles.driver("float32")):
+    print(compiled._library.get_asm_str(), "#####", sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory):
+    """Lines of what enters, of the innermost block, of what leaves, of the driver, compiled for such a processor."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("LLVM is not that of x86")
+    environment = os.environ | {"NUMBA_CPU_NAME": "sapphirerapids", "PYTHONPATH": str(Path(tiles.__file__).parent)}
+    environment |= {"NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in FEATURES.split())}
+    environment |= {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    done = subprocess.run([sys.executable, "-c", PRINT], env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    parts = [part.splitlines() for part in done.stdout.split("#####\n")][:4]
+    return [[line.split("#")[0].split() for line in part if line.startswith("\t")] for part in parts]
+
+
+def of(lines, name):
+    return [" ".join(words[1:]) for words in lines if words and words[0] == name]
+
+
+def test_a_thread_tells_the_unit_its_tiles_and_takes_them_back(machine_code):
+    enter, _, leave, driver = machine_code
+    assert len(of(enter, "ldtilecfg")) == 1 and len(of(leave, "tilerelease")) == 1
+    assert not any(words[0].startswith("t") and "tile" in words[0] for words in driver if words)
+    shapes = tiles.shapes_of_tiles()
+    assert shapes[0] == 1 and shapes[1:16].sum() == 0 and shapes[32:48].sum() == 0 and shapes[56:].sum() == 0
+    assert shapes[16:32].view(np.uint16).tolist() == [64] * 8 and shapes[48:56].tolist() == [16] * 8
+
+
+def test_four_tiles_of_c_stay_in_registers_while_a_and_b_pass(machine_code):
+    block = machine_code[1]
+    products = of(block, "tdpbf16ps")
+    wanted = ["%tmm6, %tmm4, %tmm0", "%tmm7, %tmm4, %tmm1", "%tmm6, %tmm5, %tmm2", "%tmm7, %tmm5, %tmm3"]
+    assert products and products == wanted * (len(products) // 4)
+    loads, stores = of(block, "tileloadd"), of(block, "tilestored")
+    assert [x[-5:] for x in of(block, "tilezero")] == ["%tmm0", "%tmm1", "%tmm2", "%tmm3"]
+    assert [x.split(", ")[0] for x in stores] == ["%tmm0", "%tmm1", "%tmm2", "%tmm3"]  # once: nothing is spilled
+    into = [x[-5:] for x in loads]
+    assert sorted(into[:4]) == ["%tmm0", "%tmm1", "%tmm2", "%tmm3"]
+    assert into[4:] == ["%tmm4", "%tmm6", "%tmm7", "%tmm5"] * (len(products) // 4)
+
+
+@pytest.mark.skipif(binding.llvm_version_info[0] < 16, reason="this LLVM has no type for bf16")
+def test_operands_are_rounded_by_the_processor_that_can(machine_code):
+    assert len(of(machine_code[3], "vcvtne2ps2bf16")) >= 3
