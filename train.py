@@ -1236,7 +1236,7 @@ def describe(cfg, s, data, folder):
 
 def precision(s):
     """What products are made of; where that is float32 although nobody asked for it, why."""
-    if s["dtype"] == "bfloat16":
+    if s.get("dtype") == "bfloat16":
         return "bfloat16 tiles multiply; float32 for all else"
     free = s["kernels"] != "numpy" and s.get("asked", {}).get("dtype") != "float32"
     reason = tinygpt.without_tiles() if free else None
