@@ -901,6 +901,7 @@ def recipe_of(size, cfg, published):
     return {"steps": None} | DEFAULTS | recipe | {"batch_size": batch_size}
 
 
+KERNELS = ("numba", "numpy")
 DTYPES = ("float32", "bfloat16")  # of the operands of products; what they add up to, and all else, is float32
 
 
@@ -976,17 +977,9 @@ def make_parser():
     add("--dropout", type=in_range(float, 0, 0.99), help="of attention, its output and the MLP's; 0 is off (default 0)")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of weights and data order (default %(default)s)")
+    add("--kernels", choices=KERNELS, default="numba", help="numpy is the specification, slow (default %(default)s)")
     add(
-        "--kernels",
-        choices=["numba", "numpy"],
-        default="numba",
-        help="numpy is the specification, slow (default numba)",
-    )
-    add(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="of products: auto is bfloat16 where the CPU has tiles",
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="of products; auto: bfloat16 where the CPU has tiles"
     )
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
@@ -1443,12 +1436,9 @@ def check_settings(s):
     sound &= s["beta1"] < 1 and s["beta2"] < 1 and all(type(text) is str for text in texts)
     if not sound or s["batch_size"] > 2**16 or s["batch_size"] % s["micro_batch_size"]:
         raise ValueError("a setting is out of range")
-    if (
-        s["kernels"] not in OPS
-        or s.get("dtype", "float32") not in DTYPES
-        or s.get("schedule", "cosine") not in SCHEDULES
-    ):
-        raise ValueError("its kernels or its schedule are not known here")
+    known = s["kernels"] in KERNELS and s.get("dtype", "float32") in DTYPES
+    if not known or s.get("schedule", "cosine") not in SCHEDULES:
+        raise ValueError("its kernels, its dtype or its schedule are not known here")
     dict.keys(s.get("asked", {}))
 
 
@@ -1472,7 +1462,7 @@ def check_tiles(s, folder):
     if s["dtype"] == "bfloat16" and (reason := tinygpt.without_tiles()):
         other = f"begin another run with its model: --init-from {folder / 'last.safetensors'}"
         raise ValueError(
-            f"the run in {folder} multiplies in bfloat16, but {reason}; resume it where that is, or {other}"
+            f"the run in {folder} multiplies in bfloat16, but {reason}; resume it where it began, or {other}"
         )
 
 
