@@ -1330,12 +1330,18 @@ def panels_kernel(task, slot, w, turned, per_part, width, panels):
                 out[c] = row[c]
 
 
-def panels_of(w, out, turned=False, parts=1):
-    """w (K, M), or w^T of w (M, K) if `turned`, by panels as wide as a register tile: (blocks, K, columns), in `out`; a
-    part of the columns begins with a panel of its own."""
-    columns, (K, M) = TILE_VECTORS * VECTOR_BYTES // w.itemsize, w.shape[::-1] if turned else w.shape
+def asks_others(space):
+    """Whether products in this space are those of tiles.py, which packs what it is given itself."""
+    return space["scratch"][0, :HEADER].any()
+
+
+def panels_of(w, space, turned=False, parts=1, first=0):
+    """w (K, M), or w^T of w (M, K) if `turned`, by panels as wide as a register tile: (blocks, K, columns), in the
+    space from element `first` on; a part of the columns begins with a panel of its own."""
+    columns = HIDDEN_BLOCK if asks_others(space) else TILE_VECTORS * VECTOR_BYTES // w.itemsize
+    K, M = w.shape[::-1] if turned else w.shape
     per_part = blocks(M // parts, columns)
-    panels = out[: parts * per_part * K * columns].reshape(-1, K, columns)
+    panels = space["panels"][first : first + parts * per_part * K * columns].reshape(-1, K, columns)
     POOL.run(panels_kernel, len(panels), w, turned, per_part, M // parts, panels)
     return panels
 
@@ -1683,7 +1689,7 @@ def workspace_layout(cfg, B, T, recompute=False):
     With `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
-    wide = TILE_VECTORS * VECTOR_BYTES // 4  # a panel at most: what the last one of K rows adds to K * M
+    wide = HIDDEN_BLOCK  # a panel at most: what the last one of K rows adds to K * M
     mlp = max(C * (U + 2 * wide) + F * (C + wide), U * (C + wide))
     attention = max(K * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
     panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
@@ -2254,7 +2260,7 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     tasks, s = B * blocks(T, ROW_BLOCK), layer_space(space, cfg, x)
     x_NC, stats, scratch = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), scratch_of(s)
     qkv, o, y, start = s["qkv"], s["o"], s["attended"], past[1] if past is not None else 0
-    linear = (panels_of(p["qkv_w"], s["panels"]), biases(p, "qkv_b", cfg.qkv_width))
+    linear = (panels_of(p["qkv_w"], s), biases(p, "qkv_b", cfg.qkv_width))
     norm = norm_of(p, "norm1", cfg)
     placed, place = cfg.qk_norm or cfg.positions.startswith("rope"), place_arguments(p, s, cfg)
     POOL.run(
@@ -2268,7 +2274,7 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     arguments = attention_arguments(cfg, index, mask, qkv.dtype)
     POOL.run(attention_kernel, B * H, qkv, H, kv, k_at, k_at + G, S, *arguments, o, s["o_T"], s["lse"], scratch)
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
-    linear = (o.reshape(B * T, -1), panels_of(p["out_w"], s["panels"]), biases(p, "out_b", C))
+    linear = (o.reshape(B * T, -1), panels_of(p["out_w"], s), biases(p, "out_b", C))
     POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), scratch)
     return y, (x_NC, s, arguments, placed and place, out_mask)
 
@@ -2290,7 +2296,7 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
     do, dqkv = s["do"], s["dqkv"]
 
     dout = masked(dy_NC, out_mask, s, T)
-    out_w_T = panels_of(p["out_w"], s["panels"], turned=True)
+    out_w_T = panels_of(p["out_w"], s, turned=True)
     POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), scratch)
     weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], scratch)
 
@@ -2301,7 +2307,7 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
             add_sums(s["qk_sums"], g["q_norm_w"], g["k_norm_w"])
 
     dqkv_NM = dqkv.reshape(N, -1)
-    qkv_w_T = panels_of(p["qkv_w"], s["panels"], turned=True)
+    qkv_w_T = panels_of(p["qkv_w"], s, turned=True)
     dx = norm_backward_kernels(dy_NC, dqkv_NM, qkv_w_T, x_NC, norm_of(p, "norm1", cfg), s["norm1"], T, s["dx"][1], s)
     weight_gradient(s["n_T"], T, dqkv_NM, g["qkv_w"], g["qkv_b"], scratch)
     add_sums(s["sums"], g["norm1_w"], g["norm1_b"])
@@ -2367,8 +2373,8 @@ def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
     B, T, C = x.shape
     s = layer_space(space, cfg, x)
     x_NC, h, y = np.ascontiguousarray(x).reshape(-1, C), s["h"].reshape(B * T, -1), s["mixed"]
-    up = panels_of(p["up_w"], s["panels"], parts=cfg.up_width // cfg.hidden)
-    down = panels_of(p["down_w"], s["panels"][up.size :])
+    up = panels_of(p["up_w"], s, parts=cfg.up_width // cfg.hidden)
+    down = panels_of(p["down_w"], s, first=up.size)
     weights = (up, biases(p, "up_b", cfg.up_width), down, biases(p, "down_b", C))
     mask = mask_of(dropout, MLP_SITE, cfg.mlp_dropout, B)
     inputs = (x_NC, *norm_of(p, "norm2", cfg), ACTIVATION[cfg.mlp], *weights, T, *mask)
@@ -2383,10 +2389,10 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
     h, dh, a_T = s["h"].reshape(B * T, -1), s["dh"].reshape(B * T, -1), s["a_T"]
     dout = masked(dy_NC, mask, s, T)
-    down_w_T = panels_of(p["down_w"], s["panels"], turned=True)
+    down_w_T = panels_of(p["down_w"], s, turned=True)
     POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a_T, dh, scratch)
     weight_gradient(a_T, T, dout, g["down_w"], g["down_b"], scratch)
-    up_w_T = panels_of(p["up_w"], s["panels"], turned=True)
+    up_w_T = panels_of(p["up_w"], s, turned=True)
     dx = norm_backward_kernels(dy_NC, dh, up_w_T, x_NC, norm_of(p, "norm2", cfg), s["norm2"], T, s["dx"][0], s)
     weight_gradient(s["n_T"], T, dh, g["up_w"], g["up_b"], scratch)
     add_sums(s["sums"], g["norm2_w"], g["norm2_b"])
@@ -2398,7 +2404,7 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
 
 @kernel
 def head_tiles_kernel(task, slot, head_w, tiles):
-    """tiles (blocks, V, TILE_ROWS): the columns of head_w (V, C), as a register tile reads them; 256 rows a task."""
+    """tiles (blocks, V, TILE_ROWS) = the columns of head_w (V, C), as a register tile reads them; 256 rows a task."""
     C = head_w.shape[1]
     for v in range(256 * task, min(256 * task + 256, len(head_w))):
         row = head_w[v]
@@ -2424,8 +2430,9 @@ def head_kernel(
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE + 4 * width :]
     stats = scratch[slot, PANEL_SIZE : PANEL_SIZE + 4 * width].reshape(4, width)
     mean, rstd, top, total = stats[0], stats[1], stats[2], stats[3]
-    n_T, dn_T = rest[: C * width].reshape(C, width), rest[C * width : (C + len(tiles) * TILE_ROWS) * width]
-    dn, dn_T = rest[: rows * C].reshape(rows, C), dn_T.reshape(len(tiles) * TILE_ROWS, width)
+    n_T, dn = rest[: C * width].reshape(C, width), rest[: rows * C].reshape(rows, C)
+    padded = blocks(C, TILE_ROWS) * TILE_ROWS
+    dn_T = rest[C * width : (C + padded) * width].reshape(padded, width)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, mean, rstd, n[start:stop])
     transpose_rows(n[start:stop], n_T)
     for t in range(width):
@@ -2454,6 +2461,8 @@ def head_kernel(
             for i in range(len(tiles)):
                 sums_of = dn_T[i * TILE_ROWS : (i + 1) * TILE_ROWS]
                 product(tiles[i, first:last].T, block[first:last, :width], sums_of, first > 0, panel)
+            if len(tiles) == 0:
+                product(head_w[first:last].T, block[first:last, :width], dn_T[:C], first > 0, panel)
     for t in range(rows):
         nats[start + t] += math.log(total[t])
     if backward:
@@ -2512,7 +2521,8 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
-    tiles = s["panels"][: blocks(C, TILE_ROWS) * TILE_ROWS * V].reshape(-1, V, TILE_ROWS)
+    columns = 0 if asks_others(s) else blocks(C, TILE_ROWS)
+    tiles = s["panels"][: columns * TILE_ROWS * V].reshape(columns, V, TILE_ROWS)
     POOL.run(head_tiles_kernel, blocks(V, 256), head_w, tiles)
     flat_targets = np.ascontiguousarray(targets, np.int64).reshape(-1)
     flat_weights = np.ascontiguousarray(weights, x.dtype).reshape(-1)
