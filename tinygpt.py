@@ -2550,15 +2550,20 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
 # specification is `forward` with a cache, then `head_logits`, then `probabilities`. Sums run in the order of the
 # kernels above: a text has the same bytes, whether it was read in blocks or token by token.
 #
-# A token is a list of stages, each cut into chunks. A thread takes a chunk of the stage that is open, and whoever
-# finishes the last one opens the next. Nobody waits for a thread that has not come, and which thread does what changes
-# no byte. The stages' code is compiled once for each dtype and called by its address, as `product` is by its name; what
-# it works on it finds by addresses in two kinds of records, since Numba is slow to pass many arrays to many functions.
+# A token is a list of stages, each cut into a chunk for each thread, whose weights stay in its cache where they fit. A
+# chunk is done by its thread or, when that is late, by another: nobody waits for a thread that has not come, and which
+# thread does what changes no byte. The stages' code is compiled once for each dtype and called by its address; what it
+# works on it finds by addresses in two kinds of records, since Numba is slow to pass many arrays to many functions.
 
-CLAIM, DONE, DRAWN = 0, 8, 16  # words: number of the open stage << 32 | its next chunk; chunks done; tokens drawn
+END, DRAWN, CHUNKS = 0, 8, 16  # words: stages until the end; tokens drawn; a line for each chunk: in stage number n it
+# becomes 2 n + 1, somebody is at work on it, then 2 n + 2, it is done
+PATIENCE = 1000  # looks, some 2 us, before a thread takes what another would find in its cache
 STEP_VECTORS = 4  # of a panel: so many sums run side by side, each waiting four cycles for the multiply-add before it
-HEAD_CHUNKS = 4  # of each thread: the head is the longest stage, and no two threads are equally fast
-ALONE_BYTES = 1 << 22  # of weights: a model this small stays in the cache of one thread, and is faster there
+AHEAD = 4096  # bytes: so far ahead of their use are weights asked for that come from far
+FAR_BYTES = 1 << 21  # of weights: more are not in a core's own cache when their turn comes again
+BESIDE = 4  # heads narrower than a vector whose sums over the values run side by side
+ALONE_BYTES = 1 << 19  # of weights: a model this small is faster in the cache of one thread
+KEEP_BYTES = 1 << 24  # of memory that is asked for at a time, and is not there before it is used
 
 # Greedy decoding needs the largest logit alone. A large head is kept in 8 bits as well, w = unit q + at most unit / 2:
 # a quarter of the bytes says which logits can be the largest, and those are computed from the weights themselves.
@@ -2573,8 +2578,8 @@ STEP = np.dtype(
     [(name, np.int64) for name in "code stages size panel C H G D V P Cs Fs Ds Ps".split()]  # s: whole
     + [(name, np.int64) for name in "x qkv o h a logits offsets odds units keys values scratch kv".split()]  # addresses
     + [(name, np.int64) for name in "embed_w positions embed_gains cos sin slopes head_w screen".split()]
-    + [(name, np.int64) for name in "tokens words uniforms scratch_size kind activation gated half".split()]
-    + [(name, np.int64) for name in "ways position count stop screened top_k".split()]  # of a launch
+    + [(name, np.int64) for name in "tokens words uniforms zeros scratch_size far kind activation gated half".split()]
+    + [(name, np.int64) for name in "ways first position count stop screened top_k".split()]  # of a launch
     + [(name, np.float64) for name in ("eps", "scale", "temperature", "top_p")]
 )
 NO_STEPS, NO_STAGES = np.zeros(0, STEP), np.zeros(0, STAGE)  # by which kernels know the types of records
@@ -2643,19 +2648,82 @@ def matrix(typing_context, address, rows, columns, like):
     return kind(types.intp, types.intp, types.intp, like), build
 
 
-@intrinsic
-def times(typing_context, x, K, w, w_row, y, columns, add, zero):
-    """y = x (K,) w (K, columns), or y += if add, of zero's type: addresses; a row of w begins every w_row bytes,
-    columns are whole vectors. It is `product` of one row: its sums, and its machine code."""
+def row_tile(rows, vectors, ahead=0, narrow=False):
+    """Numba function (x, x_next, w, w_next, w_row, start, y, y_next, K, zero): `rows` rows, each with its matrix,
+    of `vectors` vectors: y = start + sum_k x[k] w[k], one fused multiply-add after the other as in `register_tile`.
+    Addresses and distances in bytes, K >= 1. It asks for weights `ahead` bytes ahead; w is of 8 bits if narrow."""
+    i32, i64 = ir.IntType(32), ir.IntType(64)
 
     def build(context, builder, signature, args):
-        i64, (x, K, w, w_row, y, columns, add, _) = ir.IntType(64), args
-        size = i64(zero.bitwidth // 8)
-        arguments = (x, i64(0), size, w, w_row, y, i64(0), i64(1), columns, K, add, i64(0))
-        call_symbol(builder, "product", zero, arguments)
+        x, x_next, w, w_next, w_row, start, y, y_next, K, _ = args
+        scalar = context.get_value_type(signature.args[-1])
+        size = context.get_abi_sizeof(scalar)
+        lanes, first = VECTOR_BYTES // size, builder.block
+        vector = ir.VectorType(scalar, lanes)
+        kept, step = (ir.VectorType(ir.IntType(8), lanes), lanes) if narrow else (vector, VECTOR_BYTES)
+        undefined, first_lane = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
+        name = f"llvm.fma.v{lanes}f{8 * size}"
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+        pointer = ir.IntType(8).as_pointer()
+        prefetch = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        prefetch = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
+
+        def place(address, distance, count, kind, more=0):
+            address = builder.add(address, builder.mul(distance, count))
+            return builder.inttoptr(builder.add(address, i64(more)), kind.as_pointer())
+
+        each = [(r, v) for r in range(rows) for v in range(vectors)]
+        before = [builder.load(place(start, i64(v), i64(VECTOR_BYTES), vector), align=size) for _, v in each]
+        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, sums = builder.phi(i64), [builder.phi(vector) for _ in each]
+        one, grown = [], []
+        for r in range(rows):
+            x_k = builder.load(place(builder.add(x, builder.mul(x_next, i64(r))), k, i64(size), scalar))
+            x_k = builder.insert_element(undefined, x_k, i32(0))
+            one.append(builder.shuffle_vector(x_k, undefined, first_lane))
+        w_k = builder.add(w, builder.mul(w_row, k))
+        for low in range(0, vectors * step, CACHE_LINE) if ahead else ():
+            line = place(w_k, i64(0), i64(0), ir.IntType(8), ahead + low)
+            builder.call(prefetch, [line, i32(0), i32(3), i32(1)])  # to read, keep near, data
+        for (r, v), total in zip(each, sums):
+            weights = builder.load(place(w_k, w_next, i64(r), kept, v * step), align=1 if narrow else size)
+            weights = builder.sitofp(weights, vector) if narrow else weights
+            grown.append(builder.call(fma, [one[r], weights, total]))
+        k_next = builder.add(k, i64(1))
+        builder.cbranch(builder.icmp_signed("<", k_next, K), loop, done)
+        for phi, *values in ((k, i64(0), k_next), *zip(sums, before, grown)):
+            phi.add_incoming(values[0], first)
+            phi.add_incoming(values[1], loop)
+        builder.position_at_end(done)
+        for (r, v), total in zip(each, grown):
+            builder.store(total, place(y, y_next, i64(r), vector, v * VECTOR_BYTES), align=size)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 7, zero), build
+    @intrinsic
+    def tile(typing_context, x, x_next, w, w_next, w_row, start, y, y_next, K, zero):
+        return types.void(*[types.intp] * 9, zero), build
+
+    return tile
+
+
+one_panel, one_two, one_one = (row_tile(1, vectors) for vectors in (STEP_VECTORS, 2, 1))
+far_panel, narrow_panel = (row_tile(1, STEP_VECTORS, AHEAD, narrow) for narrow in (False, True))
+beside_one = row_tile(BESIDE, 1)
+
+
+@part
+def times(x, K, w, w_row, start, y, width, zero):
+    """y = start + x (K,) w, at most a panel, whole vectors: addresses, and `width` in bytes."""
+    if width == STEP_VECTORS * VECTOR_BYTES:
+        one_panel(x, 0, w, 0, w_row, start, y, 0, K, zero)
+    else:
+        two = width // (2 * VECTOR_BYTES) * 2 * VECTOR_BYTES
+        if two > 0:
+            one_two(x, 0, w, 0, w_row, start, y, 0, K, zero)
+        if width > two:
+            one_one(x, 0, w + two, 0, w_row, start + two, y + two, 0, K, zero)
 
 
 @step_part
@@ -2670,61 +2738,103 @@ def step_panels(m, t, source, first, last, zero):
     """Panels first .. last - 1 of y (columns,) = source (K,) w + b, or += : a panel is some columns, row after row."""
     for low in range(first * m.panel, min(last * m.panel, t.columns), m.panel):
         width, y = min(m.panel, t.columns - low), t.y + low * m.size
-        if t.bias != 0:
-            row, b = vector(y, width, zero), vector(t.bias + low * m.size, width, zero)
+        start = t.bias + low * m.size if t.bias != 0 else m.zeros
+        if t.adds:
+            row, b = vector(y, width, zero), vector(start, width, zero)
             for c in range(width):
-                row[c] = row[c] + b[c] if t.adds else b[c]
-        times(source, t.K, t.weights + low * t.K * m.size, width * m.size, y, width, t.bias, zero)
+                row[c] += b[c]
+            start = y
+        w = t.weights + low * t.K * m.size
+        if m.far and width == m.panel:
+            far_panel(source, 0, w, 0, width * m.size, start, y, 0, t.K, zero)
+        else:
+            times(source, t.K, w, width * m.size, start, y, width * m.size, zero)
+
+
+@intrinsic
+def fused(typing_context, a, b, c):
+    """a b + c, rounded once: as the compiler does it in `turn`, where it has a choice."""
+    return c(a, b, c), lambda context, builder, signature, args: builder.fma(*args)
+
+
+@part
+def turn_heads(x, cos, sin, half):
+    """`turn` of x (heads D,) at one position: cos and sin (D/2,)."""
+    pairs = cos.size
+    for low in range(0, x.size, 2 * pairs):
+        for i in range(pairs):
+            even, odd = (low + i, low + i + pairs) if half else (low + 2 * i, low + 2 * i + 1)
+            a, b = x[even], x[odd]
+            x[even] = fused(a, cos[i], -(b * sin[i]))
+            x[odd] = fused(a, sin[i], b * cos[i])
 
 
 @step_part
-def step_place(m, x, gains, position, rstd, zero):
-    """x (D,), a query or a key: its norm and its rotation, as in `place_rows`, of one column."""
-    column = matrix(x, m.D, 1, zero)
+def step_place(m, x, heads, gains, position, rstd, zero):
+    """x (heads D,), queries or keys: their norm and their rotation, as in `place_rows`."""
     if gains != 0:
-        norm_columns(column, vector(gains, m.D, zero), m.eps, vector(rstd, 1, zero))
+        for h in range(heads):
+            column = matrix(x + h * m.D * m.size, m.D, 1, zero)
+            norm_columns(column, vector(gains, m.D, zero), m.eps, vector(rstd, 1, zero))
     if m.cos != 0:
-        cos, sin = matrix(m.cos, m.D // 2, m.P, zero), matrix(m.sin, m.D // 2, m.P, zero)
-        c, s = cos[:, position : position + 1], sin[:, position : position + 1]
-        turn(column, c, s, m.half, column.dtype.type(1))
+        at, pairs = position * (m.D // 2) * m.size, m.D // 2
+        cos, sin = vector(m.cos + at, pairs, zero), vector(m.sin + at, pairs, zero)
+        turn_heads(vector(x, heads * m.D, zero), cos, sin, m.half)
 
 
 @step_part
-def step_attention(m, t, g, position, scratch, zero):
-    """Group g of the heads: its key and value join the others, each of its queries sees them; section 2.4. Values end
-    in a one, so that what the probabilities are divided by is their product with the last column."""
-    D, R, size, S, begin = m.D, m.H // m.G, m.size, position + 1, first_seen(position, t.window)
-    keys, values = m.keys + (t.layer * m.G + g) * D * m.Ps * size, m.values + (t.layer * m.G + g) * m.P * m.Ds * size
-    o, row = vector(scratch, m.Ds, zero), vector(scratch + m.Ds * size, S - begin, zero)
-    for i in range(R + 1):  # the key, then the queries
-        h = m.H + g if i == 0 else g * R + i - 1
-        at, gains = m.qkv + h * D * size, t.gains + D * size if i == 0 and t.gains != 0 else t.gains
-        step_place(m, at, gains, position, scratch, zero)
-        x = vector(at, D, zero)
-        if i == 0:
-            kv, v = m.kv + ((t.layer * m.P + position) * 2 * m.G + g) * D * size, at + m.G * D * size
-            kept, value = vector(kv, D, zero), vector(v, D, zero)
-            kept_value, last_key = vector(kv + m.G * D * size, D, zero), vector(keys, D * m.Ps, zero)
-            last_value = vector(values + position * m.Ds * size, D, zero)
-            for d in range(D):
-                kept[d] = last_key[d * m.Ps + position] = x[d]
-                kept_value[d] = last_value[d] = value[d]
-            continue
-        slope = vector(m.slopes, m.H, zero)[h]
-        for d in range(D):
-            x[d] *= row.dtype.type(m.scale)
-        p, columns = scratch + m.Ds * size, whole_vectors(S - begin)
-        times(at, D, keys + begin * size, m.Ps * size, p, columns, 0, zero)
-        if slope > 0:
-            for s in range(row.size):
-                row[s] -= slope * row.dtype.type(row.size - 1 - s)
-        top = maximum(row)
-        for s in range(row.size):
-            row[s] = exp(row[s] - top)
-        times(p, row.size, values + begin * m.Ds * size, m.Ds * size, scratch, m.Ds, 0, zero)
-        out, share = vector(m.o + h * D * size, D, zero), row.dtype.type(1) / o[D]
-        for d in range(D):
-            out[d] = o[d] * share
+def step_attention(m, t, first, last, position, scratch, zero):
+    """Groups first .. last - 1 of the heads: their keys and values join the others, their queries see them; section
+    2.4. Values end in a one, so that what the probabilities are divided by is their product with the last column."""
+    D, R, size, begin, panel = m.D, m.H // m.G, m.size, first_seen(position, t.window), m.panel * m.size
+    seen, v_next, k_next = position + 1 - begin, m.P * m.Ds * m.size, m.D * m.Ps * m.size
+    width = (seen + m.panel - 1) // m.panel * panel  # of a head's scores, in bytes
+    keys, values = m.keys + t.layer * m.G * k_next, m.values + t.layer * m.G * v_next
+    queries, key, value = m.qkv + first * R * D * size, m.qkv + (m.H + first) * D * size, m.G * D * size
+    step_place(m, queries, (last - first) * R, t.gains, position, scratch, zero)
+    k_gains = t.gains + D * size if t.gains != 0 else t.gains
+    step_place(m, key, last - first, k_gains, position, scratch, zero)
+    for i in range((last - first) * D):
+        k, v, g, d = peek(key + i * size, zero), peek(key + value + i * size, zero), first + i // D, i % D
+        kept = m.kv + (((t.layer * m.P + position) * 2 * m.G + first) * D + i) * size
+        poke(kept, k)
+        poke(kept + value, v)
+        poke(keys + g * k_next + (d * m.Ps + position) * size, k)
+        poke(values + g * v_next + (position * m.Ds + d) * size, v)
+    q = vector(queries, (last - first) * R * D, zero)
+    for i in range(q.size):
+        q[i] *= q.dtype.type(m.scale)
+    o, p = scratch, scratch + BESIDE * m.Ds * size
+    for g in range(first, last, BESIDE):
+        beside = min(BESIDE, last - g)
+        for r in range(R):
+            for i in range(beside):
+                h, row = (g + i) * R + r, vector(p + i * width, width // size, zero)
+                at, slope = keys + (g + i) * k_next + begin * size, vector(m.slopes, m.H, zero)[h]
+                for low in range(0, width, panel):
+                    times(m.qkv + h * D * size, D, at + low, m.Ps * size, m.zeros, p + i * width + low, panel, zero)
+                if slope > 0:
+                    for s in range(seen):
+                        row[s] -= slope * row.dtype.type(seen - 1 - s)
+                for s in range(seen, row.size):
+                    row[s] = -math.inf
+                top = maximum(row)
+                for s in range(row.size):
+                    row[s] = exp(row[s] - top)
+            if beside == BESIDE and m.Ds * size == VECTOR_BYTES:
+                at = values + g * v_next + begin * m.Ds * size
+                beside_one(p, width, at, v_next, VECTOR_BYTES, m.zeros, o, VECTOR_BYTES, seen, zero)
+            else:
+                for i in range(beside):
+                    at, y = values + (g + i) * v_next + begin * m.Ds * size, o + i * m.Ds * size
+                    for low in range(0, m.Ds * size, panel):
+                        part_width = min(panel, m.Ds * size - low)
+                        times(p + i * width, seen, at + low, m.Ds * size, m.zeros, y + low, part_width, zero)
+            for i in range(beside):
+                y, out = vector(o + i * m.Ds * size, m.Ds, zero), vector(m.o + ((g + i) * R + r) * D * size, D, zero)
+                share = y.dtype.type(1) / y[D]
+                for d in range(D):
+                    out[d] = y[d] * share
 
 
 @part
@@ -2738,14 +2848,14 @@ def screen_slack(n):
 
 
 @step_part
-def screen_logits(m, n, first, last, logits, zero):
-    """The least that logits first .. last - 1 can be, before their offsets."""
-    slack, units = screen_slack(n), vector(m.units, m.V, zero)
-    for v in range(first, last):
-        row, total = vector(m.screen + v * m.C, m.C, np.int8(0)), n.dtype.type(0)
-        for c in range(n.size):
-            total += n[c] * n.dtype.type(row[c])
-        logits[v] = (total - slack) * units[v]
+def screen_logits(m, n, first, last, zero):
+    """The least that logits of panels first .. last - 1 can be, before their offsets."""
+    slack = screen_slack(vector(n, m.C, zero))
+    for low in range(first * m.panel, min(last * m.panel, m.V), m.panel):
+        y, units = vector(m.logits + low * m.size, m.panel, zero), vector(m.units + low * m.size, m.panel, zero)
+        narrow_panel(n, 0, m.screen + low * m.C, 0, m.panel, m.zeros, m.logits + low * m.size, 0, m.C, zero)
+        for v in range(y.size):
+            y[v] = (y[v] - slack) * units[v]
 
 
 @step_part
@@ -2759,7 +2869,7 @@ def screened_best(m, n, logits, offsets, scratch, zero):
     for v in range(m.V):
         if logits[v] + slack * units[v] >= least:
             row = m.head_w + v * m.C * m.size
-            times(row, m.C, scratch + VECTOR_BYTES, VECTOR_BYTES, scratch, lanes, 0, zero)
+            times(row, m.C, scratch + VECTOR_BYTES, VECTOR_BYTES, m.zeros, scratch, VECTOR_BYTES, zero)
             logit = one[0] + offsets[v]
             if logit > top:
                 best, top = v, logit
@@ -2874,23 +2984,21 @@ def provide_step(dtype):
         if t.kind == BEGIN:
             over = step_begin(m, stages, index, n, zero)
         elif t.kind == ATTENTION:
-            for g in range(first, last):
-                step_attention(m, t, g, m.position + index, scratch, zero)
+            step_attention(m, t, first, last, m.position + index, scratch, zero)
         else:
             if t.gains != 0:
                 step_norm(m, t.norm, t.gains, t.source, n, zero)
                 source = n
             if t.kind == HEAD and m.screened:
-                logits = vector(m.logits, m.V, zero)
-                screen_logits(m, vector(n, m.C, zero), first * m.panel, min(last * m.panel, m.V), logits, zero)
+                screen_logits(m, n, first, last, zero)
             else:
                 wide = 1 + m.gated if t.kind == HIDDEN else 1
                 step_panels(m, t, source, first * wide, last * wide, zero)
             if t.kind == HIDDEN:  # with a gate, each panel of it lies before that of its values
                 for low in range(first * m.panel, min(last * m.panel, m.Fs), m.panel):
                     width = min(m.panel, m.Fs - low)
-                    h = matrix(t.y + (1 + m.gated) * low * m.size, 1, (1 + m.gated) * width, zero)
-                    activation_rows(m.activation, h, 0, 0, width, matrix(m.a + low * m.size, 1, width, zero))
+                    h = matrix(t.y + (1 + m.gated) * low * m.size, 1, 2 * m.panel, zero)
+                    activation_rows(m.activation, h, 0, 0, width, matrix(m.a + low * m.size, 1, m.panel, zero))
         return over
 
     return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE, _nrt=False)(step_of_dtype)
@@ -2898,33 +3006,39 @@ def provide_step(dtype):
 
 @kernel
 def step_kernel(task, slot, record, stages):
-    """From the stage that is open (the first: a token is fed at m.position; the last: x is what the head reads there)
-    to the logits, and on until m.count tokens are drawn. A task is a thread that helps; it works in its own part of the
-    scratch memory, since `slot` may be that of a thread that came later than this text."""
+    """The stages of m.count tokens, or of one up to the logits, from number m.first on: from 0, a token is fed at
+    m.position, from the last, x is what the head reads there. A task is a thread that helps; it works in its own part
+    of the scratch memory, since `slot` may be that of a thread that came later than this text."""
     m = record[0]
-    words, end = m.words, m.count * len(stages) + 1 if m.count > 0 else len(stages)
-    while True:
-        seen = look(words + 8 * CLAIM)
-        number, chunk = seen >> 32, seen & 0xFFFFFFFF
-        if number >= end:
-            break
+    number, words = m.first, m.words
+    while number < look(words + 8 * END):
         index, stage = number // len(stages), number % len(stages)
         units = stages[stage].units
-        chunks = min(units, m.ways * HEAD_CHUNKS if stage == len(stages) - 1 and m.ways > 1 else m.ways)
-        if chunk >= chunks or not replace(words + 8 * CLAIM, seen, seen + 1):
-            continue
-        low, high = units * chunk // chunks, units * (chunk + 1) // chunks
-        over = call_step(m.code, record.ctypes.data, stages.ctypes.data, stage, index, low, high, task)
-        if fetch_add(words + 8 * DONE, 1) == chunks - 1:
-            put(words + 8 * DONE, 0)
-            put(words + 8 * CLAIM, (end if over else number + 1) << 32)
+        for i in range(m.ways):
+            chunk, waited = (task + i) % m.ways, 0 if i > 0 else PATIENCE
+            low, high = (units * chunk + m.ways - 1) // m.ways, (units * chunk + units + m.ways - 1) // m.ways
+            at = words + 8 * (CHUNKS + 8 * chunk)
+            state = look(at) if low < high else 2 * number + 2
+            while state < 2 * number + 2:
+                if waited >= PATIENCE and state <= 2 * number and replace(at, state, 2 * number + 1):
+                    if call_step(m.code, record.ctypes.data, stages.ctypes.data, stage, index, low, high, task):
+                        put(words + 8 * END, 0)
+                    put(at, 2 * number + 2)
+                waited += 1
+                state = look(at)
+        number += 1
+    put(words + 8 * END, 0)
 
 
-def screen_of(head_w):
-    """(screen (V, C) int8, units (V,)): head_w (V, C) is units * screen, within half a unit."""
-    units = np.abs(head_w).max(1) / 127
-    q = head_w / np.where(units > 0, units, 1)[:, None]
-    return np.rint(q, out=q).astype(np.int8), units
+def screen_of(head_w, panel):
+    """(screen (panels, C, panel) int8, units (V',)): head_w (V, C) is units * screen, within half a unit."""
+    (V, C), count = head_w.shape, blocks(len(head_w), panel)
+    units = np.zeros(count * panel, head_w.dtype)
+    units[:V] = np.abs(head_w).max(1) / 127
+    screen = np.zeros((count * panel, C), np.int8)
+    q = head_w / np.where(units > 0, units, 1)[:V, None]
+    screen[:V] = np.rint(q, out=q)
+    return np.ascontiguousarray(screen.reshape(count, panel, C).swapaxes(1, 2)), units
 
 
 def gate_beside_values(w, panel):
@@ -2943,23 +3057,26 @@ class Steps:
         L, F, V, P, code = cfg.layers, cfg.hidden, cfg.vocab_size, cfg.seq_len, provide_step(kv.dtype.name)
         self.cfg, self.kv, self.threads, self.record = cfg, kv, POOL.threads, np.zeros(1, STEP)
         self.panel, self.kept = STEP_VECTORS * VECTOR_BYTES // size, [code]  # whose addresses are in records
+        self.free, self.bytes_kept = np.empty(0, dtype), 0
         Cs, Fs, Ds = map(whole_vectors, (C, F, D + 1))
-        Ps = whole_vectors(P) + 16  # rows of 2^n bytes would use few sets of the cache
-        scratch = whole_vectors(Cs + VECTOR_BYTES + max(Ds + Ps, (C + 1) * VECTOR_BYTES // size))
+        Ps = whole_vectors(P + self.panel) | 16  # rows of 2^n bytes would use few sets of the cache
+        scratch = whole_vectors(Cs + VECTOR_BYTES + max(BESIDE * (Ds + Ps), (C + 1) * VECTOR_BYTES // size))
         self.set(code=code.address, size=size, panel=self.panel, scratch_size=scratch * size, eps=cfg.norm_eps)
         self.set(C=C, H=H, G=G, D=D, V=V, P=P, Cs=Cs, Fs=Fs, Ds=Ds, Ps=Ps)
-        shapes = dict(x=C, qkv=cfg.qkv_width, o=H * D, h=2 * Fs, a=Fs, logits=V, offsets=V, odds=V, units=V)
+        shapes = dict(x=C, qkv=cfg.qkv_width, o=H * D, h=2 * (Fs + self.panel), a=Fs + self.panel)
+        shapes |= dict(logits=V + self.panel, offsets=V, odds=V, zeros=self.panel)
         shapes |= dict(scratch=POOL.threads * scratch, keys=(L, G, D, Ps), values=(L, G, P, Ds))
         self.arrays = {name: self.zeros(shape, dtype) for name, shape in shapes.items()}
         self.arrays["values"][..., D] = 1
-        self.arrays |= dict(tokens=np.zeros(P + 2, np.int64), words=aligned(24, np.int64), uniforms=np.zeros(P + 1))
+        self.arrays |= dict(tokens=np.zeros(P + 2, np.int64), uniforms=np.zeros(P + 1))
+        self.arrays["words"] = aligned(CHUNKS + 8 * POOL.threads, np.int64)
         kind, (scale, slopes, _) = norm_of(p["layers"][0], "norm1", cfg)[0], attention_arguments(cfg, 0, (), dtype)
         self.arrays |= dict(kv=kv, embed_w=p["embed_w"], head_w=p["embed_w" if cfg.tied else "head_w"], slopes=slopes)
         self.set(kind=kind, scale=scale, activation=ACTIVATION[cfg.mlp], gated=cfg.mlp == "swiglu")
         if cfg.positions == "learned":
             self.arrays["positions"] = p["position_w"]
         if cfg.positions.startswith("rope"):
-            self.arrays["cos"], self.arrays["sin"] = rotation_columns(P, D, cfg.rope_theta, dtype.name)
+            self.arrays["cos"], self.arrays["sin"] = rotation(P, D, cfg.rope_theta, dtype.name)
             self.set(half=cfg.positions == "rope-half")
         self.set(**{name: x.ctypes.data for name, x in self.arrays.items()})
         if cfg.embedding_norm:
@@ -2967,7 +3084,9 @@ class Steps:
         self.stages = self.list_stages(p, kind)
         self.set(stages=len(self.stages))
         self.head_b, self.screened = p["head_b"], self.arrays["head_w"].nbytes > SCREEN_BYTES
-        self.alone = self.arrays["head_w"].nbytes + sum(x.nbytes for x in self.kept[1:]) <= ALONE_BYTES
+        weights = self.arrays["head_w"].nbytes + self.bytes_kept
+        self.alone = weights <= ALONE_BYTES
+        self.set(far=weights > FAR_BYTES)
 
     def set(self, **values):
         for name, value in values.items():
@@ -2978,21 +3097,30 @@ class Steps:
         count = math.prod(np.atleast_1d(shape))
         return aligned(whole_vectors(count), dtype)[:count].reshape(shape)
 
+    def room(self, count):
+        """Zeros (count,) behind those before: one stretch of memory, in large pages where NumPy gets them."""
+        if count > len(self.free):
+            self.free = aligned(max(count, KEEP_BYTES // self.kv.itemsize), self.kv.dtype)
+            self.kept.append(self.free)
+        self.bytes_kept += count * self.kv.itemsize
+        found, self.free = self.free[:count], self.free[blocks(count, CACHE_LINE) * CACHE_LINE :]
+        return found
+
     def keep(self, x):
         """Address of a copy of x (rows, M), or of x (M,), rows padded to whole vectors."""
         x = x.reshape(-1, x.shape[-1])
-        self.kept.append(aligned(len(x) * whole_vectors(x.shape[1]), x.dtype))
-        self.kept[-1].reshape(len(x), -1)[:, : x.shape[1]] = x
-        return self.kept[-1].ctypes.data
+        room = self.room(len(x) * whole_vectors(x.shape[1]))
+        room.reshape(len(x), -1)[:, : x.shape[1]] = x
+        return room.ctypes.data
 
     def keep_panels(self, w):
         """Address of a copy of w (K, M): `panel` columns row after row, then the next."""
         (K, M), columns = w.shape, whole_vectors(w.shape[1])
-        self.kept.append(aligned(K * columns, w.dtype))
+        room = self.room(K * columns)
         for low in range(0, columns, self.panel):
-            block = self.kept[-1][low * K : (low + self.panel) * K].reshape(K, -1)
+            block = room[low * K : (low + self.panel) * K].reshape(K, -1)
             block[:, : M - low] = w[:, low : low + self.panel]
-        return self.kept[-1].ctypes.data
+        return room.ctypes.data
 
     def norm(self, of, name):
         return self.keep(np.stack(norm_of(of, name, self.cfg, NO_NORM)[1:3]))
@@ -3034,8 +3162,8 @@ class Steps:
     def needs_screen(self):
         """Whether the head has a screen; it is made when it is first needed."""
         if self.screened and not self.record[0]["screen"]:
-            self.arrays["screen"], self.arrays["units"][:] = screen_of(self.arrays["head_w"])
-            self.set(screen=self.arrays["screen"].ctypes.data)
+            self.arrays["screen"], self.arrays["units"] = screen_of(self.arrays["head_w"], self.panel)
+            self.set(**{name: self.arrays[name].ctypes.data for name in ("screen", "units")})
             self.screened = bool(np.isfinite(self.arrays["units"]).all())
         return self.screened
 
@@ -3046,15 +3174,16 @@ class Steps:
             self.arrays["x"][:], first = x.reshape(-1), len(self.stages) - 1
         if not screened and not self.stages[-1]["weights"]:
             self.stages[-1]["weights"] = self.keep_panels(self.arrays["head_w"].T)
-        self.arrays["words"][:], self.arrays["tokens"][0] = 0, token
-        self.arrays["words"][CLAIM], self.record[0]["screened"] = first << 32, screened
-        self.set(ways=ways, position=position, **launch)
+        self.arrays["words"][:], self.arrays["tokens"][0], self.record[0]["screened"] = 0, token, screened
+        self.arrays["words"][END] = launch["count"] * len(self.stages) + 1 if launch["count"] else len(self.stages)
+        self.set(ways=ways, first=first, position=position, **launch)
         POOL.run(step_kernel, ways, self.record, self.stages)
 
     def logits(self, token, x, position):
         """(V,), what follows the token at this position."""
         self.run(token, x, position, count=0)
-        return self.arrays["logits"].copy() if self.head_b is None else self.arrays["logits"] + self.head_b
+        logits = self.arrays["logits"][: self.cfg.vocab_size]
+        return logits.copy() if self.head_b is None else logits + self.head_b
 
     def draw(self, token, x, position, uniforms, stop, temperature=1.0, top_k=0, top_p=1.0, banned=()):
         """The ids that follow, one for each of uniforms (count,), or up to `stop`; all but the last have been fed."""
