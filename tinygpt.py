@@ -44,7 +44,7 @@ import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, compiler
 from numba.extending import intrinsic, overload, register_jitable
 from numba.np.arrayobj import populate_array
 
@@ -768,9 +768,11 @@ if not numba.config.CPU_NAME and binding.get_host_cpu_features().get("avx512f", 
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
 COMPILE = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks divisions: no vectors
-part = register_jitable(**COMPILE)  # of a kernel, compiled with it; called from Python it is Python
+# Of a kernel, compiled with it; called from Python it is Python. Always inlined: of a function that kernels share, the
+# linker takes the copy that comes first, another one when they come from the cache, and the copies' sums may differ.
+part = register_jitable(**COMPILE, forceinline=True)
 # with sums and products in the order in which they are written, whatever is compiled around them
-ordered_part = register_jitable(error_model="numpy", fastmath={"contract", "nsz"})
+ordered_part = register_jitable(error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
 
 CACHE_LINE = 64  # bytes
 
@@ -818,7 +820,7 @@ def fetch_add(typing_context, address, value):
     return types.int64(types.intp, types.int64), build
 
 
-def function_of_tasks(context, module, compiled, signature, arguments):
+def function_of_tasks(context, module, compiled, arguments):
     """LLVM function (address of the words, slot): body(task, slot, *arguments) for each task that it gets hold of."""
     i64 = ir.IntType(64)
     name = compiled.fndesc.llvm_func_name + "_tasks"
@@ -835,7 +837,7 @@ def function_of_tasks(context, module, compiled, signature, arguments):
     task = builder.atomic_rmw("add", word_at(builder, words, NEXT), i64(1), "seq_cst")
     builder.cbranch(builder.icmp_signed("<", task, count), do, done)
     builder.position_at_end(do)
-    status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, signature, (task, slot, *rest))
+    status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, compiled.signature, (task, slot, *rest))
     with builder.if_then(status.is_error):
         builder.store(i64(1), word_at(builder, words, FAILED))
     builder.branch(take)
@@ -847,14 +849,15 @@ def function_of_tasks(context, module, compiled, signature, arguments):
 @intrinsic
 def open_gate(typing_context, words, count, body, args):
     """Describe the launch, open the gate to the helpers, work with them, close it, wait for those still inside."""
-    signature = typing_context.resolve_function_type(body, (types.int64, types.int64, *args.types), {})
 
-    def build(context, builder, _, values):
-        i64, (words, count, _, arguments) = ir.IntType(64), values
-        compiled = body.dispatcher.overloads[signature.args]
-        context.active_code_library.add_linking_library(compiled.library)
+    def build(context, builder, signature, values):
+        i64, (words, count, _, arguments), flags = ir.IntType(64), values, compiler.Flags()
+        jitted = body.dispatcher  # compiled here, not linked: as a library of its own it would be optimised twice
+        jitted.targetdescr.options.parse_as_flags(flags, jitted.targetoptions)
+        flags.no_compile, kinds, library = True, (types.int64, types.int64, *args.types), context.active_code_library
+        compiled = compiler.compile_extra(typing_context, context, jitted.py_func, kinds, None, flags, {}, library)
         arguments = cgutils.alloca_once_value(builder, arguments)
-        function = function_of_tasks(context, builder.module, compiled, signature, arguments.type)
+        function = function_of_tasks(context, builder.module, compiled, arguments.type)
         address_of = {FUNCTION: builder.ptrtoint(function, i64), ARGUMENTS: builder.ptrtoint(arguments, i64)}
         for index, value in {NEXT: i64(0), TASKS: count, FAILED: i64(0), **address_of}.items():
             builder.store(value, word_at(builder, words, index))
@@ -1171,14 +1174,15 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
                 b_down = vectors * VECTOR_BYTES
                 copy_rows(b_at, b_k, panel, b_down, depth, width, size, zero)
                 b_at = panel
-            if left > 0:
-                sweep(a_at, a_row, a_k, b_at, b_down, c_at, c_row, M, vectors, depth, more, zero)
-            else:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
-                for r in range(0, M, TILE_ROWS):
-                    few, c_few = min(TILE_ROWS, M - r), c_at + r * c_row
-                    copy_rows(c_few, c_row, edge, VECTOR_BYTES, few, width, size, zero)
-                    sweep(a_at + r * a_row, a_row, a_k, b_at, b_down, edge, VECTOR_BYTES, few, 1, depth, more, zero)
-                    copy_rows(edge, VECTOR_BYTES, c_few, c_row, few, width, size, zero)
+            at_once = M if left > 0 else TILE_ROWS
+            for r in range(0, M, at_once):
+                rows, at, down = min(at_once, M - r), c_at + r * c_row, c_row
+                if left == 0:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
+                    at, down = edge, VECTOR_BYTES
+                    copy_rows(c_at + r * c_row, c_row, at, down, rows, width, size, zero)
+                sweep(a_at + r * a_row, a_row, a_k, b_at, b_down, at, down, rows, vectors, depth, more, zero)
+                if left == 0:
+                    copy_rows(at, down, c_at + r * c_row, c_row, rows, width, size, zero)
             j += width
 
 

@@ -636,3 +636,27 @@ print(sum(sum(k.stats.cache_hits.values()) for k in kernels), sum(sum(k.stats.ca
     hits, misses = map(int, found[-1].split())
     assert found[:3] == ["", "", "True"]
     assert hits >= 15 and misses == 0
+
+
+COMPILED_ANEW = """
+import hashlib, sys
+import numpy as np
+import tinygpt
+from tinygpt import OPS
+cfg = tinygpt.Config(vocab_size=300, seq_len=40, width=48, layers=1, heads=2, hidden=96)
+p, (flat, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), 1), tinygpt.zero_gradients(cfg)
+rng = np.random.default_rng(0)
+x, targets = rng.standard_normal((2, 40, 48)).astype(np.float32), rng.integers(0, 300, (2, 40))
+y, cache = OPS["numba"]["mlp_layer_forward"](x, p["layers"][0], cfg)
+_, nats, dy = OPS["numba"]["head_loss"](y, targets, np.ones((2, 40), np.float32), p, g, cfg)
+dx = OPS["numba"]["mlp_layer_backward"](dy, cache, p["layers"][0], g["layers"][0], cfg)
+print(*(hashlib.sha256(a.tobytes()).hexdigest()[:12] for a in (y, nats, dy, dx, flat)))
+"""
+
+
+def test_kernels_from_the_cache_give_the_bytes_of_kernels_compiled_anew(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(tinygpt.__file__).parent)}
+    command = [sys.executable, "-c", COMPILED_ANEW]
+    anew, cached = (subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2))
+    assert anew.returncode == 0, anew.stderr
+    assert cached.stdout == anew.stdout
