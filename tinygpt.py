@@ -3101,29 +3101,19 @@ class Steps:
         count = math.prod(np.atleast_1d(shape))
         return aligned(whole_vectors(count), dtype)[:count].reshape(shape)
 
-    def room(self, count):
-        """Zeros (count,) behind those before: one stretch of memory, in large pages where NumPy gets them."""
-        if count > len(self.free):
-            self.free = aligned(max(count, KEEP_BYTES // self.kv.itemsize), self.kv.dtype)
-            self.kept.append(self.free)
-        self.bytes_kept += count * self.kv.itemsize
-        found, self.free = self.free[:count], self.free[blocks(count, CACHE_LINE) * CACHE_LINE :]
-        return found
-
-    def keep(self, x):
-        """Address of a copy of x (rows, M), or of x (M,), rows padded to whole vectors."""
+    def keep(self, x, panel=1 << 62):
+        """Address of a copy of x (K, M), or of x (M,): `panel` columns row after row, whole vectors, then the next. All
+        lie in one stretch of memory, in large pages where NumPy gets them."""
         x = x.reshape(-1, x.shape[-1])
-        room = self.room(len(x) * whole_vectors(x.shape[1]))
-        room.reshape(len(x), -1)[:, : x.shape[1]] = x
-        return room.ctypes.data
-
-    def keep_panels(self, w):
-        """Address of a copy of w (K, M): `panel` columns row after row, then the next."""
-        (K, M), columns = w.shape, whole_vectors(w.shape[1])
-        room = self.room(K * columns)
-        for low in range(0, columns, self.panel):
-            block = room[low * K : (low + self.panel) * K].reshape(K, -1)
-            block[:, : M - low] = w[:, low : low + self.panel]
+        (K, M), columns = x.shape, whole_vectors(x.shape[1])
+        if K * columns > len(self.free):
+            self.free = aligned(max(K * columns, KEEP_BYTES // x.itemsize), x.dtype)
+            self.kept.append(self.free)
+        room, self.free = self.free[: K * columns], self.free[K * columns :]  # 16 n elements: lines stay whole
+        for low in range(0, columns, panel):
+            block = room[low * K : (low + panel) * K].reshape(K, -1)
+            block[:, : M - low] = x[:, low : low + panel]
+        self.bytes_kept += room.nbytes
         return room.ctypes.data
 
     def norm(self, of, name):
@@ -3137,7 +3127,7 @@ class Steps:
         if more.get("kind") == HIDDEN:
             units = blocks(whole_vectors(self.cfg.hidden), self.panel)
             w, b = (gate_beside_values(x, self.panel) if at["gated"] else x for x in (w, b))
-        bias, weights = self.keep(b), self.keep_panels(w)
+        bias, weights = self.keep(b), self.keep(w, self.panel)
         stage = dict(kind=LINEAR, units=units, source=at[source], K=K, bias=bias, weights=weights, y=at[y])
         return stage | dict(columns=whole_vectors(w.shape[1])) | more
 
@@ -3177,7 +3167,7 @@ class Steps:
         if x is not None:
             self.arrays["x"][:], first = x.reshape(-1), len(self.stages) - 1
         if not screened and not self.stages[-1]["weights"]:
-            self.stages[-1]["weights"] = self.keep_panels(self.arrays["head_w"].T)
+            self.stages[-1]["weights"] = self.keep(self.arrays["head_w"].T, self.panel)
         self.arrays["words"][:], self.arrays["tokens"][0], self.record[0]["screened"] = 0, token, screened
         self.arrays["words"][END] = launch["count"] * len(self.stages) + 1 if launch["count"] else len(self.stages)
         self.set(ways=ways, first=first, position=position, **launch)

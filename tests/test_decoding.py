@@ -103,9 +103,17 @@ def text_of(decoding, ids, count, **filters):
     return list(generate(decoding, ids, 3, -1, count, **filters))
 
 
-@pytest.mark.parametrize("shape", [{}, dict(width=288, head_width=42, hidden=200, qk_norm=True)], ids=["tiny", "wide"])
+SHAPES = {
+    "tiny": {},
+    "wide": dict(width=288, head_width=42, hidden=200, qk_norm=True),
+    "many heads": dict(heads=10, kv_heads=5, head_width=6),  # sums of narrow heads run side by side
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape):
+def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch):
+    monkeypatch.setattr(tinygpt, "FAR_BYTES", 0 if "width" in shape else 1 << 40)
     cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
     _, p = random_parameters(cfg, dtype=np.float32)
     once, single = (Decoding(p, cfg, OPS["numba"]) for _ in range(2))
