@@ -1656,25 +1656,6 @@ def maximum_by_type(x):
     return maximum32 if x.dtype == types.float32 else maximum64
 
 
-@part
-def softmax_row(scores, low, high, weight):
-    """scores (S,) -> weight * softmax of scores[low:high], in place, 0 around them; returns log-sum-exp."""
-    seen, total = scores[low:high], scores.dtype.type(0)
-    top = maximum(seen)
-    for s in range(seen.size):
-        e = exp(seen[s] - top)
-        seen[s] = e
-        total += e
-    scale = weight / total
-    for s in range(seen.size):
-        seen[s] *= scale
-    for s in range(low):
-        scores[s] = 0
-    for s in range(high, scores.size):
-        scores[s] = 0
-    return top + math.log(total)
-
-
 # == 7  sublayers ======================================================================================================
 #
 # Each `..._kernels` function has the contract of the function of section 3 that it is named after. It computes in the

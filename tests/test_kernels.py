@@ -484,7 +484,6 @@ def test_kernels_agree_with_the_spec_with_the_tiles_of_avx2(tmp_path):
 
 
 compiled = numba.njit(**tinygpt.COMPILE)
-softmax_row = compiled(tinygpt.softmax_row)
 
 
 @compiled
@@ -570,44 +569,49 @@ def test_maximum_finds_the_largest_of_any_count_anywhere(dtype):
                 assert maximum_of(x[:count]) == dtype(top)
 
 
-@both_dtypes
-def test_a_row_of_softmax_is_that_of_numpy(dtype):
-    rng = np.random.default_rng(0)
-    for S in (1, 7, 16, 33, 100):
-        for low, high in {(0, 1), (0, S // 2 + 1), (0, S), (S // 3, S // 2 + 1), (S - 1, S), (S // 2, S)}:
-            scores = (4 * rng.standard_normal(S)).astype(dtype)
-            seen = scores[low:high].astype(np.float64)
-            lse = softmax_row(scores, low, high, dtype(0.5))
-            limit = 20 * np.finfo(dtype).eps
-            assert relative(lse, np.log(np.exp(seen).sum())) < limit
-            assert relative(scores[low:high], 0.5 * np.exp(seen) / np.exp(seen).sum()) < limit
-            assert (scores[:low] == 0).all() and (scores[high:] == 0).all()
+def head_of_scores(scores, targets, dtype):
+    """Nats of the targets and gradient of the scores, each target weighing 1/2, of a head whose bias is all it has."""
+    cfg = tiny_config(vocab_size=len(scores), tied=False, head_bias=True, final_norm=False)
+    p = tinygpt.views(tinygpt.layout(cfg), tinygpt.zero_gradients(cfg, dtype)[0], cfg.layers)
+    _, g = tinygpt.zero_gradients(cfg, dtype)
+    p["head_b"][:] = scores
+    x, weights = np.ones((1, len(targets), cfg.width), dtype), np.full((1, len(targets)), 0.5, dtype)
+    _, nats, _ = OPS["numba"]["head_loss"](x, np.array([targets]), weights, p, g, cfg)
+    return nats[0], g["head_b"]
 
 
 @both_dtypes
-def test_a_row_of_softmax_bears_huge_and_equal_scores(dtype):
+@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(tinygpt.HEAD_WORDS), 300))
+def test_the_softmax_of_the_head_is_that_of_numpy(V, dtype):
+    scores, targets = (4 * np.random.default_rng(V).standard_normal(V)).astype(dtype), [0, V // 2, V - 1]
+    odds = np.exp(scores.astype(np.float64))
+    nats, gradient = head_of_scores(scores, targets, dtype)
+    limit = 20 * np.finfo(dtype).eps
+    assert relative(nats, np.log(odds.sum()) - scores[targets]) < limit
+    assert relative(gradient, 0.5 * (3 * odds / odds.sum() - np.bincount(targets, minlength=V))) < limit
+
+
+@both_dtypes
+def test_the_softmax_of_the_head_bears_huge_and_equal_scores(dtype):
     large = float(np.finfo(dtype).max) / 4
     for value in (0.0, large, -large, 1e-30):
-        scores = np.full(21, value, dtype)
-        lse = softmax_row(scores, 0, 20, dtype(1))
-        assert scores[:20] == pytest.approx(0.05, rel=1e-6) and scores[20] == 0
-        assert lse == pytest.approx(value + math.log(20))
-    scores = np.array([-large, large, 0, large, -math.inf], dtype)
-    assert math.isfinite(softmax_row(scores, 0, 5, dtype(1)))
-    assert scores == pytest.approx([0, 0.5, 0, 0.5, 0], abs=1e-30)
+        nats, gradient = head_of_scores(np.full(20, value, dtype), [3], dtype)
+        assert nats == pytest.approx(math.log(20), rel=1e-6)
+        assert gradient == pytest.approx([0.025 - 0.5 * (v == 3) for v in range(20)], rel=1e-5)
+    nats, gradient = head_of_scores(np.array([-large, large, 0, large, -math.inf], dtype), [1], dtype)
+    assert nats == pytest.approx(math.log(2), rel=1e-6)
+    assert gradient == pytest.approx([0, -0.25, 0, 0.25, 0], abs=1e-30, rel=1e-6)
 
 
 @both_dtypes
-@pytest.mark.parametrize("nan", [math.nan, -math.nan])
-def test_a_row_of_softmax_shows_a_nan(nan, dtype):
-    for S in (1, 5, 16, 50):
-        for at in {0, S // 2, S - 1}:
-            scores = np.linspace(-2, 2, S).astype(dtype)
-            scores[at] = nan
-            assert math.isnan(softmax_row(scores, 0, S, dtype(1)))
-            assert np.isnan(scores).all()
-    scores = np.array([1, math.inf, 0], dtype)
-    assert math.isnan(softmax_row(scores, 0, 3, dtype(1)))
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_the_softmax_of_the_head_shows_what_is_no_number(bad, dtype):
+    for V in (2, 16, 130):
+        for at in {0, V // 2, V - 1}:
+            scores = np.linspace(-2, 2, V).astype(dtype)
+            scores[at] = bad
+            nats, gradient = head_of_scores(scores, [1], dtype)
+            assert np.isnan(nats).all() and np.isnan(gradient).any()
 
 
 # -- compiling
