@@ -866,7 +866,7 @@ def train(run, batches, space, peak):
 # == 6  settings and command line ======================================================================================
 
 DEFAULTS = dict(  # min_lr None: lr / 10; warmup_steps None: 100, or a tenth of a short run
-    batch_size=8, schedule="cosine", min_lr=None, warmup_steps=None, weight_decay=0.1, beta1=0.9, beta2=0.95,
+    batch_size=8, schedule="cosine", min_lr=None, warmup_steps=None, weight_decay=0.1, beta1=0.9, beta2=0.99,
     grad_clip=1.0, dropout=0.0,
 )  # fmt: skip
 
@@ -875,7 +875,7 @@ LILLM = dict(tokens=2**19, lr=6e-4, warmup_steps=2000, weight_decay=0.01)
 LLAMA2C = dict(tokens=2**17, steps=100_000, lr=5e-4, min_lr=0.0, warmup_steps=1000)
 NEO = dict(tokens=2**9 * 80 * 16, lr=5e-4, schedule="constant", warmup_steps=0)
 GRAPHCORE = dict(tokens=2**16, steps=20_000, lr=3e-4, schedule="linear", min_lr=0.0, warmup_steps=0, weight_decay=0.01)
-RECIPES = {  # published with sizes whose name begins like this; `tokens` an update; what is not said is as in DEFAULTS
+RECIPES = {  # published with sizes whose name begins like this; `tokens` an update; unsaid: DEFAULTS, beta2 0.95
     "2m": STORYLLAMAS,
     "7m": STORYLLAMAS,
     "30m": STORYLLAMAS | dict(tokens=2**17, steps=50_000, lr=8e-4, weight_decay=0.05),
@@ -898,7 +898,7 @@ def recipe_of(size, cfg, published):
     if recipe is None:
         raise ValueError(f"no recipe was published for --size {size}; leave out --recipe published")
     batch_size = max(1, recipe["tokens"] // cfg.seq_len) if "tokens" in recipe else DEFAULTS["batch_size"]
-    return {"steps": None} | DEFAULTS | recipe | {"batch_size": batch_size}
+    return {"steps": None} | DEFAULTS | {"beta2": 0.95} | recipe | {"batch_size": batch_size}
 
 
 KERNELS = ("numba", "numpy")
@@ -972,7 +972,7 @@ def make_parser():
     add("--schedule", choices=SCHEDULES, help="of the rate after it (default cosine)")
     add("--weight-decay", type=in_range(float, 0, 10), help="of matrices; 0 is off (default 0.1)")
     add("--beta1", type=in_range(float, 0, 0.9999), help="decay of AdamW's mean (default 0.9)")
-    add("--beta2", type=in_range(float, 0, 0.99999), help="of its mean square (default 0.95)")
+    add("--beta2", type=in_range(float, 0, 0.99999), help="of its mean square (default 0.99)")
     add("--grad-clip", type=in_range(float, 0, 1e9), help="largest norm; 0 is off (default 1)")
     add("--dropout", type=in_range(float, 0, 0.99), help="of attention, its output and the MLP's; 0 is off (default 0)")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
