@@ -646,8 +646,8 @@ def plan_steps(args, state, batches, ops, space, s, started):
     return max(1, int(left * (1 - OVERHEAD) / (sum(times) / len(times))))
 
 
-OVERHEAD = 0.05  # share of a timed run that evaluations, stories and checkpoints may take
-EVALUATED = 0.10  # tokens of a validation while training, for each token trained since the one before: 1/3 of the work
+OVERHEAD = 0.03  # share of a timed run that evaluations, stories and checkpoints may take
+EVALUATED = 0.05  # tokens of a validation while training, for each token trained since the one before: 1/3 of the work
 
 
 class Run:
