@@ -165,12 +165,18 @@ def test_kernels_attend_to_a_past_as_the_spec_does(start, T, family):
 BYTES = tiny_config(vocab_size=53, seq_len=101, width=24, hidden=40, position_rows=103)  # no multiple of ROW_BLOCK
 
 
-def test_any_number_of_threads_gives_the_same_bytes(pool):
+def bytes_of_any_threads(pool, cfg, table, T, counts):
+    """The bytes of a model's results, which are the same with each number of threads."""
     results = []
-    for threads in (1, 2, 3):
+    for threads in counts:
         pool.resize(threads)
-        results.append(as_bytes(run_model(BYTES, "numba", 4, 101, np.float32, True)))
-    assert results[0] == results[1] == results[2]
+        results.append(as_bytes(run_model(cfg, table, 4, T, np.float32, True)))
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def test_any_number_of_threads_gives_the_same_bytes(pool):
+    bytes_of_any_threads(pool, BYTES, "numba", 101, (1, 2, 3))
 
 
 def test_a_workspace_changes_no_byte():
