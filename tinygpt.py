@@ -1678,14 +1678,15 @@ def workspace_layout(cfg, B, T, recompute=False):
     mlp = max(C * (U + 2 * wide) + F * (C + wide), U * (C + wide))
     attention = max(K * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
     panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
-    scores, head = 2 * (S + D + 1) * SCORE_BLOCK + S * D, (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
+    scores = 4 * S * D + max(2 * (S + D + 1) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
+    head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
     scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C, D + 3)), scores, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered
         ("norm1", (2, B, T), True),  # mean, rstd
         ("qkv", (B, T, H + 2 * cfg.kv_heads, D), True),
-        ("qk", (tasks, H + cfg.kv_heads, D, ROW_BLOCK) if cfg.qk_norm else (0, 0, 0, 0), True),  # before their norm
+        ("qk", (B, H + cfg.kv_heads, D, whole_vectors(T)) if cfg.qk_norm else (0, 0, 0, 0), True),  # before their norm
         ("o_T", (B * blocks(T, SCORE_BLOCK), HD, SCORE_BLOCK), True),  # rows of a block side by side, as all `_T`
         ("lse", (B, H, T), True),
         ("attended", (B, T, C), True),
@@ -1708,7 +1709,7 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("shares", (B, T), False),
         ("nats", (B, T), False),
         ("sums", (tasks, 2, C), False),
-        ("qk_sums", (tasks, 2, D), False),
+        ("qk_sums", (B * cfg.kv_heads, 2, D), False),
         ("head_sums", (head_tasks, 2, C), False),
         ("panels", (panels,), False),  # of the weights at work
         ("scratch", (POOL.threads, scratch), False),
@@ -1782,6 +1783,12 @@ def layer_space(space, cfg, x):
 @part
 def blocks(T, size):
     return -(-T // size)
+
+
+@part
+def whole_vectors(count):
+    """Columns that hold `count`, a multiple of 16."""
+    return (count + 15) // 16 * 16
 
 
 @kernel
@@ -1893,12 +1900,6 @@ def embed_backward_kernels(dx, cache, g, cfg, space=None):
 # is done to whole vectors, sums over d or s are sums of vectors, and no row is too short.
 
 
-@part
-def whole_vectors(count):
-    """Columns that hold `count`, a multiple of 16."""
-    return (count + 15) // 16 * 16
-
-
 @ordered_part
 def turn(x, cos, sin, half, sign):
     """x (D, T): every pair of rows turned by its angle, cos and sin (D/2, T), backwards if sign is -1; section 2.5."""
@@ -1937,9 +1938,9 @@ def norm_columns(x, gains, eps, rstd):
 
 
 @part
-def place_rows(qkv, position, qk, q_norm, k_norm, eps, heads, cos, sin, half, scratch):
-    """RMSNorm of q and k if qk (1, H + G, D, T') is there to keep them as they were, then their rotation if cos and sin
-    (D/2, S) are there: qkv (T, H + 2 G, D), its first row at `position`, heads = H, G."""
+def place_rows(qkv, position, heads, qk, b, first, gains, eps, cos, sin, half, scratch):
+    """RMSNorm of q and k if qk (B, H + G, D, T') is there to keep them as they were, in its columns from `first` on,
+    then their rotation if cos and sin (D/2, S) are there: qkv (T, H + 2 G, D), its first row at `position`."""
     (T, _, D), one = qkv.shape, qkv.dtype.type(1)
     width = whole_vectors(T)
     x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
@@ -1947,54 +1948,54 @@ def place_rows(qkv, position, qk, q_norm, k_norm, eps, heads, cos, sin, half, sc
     for h in range(heads[0] + heads[1]):
         transpose_rows(qkv[:, h], x)
         if len(qk) > 0:
-            copy(x, qk[0, h, :, :width])
-            norm_columns(x, q_norm if h < heads[0] else k_norm, eps, rstd)
+            for d in range(D):
+                row, out = x[d], qk[b, h, d, first : first + width]
+                for t in range(width):
+                    out[t] = row[t]
+            norm_columns(x, gains[0] if h < heads[0] else gains[1], eps, rstd)
         if len(cos) > 0:
             turn(x[:, :T], c, s, half, one)
         transpose_rows(x[:, :T], qkv[:, h])
 
 
 @part
-def place_rows_backward(dqkv, position, qk, q_norm, k_norm, eps, heads, cos, sin, half, sums, scratch):
-    """The same backwards, in place in dqkv; sums (2, D) of the gradients of the gains of q and of k."""
-    (T, _, D), one, zero = dqkv.shape, dqkv.dtype.type(1), dqkv.dtype.type(0)
-    width = whole_vectors(T)
-    dx, rest = scratch[: D * width].reshape(D, width), scratch[D * width :]
-    rstd, dot = rest[:width], rest[width : 2 * width]
-    c, s = cos[:, position : position + T], sin[:, position : position + T]
-    for d in range(sums.shape[1]):
-        sums[0, d] = sums[1, d] = zero
-    for h in range(heads[0] + heads[1]):
-        transpose_rows(dqkv[:, h], dx)
-        if len(cos) > 0:
-            turn(dx[:, :T], c, s, half, -one)
-        if len(qk) > 0:
-            x, gains, total = qk[0, h], q_norm if h < heads[0] else k_norm, sums[0 if h < heads[0] else 1]
-            inverse_rms(x, eps, rstd)
+def place_backward(dx, T, qk, b, h, first, gains, eps, cos, sin, half, total, scratch):
+    """The same backwards, in place in dx (D, T') of T positions of head h from `first` on; adds into total (D,), the
+    gradient of the gains."""
+    (D, width), one, zero = dx.shape, dx.dtype.type(1), dx.dtype.type(0)
+    x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
+    dot = scratch[(D + 1) * width : (D + 2) * width]
+    if len(cos) > 0:
+        turn(dx[:, :T], cos[:, first : first + T], sin[:, first : first + T], half, -one)
+    if len(qk) > 0:
+        for d in range(D):
+            row, out = qk[b, h, d, first : first + width], x[d]
             for t in range(width):
-                dot[t] = zero
-            for d in range(D):
-                x_row, dx_row, gradient = x[d], dx[d], zero
-                for t in range(width):
-                    product_ = dx_row[t] * x_row[t] * rstd[t]
-                    gradient += product_
-                    dot[t] += product_ * gains[d]
-                total[d] += gradient
+                out[t] = row[t]
+        inverse_rms(x, eps, rstd)
+        for t in range(width):
+            dot[t] = zero
+        for d in range(D):
+            x_row, dx_row, gradient = x[d], dx[d], zero
             for t in range(width):
-                dot[t] *= rstd[t] * rstd[t] / x.dtype.type(D)
-            for d in range(D):
-                x_row, dx_row = x[d], dx[d]
-                for t in range(width):
-                    dx_row[t] = rstd[t] * dx_row[t] * gains[d] - x_row[t] * dot[t]
-        transpose_rows(dx[:, :T], dqkv[:, h])
+                product_ = dx_row[t] * x_row[t] * rstd[t]
+                gradient += product_
+                dot[t] += product_ * gains[d]
+            total[d] += gradient
+        for t in range(width):
+            dot[t] *= rstd[t] * rstd[t] / x.dtype.type(D)
+        for d in range(D):
+            x_row, dx_row = x[d], dx[d]
+            for t in range(width):
+                dx_row[t] = rstd[t] * dx_row[t] * gains[d] - x_row[t] * dot[t]
 
 
 @kernel
 def qkv_kernel(
-    task, slot, x, kind, norm_w, norm_b, eps, panels, b, T, place, at, qk, q_norm, k_norm, qk_eps, heads, cos, sin,
-    half, stats, qkv, scratch,
+    task, slot, x, kind, norm_w, norm_b, eps, panels, b, T, heads, at, qk, q_norm, k_norm, qk_eps, cos, sin, half,
+    stats, qkv, scratch,
 ):  # fmt: skip
-    """x (N, C) -> qkv (N, H + 2 G, D) = norm(x) w + b, q and k placed if `place`, the sequences' first rows at position
+    """x (N, C) -> qkv (N, H + 2 G, D) = norm(x) w + b, q and k placed, heads = H, G of them, the first row at position
     `at`; stats (2, N) = mean, rstd."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
@@ -2002,9 +2003,8 @@ def qkv_kernel(
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
     set_rows(b, y, start, stop, 0, y.shape[1])
     product_of_panels(n, panels, y[start:stop], True, panel)
-    if place:
-        kept = qk[task : task + 1]
-        place_rows(qkv[start:stop], at + start % T, kept, q_norm, k_norm, qk_eps, heads, cos, sin, half, rest)
+    first, gains = start % T, (q_norm, k_norm)
+    place_rows(qkv[start:stop], at + first, heads, qk, start // T, first, gains, qk_eps, cos, sin, half, rest)
 
 
 @part
@@ -2138,19 +2138,22 @@ def linear_backward_kernel(task, slot, dy, panels, T, dx, scratch):
 
 @kernel
 def attention_backward_kernel(
-    task, slot, qkv, H, G, scale, slopes, window, keys, threshold, keep, o_T, lse, do, dqkv, scratch
+    task, slot, qkv, H, G, scale, slopes, window, keys, threshold, keep, o_T, lse, do, qk, q_norm, k_norm, eps, cos,
+    sin, half, dqkv, sums, scratch,
 ):  # fmt: skip
     """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), do (B, T, H, D), o_T and lse as above; p
-    and ds (keys, queries)."""
+    and ds (keys, queries). Backward through the places of q and k; sums (B G, 2, D) of the gradients of the gains."""
     (_, T, _, D), zero, kept = qkv.shape, do.dtype.type(0), do.dtype.type(keep)
     b, g, scale, column_keys = task // G, task % G, do.dtype.type(scale), np.empty(SCORE_BLOCK, np.uint32)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
-    for s in range(T):
-        for which in range(H + g, H + G + g + 1, G):
-            row = dqkv[b, s, which]
-            for d in range(D):
-                row[d] = zero
     all_k, rest = gathered(qkv, b, T, H + g, rest)
+    all_v, rest = gathered(qkv, b, T, H + G + g, rest)
+    dk, dv, rest = rest[: T * D].reshape(T, D), rest[T * D : 2 * T * D].reshape(T, D), rest[2 * T * D :]
+    for s in range(T):
+        for d in range(D):
+            dk[s, d] = dv[s, d] = zero
+    for d in range(D):
+        sums[task, 0, d] = sums[task, 1, d] = zero
     for h in range(g * (H // G), (g + 1) * (H // G)):
         slope = slopes[h]
         for first in range(0, T, SCORE_BLOCK):
@@ -2161,7 +2164,7 @@ def attention_backward_kernel(
             left = rest[(2 * D + 2) * width :]
             p, ds = left[:size].reshape(last - begin, width), left[size : 2 * size].reshape(last - begin, width)
             q_rows, do_rows = qkv[b, first:last, h], do[b, first:last, h]
-            k, v = all_k[begin:last], qkv[b, begin:last, H + G + g]
+            k, v = all_k[begin:last], all_v[begin:last]
             transpose_rows(do_rows, do_columns)
             for t in range(width):
                 shift[t] = lse[b, h, first + t] if first + t < T else zero
@@ -2187,18 +2190,16 @@ def attention_backward_kernel(
                     drow[t] = row[t] * (drow[t] - mean[t]) * scale
             if threshold > 0:
                 drop_columns(p, begin, keys[b], h * 65536 + first, threshold, kept, column_keys)
+            product(ds[:, : last - first], q_rows, dk[begin:last], True, panel)
+            product(p[:, : last - first], do_rows, dv[begin:last], True, panel)
             product(k.T, ds, q, False, panel)
+            place_backward(q, last - first, qk, b, h, first, q_norm, eps, cos, sin, half, sums[task, 0], left)
             transpose_rows(q[:, : last - first], dqkv[b, first:last, h])
-            product(ds[:, : last - first], q_rows, dqkv[b, begin:last, H + g], True, panel)
-            product(p[:, : last - first], do_rows, dqkv[b, begin:last, H + G + g], True, panel)
-
-
-@kernel
-def place_backward_kernel(task, slot, dqkv, T, qk, q_norm, k_norm, eps, heads, cos, sin, half, sums, scratch):
-    """dqkv (N, H + 2 G, D) before the places of q and k, in place; sums (tasks, 2, D)."""
-    start, stop = block_rows(task, T, ROW_BLOCK)
-    rows, kept, rest = dqkv[start:stop], qk[task : task + 1], scratch[slot, PANEL_SIZE:]
-    place_rows_backward(rows, start % T, kept, q_norm, k_norm, eps, heads, cos, sin, half, sums[task], rest)
+    dk_T, rest = rest[: D * whole_vectors(T)].reshape(D, whole_vectors(T)), rest[D * whole_vectors(T) :]
+    transpose_rows(dk, dk_T)
+    place_backward(dk_T, T, qk, b, H + g, 0, k_norm, eps, cos, sin, half, sums[task, 1], rest)
+    transpose_rows(dk_T[:, :T], dqkv[b, :, H + g])
+    copy(dv, dqkv[b, :, H + G + g])
 
 
 @kernel
@@ -2230,14 +2231,14 @@ def rotation_columns(S, D, theta, dtype):
 
 
 def place_arguments(p, s, cfg):
-    """For `place_rows`: what norm and rotation of queries and keys need; empty arrays for what there is not."""
+    """What norm and rotation of queries and keys need; empty arrays for what there is not."""
     D, dtype = cfg.head_width, s["qkv"].dtype.name
     cos = sin = np.empty((0, 0), dtype)
     if cfg.positions.startswith("rope"):
         cos, sin = rotation_columns(cfg.seq_len, D, cfg.rope_theta, dtype)
     q_norm, k_norm = (p["q_norm_w"], p["k_norm_w"]) if cfg.qk_norm else (constant(1, D, dtype),) * 2
-    heads, half = (cfg.heads, cfg.kv_heads), cfg.positions == "rope-half"
-    return s["qk"], q_norm, k_norm, cfg.norm_eps, heads, cos, sin, half
+    half = cfg.positions == "rope-half"
+    return s["qk"], q_norm, k_norm, cfg.norm_eps, cos, sin, half
 
 
 def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, dropout=None):
@@ -2246,11 +2247,9 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     x_NC, stats, scratch = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), scratch_of(s)
     qkv, o, y, start = s["qkv"], s["o"], s["attended"], past[1] if past is not None else 0
     linear = (panels_of(p["qkv_w"], s), biases(p, "qkv_b", cfg.qkv_width))
-    norm = norm_of(p, "norm1", cfg)
-    placed, place = cfg.qk_norm or cfg.positions.startswith("rope"), place_arguments(p, s, cfg)
-    POOL.run(
-        qkv_kernel, tasks, x_NC, *norm, *linear, T, placed, start, *place, stats, qkv.reshape(B * T, -1, D), scratch
-    )
+    heads = (H, G) if cfg.qk_norm or cfg.positions.startswith("rope") else (0, 0)
+    inputs = (x_NC, *norm_of(p, "norm1", cfg), *linear, T, heads, start, *place_arguments(p, s, cfg))
+    POOL.run(qkv_kernel, tasks, *inputs, stats, qkv.reshape(B * T, -1, D), scratch)
     kv, k_at, S = qkv, H, T
     if past is not None:
         past[0][:, start : start + T] = qkv[:, :, H:].reshape(B, T, 2, G, D)
@@ -2261,7 +2260,7 @@ def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, d
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
     linear = (o.reshape(B * T, -1), panels_of(p["out_w"], s), biases(p, "out_b", C))
     POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), scratch)
-    return y, (x_NC, s, arguments, placed and place, out_mask)
+    return y, (x_NC, s, arguments, out_mask)
 
 
 def masked(dy_NC, mask, s, T):
@@ -2274,7 +2273,7 @@ def masked(dy_NC, mask, s, T):
 
 
 def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
-    x_NC, s, arguments, place, out_mask = cache
+    x_NC, s, arguments, out_mask = cache
     (B, T, C), (H, G, D) = dy.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     tasks, scratch, N, HD = B * blocks(T, ROW_BLOCK), scratch_of(s), B * T, H * D
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
@@ -2285,11 +2284,11 @@ def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
     POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), scratch)
     weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], scratch)
 
-    POOL.run(attention_backward_kernel, B * G, s["qkv"], H, G, *arguments, s["o_T"], s["lse"], do, dqkv, scratch)
-    if place:
-        POOL.run(place_backward_kernel, tasks, dqkv.reshape(N, -1, D), T, *place, s["qk_sums"], scratch)
-        if cfg.qk_norm:
-            add_sums(s["qk_sums"], g["q_norm_w"], g["k_norm_w"])
+    outputs = (dqkv, s["qk_sums"], scratch)
+    inputs = (s["qkv"], H, G, *arguments, s["o_T"], s["lse"], do, *place_arguments(p, s, cfg))
+    POOL.run(attention_backward_kernel, B * G, *inputs, *outputs)
+    if cfg.qk_norm:
+        add_sums(s["qk_sums"], g["q_norm_w"], g["k_norm_w"])
 
     dqkv_NM = dqkv.reshape(N, -1)
     qkv_w_T = panels_of(p["qkv_w"], s, turned=True)
