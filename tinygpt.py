@@ -1146,7 +1146,7 @@ move_wide, move_one = move_vectors(TILE_VECTORS), move_vectors(1)
 
 
 @part
-def copy_rows(source, step, to, to_step, rows, width, size, zero):
+def copy_at(source, step, to, to_step, rows, width, size, zero):
     """`rows` rows of `width` elements from one address and row stride to another."""
     whole = width * size - width * size % VECTOR_BYTES
     for r in range(rows):
@@ -1172,17 +1172,17 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
             b_at, b_down, c_at = b + k * b_k + j * size, b_k, c + j * size
             if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
                 b_down = vectors * VECTOR_BYTES
-                copy_rows(b_at, b_k, panel, b_down, depth, width, size, zero)
+                copy_at(b_at, b_k, panel, b_down, depth, width, size, zero)
                 b_at = panel
             at_once = M if left > 0 else TILE_ROWS
             for r in range(0, M, at_once):
                 rows, at, down = min(at_once, M - r), c_at + r * c_row, c_row
                 if left == 0:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
                     at, down = edge, VECTOR_BYTES
-                    copy_rows(c_at + r * c_row, c_row, at, down, rows, width, size, zero)
+                    copy_at(c_at + r * c_row, c_row, at, down, rows, width, size, zero)
                 sweep(a_at + r * a_row, a_row, a_k, b_at, b_down, at, down, rows, vectors, depth, more, zero)
                 if left == 0:
-                    copy_rows(at, down, c_at + r * c_row, c_row, rows, width, size, zero)
+                    copy_at(at, down, c_at + r * c_row, c_row, rows, width, size, zero)
             j += width
 
 
@@ -1272,8 +1272,12 @@ def provide_product(dtype):
     def transpose_of_dtype(x, x_row, out, out_row, K, M, width):
         transpose_at(x, x_row, out, out_row, K, M, width, size, number(0))
 
+    def copy_of_dtype(x, x_row, out, out_row, rows, width):
+        copy_at(x, x_row, out, out_row, rows, width, size, number(0))
+
     compiled = []  # and kept: machine code lives as long as what it belongs to
-    for name, function, count in (("product", product_of_dtype, 12), ("transpose", transpose_of_dtype, 7)):
+    functions = (("product", product_of_dtype, 12), ("transpose", transpose_of_dtype, 7), ("copy", copy_of_dtype, 6))
+    for name, function, count in functions:
         compiled.append(numba.cfunc(types.void(*[types.intp] * count), cache=True)(function))
         binding.add_symbol(symbol(name, number), compiled[-1].address)
     return compiled
@@ -1314,6 +1318,18 @@ def transpose_rows(typing_context, x, out):
     def build(context, builder, signature, args):
         at, down, _, ((K, M), (_, width)) = parts_of(context, builder, (x, out), args)
         call_symbol(builder, "transpose", x.dtype, (at[0], down[0], at[1], down[1], K, M, width))
+        return context.get_dummy_value()
+
+    return types.void(x, out), build
+
+
+@intrinsic
+def copy_rows(typing_context, x, out):
+    """out (K, M) = x (K, M); rows without gaps, which may be short."""
+
+    def build(context, builder, signature, args):
+        at, down, _, ((K, M), _) = parts_of(context, builder, (x, out), args)
+        call_symbol(builder, "copy", x.dtype, (at[0], down[0], at[1], down[1], K, M))
         return context.get_dummy_value()
 
     return types.void(x, out), build
@@ -1666,6 +1682,7 @@ SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
 HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
 HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
 HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits are worked on while they are in a cache
+LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
 HIDDEN_BLOCK = 256  # columns of the MLP's hidden layer that exist at a time outside `space`
 
 
@@ -1680,7 +1697,7 @@ def workspace_layout(cfg, B, T, recompute=False):
     panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
     scores = 4 * S * D + max(2 * (S + D + 1) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
     head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C, D + 3)), scores, head)
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C)), D * (ROW_BLOCK + LOOP), scores, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered
@@ -1901,12 +1918,13 @@ def embed_backward_kernels(dx, cache, g, cfg, space=None):
 
 
 @ordered_part
-def turn(x, cos, sin, half, sign):
-    """x (D, T): every pair of rows turned by its angle, cos and sin (D/2, T), backwards if sign is -1; section 2.5."""
+def turn(x, position, cos, sin, half, sign):
+    """x (D, T), its first column at `position`: every pair of rows turned by its angles, cos and sin (D/2, S),
+    backwards if sign is -1; section 2.5."""
     pairs = x.shape[0] // 2
     for i in range(pairs):
         even, odd = (x[i], x[i + pairs]) if half else (x[2 * i], x[2 * i + 1])
-        c, s = cos[i], sin[i]
+        c, s = cos[i, position : position + even.size], sin[i, position : position + even.size]
         for t in range(even.size):
             a, b, up = even[t], odd[t], s[t] * sign
             even[t] = a * c[t] - b * up
@@ -1942,36 +1960,29 @@ def place_rows(qkv, position, heads, qk, b, first, gains, eps, cos, sin, half, s
     """RMSNorm of q and k if qk (B, H + G, D, T') is there to keep them as they were, in its columns from `first` on,
     then their rotation if cos and sin (D/2, S) are there: qkv (T, H + 2 G, D), its first row at `position`."""
     (T, _, D), one = qkv.shape, qkv.dtype.type(1)
-    width = whole_vectors(T)
+    width = blocks(T, LOOP) * LOOP
     x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
-    c, s = cos[:, position : position + T], sin[:, position : position + T]
     for h in range(heads[0] + heads[1]):
         transpose_rows(qkv[:, h], x)
         if len(qk) > 0:
-            for d in range(D):
-                row, out = x[d], qk[b, h, d, first : first + width]
-                for t in range(width):
-                    out[t] = row[t]
+            copy_rows(x[:, :T], qk[b, h, :, first : first + T])
             norm_columns(x, gains[0] if h < heads[0] else gains[1], eps, rstd)
         if len(cos) > 0:
-            turn(x[:, :T], c, s, half, one)
+            turn(x, position, cos, sin, half, one)
         transpose_rows(x[:, :T], qkv[:, h])
 
 
 @part
-def place_backward(dx, T, qk, b, h, first, gains, eps, cos, sin, half, total, scratch):
-    """The same backwards, in place in dx (D, T') of T positions of head h from `first` on; adds into total (D,), the
-    gradient of the gains."""
+def place_backward(dx, qk, b, h, first, gains, eps, cos, sin, half, total, scratch):
+    """The same backwards, in place in dx (D, T), head h from position `first` on; adds into total (D,), the gradient of
+    the gains."""
     (D, width), one, zero = dx.shape, dx.dtype.type(1), dx.dtype.type(0)
     x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
     dot = scratch[(D + 1) * width : (D + 2) * width]
     if len(cos) > 0:
-        turn(dx[:, :T], cos[:, first : first + T], sin[:, first : first + T], half, -one)
+        turn(dx, first, cos, sin, half, -one)
     if len(qk) > 0:
-        for d in range(D):
-            row, out = qk[b, h, d, first : first + width], x[d]
-            for t in range(width):
-                out[t] = row[t]
+        copy_rows(qk[b, h, :, first : first + width], x)
         inverse_rms(x, eps, rstd)
         for t in range(width):
             dot[t] = zero
@@ -2037,10 +2048,7 @@ def gathered(kv, b, S, which, scratch):
     """kv[b, :S, which] copied to where its rows (S, D) lie side by side, and what is left of scratch."""
     D = kv.shape[3]
     rows = scratch[: S * D].reshape(S, D)
-    for s in range(S):
-        row, out = kv[b, s, which], rows[s]
-        for d in range(D):
-            out[d] = row[d]
+    copy_rows(kv[b, :S, which], rows)
     return rows, scratch[S * D :]
 
 
@@ -2148,10 +2156,10 @@ def attention_backward_kernel(
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     all_k, rest = gathered(qkv, b, T, H + g, rest)
     all_v, rest = gathered(qkv, b, T, H + G + g, rest)
-    dk, dv, rest = rest[: T * D].reshape(T, D), rest[T * D : 2 * T * D].reshape(T, D), rest[2 * T * D :]
-    for s in range(T):
-        for d in range(D):
-            dk[s, d] = dv[s, d] = zero
+    sums_of_rows, rest = rest[: 2 * T * D], rest[2 * T * D :]
+    dk, dv = sums_of_rows[: T * D].reshape(T, D), sums_of_rows[T * D :].reshape(T, D)
+    for i in range(sums_of_rows.size):
+        sums_of_rows[i] = zero
     for d in range(D):
         sums[task, 0, d] = sums[task, 1, d] = zero
     for h in range(g * (H // G), (g + 1) * (H // G)):
@@ -2193,13 +2201,13 @@ def attention_backward_kernel(
             product(ds[:, : last - first], q_rows, dk[begin:last], True, panel)
             product(p[:, : last - first], do_rows, dv[begin:last], True, panel)
             product(k.T, ds, q, False, panel)
-            place_backward(q, last - first, qk, b, h, first, q_norm, eps, cos, sin, half, sums[task, 0], left)
+            place_backward(q, qk, b, h, first, q_norm, eps, cos, sin, half, sums[task, 0], left)
             transpose_rows(q[:, : last - first], dqkv[b, first:last, h])
     dk_T, rest = rest[: D * whole_vectors(T)].reshape(D, whole_vectors(T)), rest[D * whole_vectors(T) :]
     transpose_rows(dk, dk_T)
-    place_backward(dk_T, T, qk, b, H + g, 0, k_norm, eps, cos, sin, half, sums[task, 1], rest)
+    place_backward(dk_T, qk, b, H + g, 0, k_norm, eps, cos, sin, half, sums[task, 1], rest)
     transpose_rows(dk_T[:, :T], dqkv[b, :, H + g])
-    copy(dv, dqkv[b, :, H + G + g])
+    copy_rows(dv, dqkv[b, :, H + G + g])
 
 
 @kernel
@@ -2226,8 +2234,8 @@ def attention_arguments(cfg, index, mask, dtype):
 
 @functools.cache
 def rotation_columns(S, D, theta, dtype):
-    """cos and sin (D/2, S) of section 2.5."""
-    return tuple(np.ascontiguousarray(a.T) for a in rotation(S, D, theta, dtype))
+    """cos and sin (D/2, S + LOOP) of section 2.5."""
+    return tuple(np.ascontiguousarray(a.T) for a in rotation(S + LOOP, D, theta, dtype))
 
 
 def place_arguments(p, s, cfg):
