@@ -1683,7 +1683,7 @@ HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
 HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
 HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits are worked on while they are in a cache
 LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
-HIDDEN_BLOCK = 256  # columns of the MLP's hidden layer that exist at a time outside `space`
+HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
 
 
 def workspace_layout(cfg, B, T, recompute=False):
