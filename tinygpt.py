@@ -2181,6 +2181,8 @@ def attention_backward_kernel(
                 row, drow = o_T[b * blocks(T, SCORE_BLOCK) + first // SCORE_BLOCK, h * D + d], do_columns[d]
                 for t in range(width):
                     mean[t] += row[t] * drow[t]
+            for t in range(last - first, width):  # no query: sees no key, perhaps, and o is NaN
+                mean[t] = zero
             transpose_rows(q_rows, q)
             scale_columns(q, scale)
             product(k, q, p, False, panel)
