@@ -767,12 +767,13 @@ if not numba.config.CPU_NAME and binding.get_host_cpu_features().get("avx512f", 
     numba.config.CPU_FEATURES = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
-COMPILE = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks divisions: no vectors
+# Numba's own error model checks divisions: no vectors. Kernels allocate nothing: nobody need count who holds an array.
+COMPILE = {"error_model": "numpy", "_nrt": False, "fastmath": FASTMATH}
 # Of a kernel, compiled with it; called from Python it is Python. Always inlined: of a function that kernels share, the
 # linker takes the copy that comes first, another one when they come from the cache, and the copies' sums may differ.
 part = register_jitable(**COMPILE, forceinline=True)
 # with sums and products in the order in which they are written, whatever is compiled around them
-ordered_part = register_jitable(error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
+ordered_part = register_jitable(**COMPILE | {"fastmath": {"contract", "nsz"}}, forceinline=True)
 
 CACHE_LINE = 64  # bytes
 
@@ -1278,7 +1279,7 @@ def provide_product(dtype):
     compiled = []  # and kept: machine code lives as long as what it belongs to
     functions = (("product", product_of_dtype, 12), ("transpose", transpose_of_dtype, 7), ("copy", copy_of_dtype, 6))
     for name, function, count in functions:
-        compiled.append(numba.cfunc(types.void(*[types.intp] * count), cache=True)(function))
+        compiled.append(numba.cfunc(types.void(*[types.intp] * count), cache=True, _nrt=False)(function))
         binding.add_symbol(symbol(name, number), compiled[-1].address)
     return compiled
 
@@ -1389,13 +1390,12 @@ def block_rows(task, T, size):
 
 
 @kernel
-def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, scratch):
+def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, ones, scratch):
     """dw (K, M) += x (N, K)^T dy (N, M), where x_T (blocks, K, size) has the rows of a block side by side; db (1, M) +=
     sum_n dy. A task owns `per_task` blocks of dw of a shape, column after column, and the part of db above the first
     of each column."""
     (count, K, size), M = x_T.shape, dw.shape[1]
     at_once, per_column = max(1, GRADIENT_CHUNK // ((K + M) * size)), (K + shape[0] - 1) // shape[0]
-    ones = np.ones((1, size), dw.dtype)
     last_block = min((task + 1) * per_task, per_column * ((M + shape[1] - 1) // shape[1]))
     for first in range(0, count, at_once):
         for block in range(task * per_task, last_block):
@@ -1406,7 +1406,7 @@ def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, scra
                 dy_rows = dy[start:stop, m:m_end]
                 product(x_T[rows, k:k_end, : stop - start], dy_rows, dw[k:k_end, m:m_end], True, scratch[slot])
                 if k == 0 and db.size > 0:
-                    product(ones[:, : stop - start], dy_rows, db[:, m:m_end], True, scratch[slot])
+                    product(ones[: stop - start].reshape(1, stop - start), dy_rows, db[:, m:m_end], True, scratch[slot])
 
 
 def weight_gradient(x_T, T, dy, dw, db, scratch):
@@ -1415,7 +1415,8 @@ def weight_gradient(x_T, T, dy, dw, db, scratch):
         if count >= 2 * POOL.threads:
             break
     per_task, db = blocks(count, 4 * POOL.threads), np.empty((1, 0), dw.dtype) if db is None else db.reshape(1, -1)
-    POOL.run(weight_gradient_kernel, blocks(count, per_task), shape, per_task, x_T, T, dy, dw, db, scratch)
+    ones = constant(1, x_T.shape[2], dw.dtype.name)
+    POOL.run(weight_gradient_kernel, blocks(count, per_task), shape, per_task, x_T, T, dy, dw, db, ones, scratch)
 
 
 # == 6  rows: exponential, norm, activation ============================================================================
@@ -1436,9 +1437,7 @@ def exp(x):
     return math.exp(x)
 
 
-@overload(
-    exp, jit_options={"error_model": "numpy", "fastmath": {"contract"}}
-)  # reordered, ln 2 would lose its low part
+@overload(exp, jit_options=COMPILE | {"fastmath": {"contract"}})  # reordered, ln 2 would lose its low part
 def exp_by_type(x):
     f, u, i = np.float32, np.uint32, np.int32
     ln2_high, ln2_low = f(0.693359375), f(-2.12194440e-4)  # their sum is ln 2; the first times k is exact
@@ -1652,7 +1651,7 @@ def maximum(x):
     return x.max()
 
 
-@overload(maximum, jit_options={"error_model": "numpy", "fastmath": FASTMATH})
+@overload(maximum, jit_options=COMPILE)
 def maximum_by_type(x):
     i = np.int32
 
@@ -2032,14 +2031,12 @@ def seen_by(key, first, count, window):
 
 
 @part
-def drop_columns(p, begin, key, first, threshold, keep, column_keys):
+def drop_columns(p, begin, key, first, threshold, keep):
     """p (S, T) times its mask, section 2.6: row s is column begin + s of the mask, column t row first + t."""
-    for t in range(p.shape[1]):
-        column_keys[t] = mixed(np.uint32(key + np.uint32(first + t)))
     for s in range(p.shape[0]):
         row = p[s]
         for t in range(row.size):
-            drawn = mixed(np.uint32(column_keys[t] + np.uint32(begin + s)))
+            drawn = mixed(np.uint32(mixed(np.uint32(key + np.uint32(first + t))) + np.uint32(begin + s)))
             row[t] = row[t] * keep if drawn >= threshold else row.dtype.type(0)
 
 
@@ -2069,7 +2066,7 @@ def attention_kernel(
     columns: p (keys, queries), of the keys that one of them sees, o^T = v^T p."""
     (_, T, _, D), zero, one = qkv.shape, qkv.dtype.type(0), qkv.dtype.type(1)
     b, h = task // H, task % H
-    g, slope, column_keys = h // (H // (v_at - k_at)), slopes[h], np.empty(SCORE_BLOCK, np.uint32)
+    g, slope = h // (H // (v_at - k_at)), slopes[h]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     v, rest = gathered(kv, b, S, v_at + g, rest)
     for first in range(0, T, SCORE_BLOCK):
@@ -2101,7 +2098,7 @@ def attention_kernel(
         for t in range(last - first):
             lse[b, h, first + t] = top[t] + math.log(total[t])
         if threshold > 0:
-            drop_columns(p, begin, keys[b], h * 65536 + first, threshold, p.dtype.type(keep), column_keys)
+            drop_columns(p, begin, keys[b], h * 65536 + first, threshold, p.dtype.type(keep))
         block = b * blocks(T, SCORE_BLOCK) + first // SCORE_BLOCK
         columns = o_T[block, h * D : (h + 1) * D, :width]
         product(v[begin:end].T, p, columns, False, panel)
@@ -2152,7 +2149,7 @@ def attention_backward_kernel(
     """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), do (B, T, H, D), o_T and lse as above; p
     and ds (keys, queries). Backward through the places of q and k; sums (B G, 2, D) of the gradients of the gains."""
     (_, T, _, D), zero, kept = qkv.shape, do.dtype.type(0), do.dtype.type(keep)
-    b, g, scale, column_keys = task // G, task % G, do.dtype.type(scale), np.empty(SCORE_BLOCK, np.uint32)
+    b, g, scale = task // G, task % G, do.dtype.type(scale)
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     all_k, rest = gathered(qkv, b, T, H + g, rest)
     all_v, rest = gathered(qkv, b, T, H + G + g, rest)
@@ -2188,7 +2185,7 @@ def attention_backward_kernel(
             product(k, q, p, False, panel)
             product(v, do_columns, ds, False, panel)
             if threshold > 0:
-                drop_columns(ds, begin, keys[b], h * 65536 + first, threshold, kept, column_keys)
+                drop_columns(ds, begin, keys[b], h * 65536 + first, threshold, kept)
             for s in range(last - begin):
                 row, drow, (low, high) = p[s], ds[s], seen_by(begin + s, first, width, window)
                 if slope > 0:
@@ -2199,7 +2196,7 @@ def attention_backward_kernel(
                     row[t] = e if column >= low and column < high else zero
                     drow[t] = row[t] * (drow[t] - mean[t]) * scale
             if threshold > 0:
-                drop_columns(p, begin, keys[b], h * 65536 + first, threshold, kept, column_keys)
+                drop_columns(p, begin, keys[b], h * 65536 + first, threshold, kept)
             product(ds[:, : last - first], q_rows, dk[begin:last], True, panel)
             product(p[:, : last - first], do_rows, dv[begin:last], True, panel)
             product(k.T, ds, q, False, panel)
@@ -2995,7 +2992,7 @@ def provide_step(dtype):
                     activation_rows(m.activation, h, 0, 0, width, matrix(m.a + low * m.size, 1, m.panel, zero))
         return over
 
-    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE, _nrt=False)(step_of_dtype)
+    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE)(step_of_dtype)
 
 
 @kernel
