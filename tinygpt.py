@@ -1160,9 +1160,11 @@ def copy_at(source, step, to, to_step, rows, width, size, zero):
                 poke(to + r * to_step + at, peek(source + r * step + at, zero))
 
 
-@part
 def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
+    if panel != 0 and product_elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
+        return
+    panel += CACHE_LINE  # its header
     lanes, edge = VECTOR_BYTES // size, panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
     for k in range(0, K, DEPTH):
         depth, more, a_at, j = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0, a + k * a_k, 0
@@ -1214,7 +1216,6 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
     return types.void(*[types.intp] * 4, zero), build
 
 
-@part
 def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
     """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses, row strides and `size` in bytes."""
     lanes = VECTOR_BYTES // size
@@ -1253,39 +1254,32 @@ def product_elsewhere(typing_context, panel, arguments):
     return types.boolean(types.intp, arguments), build
 
 
-# Numba compiles what a function calls once more for each caller. These two would be most of the machine code of each
+# Numba compiles what a function calls once more for each caller. These three would be most of the machine code of each
 # kernel: they are compiled once for each dtype, given names that the linker finds, and called by name.
 
 
-def symbol(name, dtype):
-    return f"tinygpt_{name}_{dtype}"
+def symbol(function, dtype):
+    return f"tinygpt_{function.__name__}_{dtype}"
 
 
 @functools.cache
 def provide_product(dtype):
-    """Compile `product_at` and `transpose_at` for a dtype; before any kernel that calls them is loaded."""
-    number, size = numba.from_dtype(np.dtype(dtype)), np.dtype(dtype).itemsize
-
-    def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel):
-        if panel == 0 or not product_elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
-            product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel + CACHE_LINE, size, number(0))
-
-    def transpose_of_dtype(x, x_row, out, out_row, K, M, width):
-        transpose_at(x, x_row, out, out_row, K, M, width, size, number(0))
-
-    def copy_of_dtype(x, x_row, out, out_row, rows, width):
-        copy_at(x, x_row, out, out_row, rows, width, size, number(0))
-
-    compiled = []  # and kept: machine code lives as long as what it belongs to
-    functions = (("product", product_of_dtype, 12), ("transpose", transpose_of_dtype, 7), ("copy", copy_of_dtype, 6))
-    for name, function, count in functions:
-        compiled.append(numba.cfunc(types.void(*[types.intp] * count), cache=True, _nrt=False)(function))
-        binding.add_symbol(symbol(name, number), compiled[-1].address)
-    return compiled
+    """Compile `product_at` and its like for a dtype; before any kernel that calls them is loaded."""
+    number, compiled = numba.from_dtype(np.dtype(dtype)), []
+    for function, count in ((product_at, 12), (transpose_at, 7), (copy_at, 6)):
+        kind = types.void(*[types.intp] * (count + 1), number)
+        compiled.append(numba.cfunc(kind, cache=True, **COMPILE)(function))
+        binding.add_symbol(symbol(function, number), compiled[-1].address)
+    return compiled  # and kept: machine code lives as long as what it belongs to
 
 
-def call_symbol(builder, name, dtype, arguments):
-    kind, name = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments)), symbol(name, dtype)
+def call_symbol(context, builder, function, dtype, arguments):
+    """function(*arguments, size of an element, zero), in the code that an intrinsic builds."""
+    arguments, name = (
+        (*arguments, ir.IntType(64)(dtype.bitwidth // 8), context.get_constant(dtype, 0)),
+        symbol(function, dtype),
+    )
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
 
 
@@ -1306,7 +1300,8 @@ def product(typing_context, a, b, c, add, panel):
         at, down, right, ((M, K), _, (_, N)) = parts_of(context, builder, (a, b, c), args[:3])
         scratch = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, ir.IntType(64))
         matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
-        call_symbol(builder, "product", c.dtype, (*matrices, M, N, K, builder.zext(args[3], ir.IntType(64)), scratch))
+        more = builder.zext(args[3], ir.IntType(64))
+        call_symbol(context, builder, product_at, c.dtype, (*matrices, M, N, K, more, scratch))
         return context.get_dummy_value()
 
     return types.void(a, b, c, types.boolean, panel), build
@@ -1318,7 +1313,7 @@ def transpose_rows(typing_context, x, out):
 
     def build(context, builder, signature, args):
         at, down, _, ((K, M), (_, width)) = parts_of(context, builder, (x, out), args)
-        call_symbol(builder, "transpose", x.dtype, (at[0], down[0], at[1], down[1], K, M, width))
+        call_symbol(context, builder, transpose_at, x.dtype, (at[0], down[0], at[1], down[1], K, M, width))
         return context.get_dummy_value()
 
     return types.void(x, out), build
@@ -1330,7 +1325,7 @@ def copy_rows(typing_context, x, out):
 
     def build(context, builder, signature, args):
         at, down, _, ((K, M), _) = parts_of(context, builder, (x, out), args)
-        call_symbol(builder, "copy", x.dtype, (at[0], down[0], at[1], down[1], K, M))
+        call_symbol(context, builder, copy_at, x.dtype, (at[0], down[0], at[1], down[1], K, M))
         return context.get_dummy_value()
 
     return types.void(x, out), build

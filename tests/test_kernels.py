@@ -352,7 +352,9 @@ def call_product(a, b, c, add):
     panel = np.full(tinygpt.PANEL_SIZE, np.nan, c.dtype)
     panel[: tinygpt.HEADER] = 0
     strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    tinygpt.provide_product(c.dtype.name)[0].ctypes(*strides, *c.shape, a.shape[1], int(add), panel.ctypes.data)
+    tinygpt.provide_product(c.dtype.name)[0].ctypes(
+        *strides, *c.shape, a.shape[1], int(add), panel.ctypes.data, c.itemsize, 0.0
+    )
 
 
 def check_product(M, K, N, dtype, seed, transposed, add, product=call_product):
