@@ -931,6 +931,7 @@ class Pool:
         self.threads, self.helpers, self.asleep, self.wakes, self.stopping = count_cores(), [], 0, 0, False
         self.words = aligned(WORDS, np.int64)
         self.words[GATE] = CLOSED
+        self.compiles = None  # name -> whether to compile what has it, where nothing is to run
 
     def resize(self, threads):
         """Use `threads` threads from now on; they start when there is work."""
@@ -956,6 +957,8 @@ class Pool:
 
     def run(self, function, count, *args):
         """function(task, slot, *args) for each task; slot is the thread's number, for its own scratch memory."""
+        if self.compiles is not None:
+            return self.compiles(function.__name__) and function(self.words.ctypes.data, 0, *args)
         with self.lock:
             if count > 1 and self.threads > len(self.helpers) + 1:
                 seen = int(self.words[LAUNCH])
@@ -1267,9 +1270,11 @@ def provide_product(dtype):
     """Compile `product_at` and its like for a dtype; before any kernel that calls them is loaded."""
     number, compiled = numba.from_dtype(np.dtype(dtype)), []
     for function, count in ((product_at, 12), (transpose_at, 7), (copy_at, 6)):
-        kind = types.void(*[types.intp] * (count + 1), number)
-        compiled.append(numba.cfunc(kind, cache=True, **COMPILE)(function))
-        binding.add_symbol(symbol(function, number), compiled[-1].address)
+        kind, address = types.void(*[types.intp] * (count + 1), number), 1
+        if POOL.compiles is None or POOL.compiles(function.__name__):
+            compiled.append(numba.cfunc(kind, cache=True, **COMPILE)(function))
+            address = compiled[-1].address
+        binding.add_symbol(symbol(function, number), address)
     return compiled  # and kept: machine code lives as long as what it belongs to
 
 
@@ -3293,22 +3298,21 @@ def is_compiled():
     return max((path.stat().st_mtime for path in compiled), default=0) > os.path.getmtime(__file__)
 
 
+FIRST_HALF = (
+    "qkv attention attention_backward linear_residual linear_backward linear_norm_backward weight_gradient panels"
+)
+
+
 def compile_half(cfg, half):
-    """Compile the kernels that train such a model in float32 into Numba's cache, by running a small one: those of
-    embedding and attention (half 0) or of MLP and head (half 1). Two processes take half of the time of one."""
-    cfg, ops = scaled_down(cfg), OPS["numba"]
+    """Compile kernels that train such a model in float32 into Numba's cache: those of FIRST_HALF (half 0) or all others
+    (half 1). Two processes take half of the time of one; nothing runs in them, before or after."""
+    cfg, first = scaled_down(cfg), {f"{name}_kernel" for name in FIRST_HALF.split()}
+    POOL.compiles = lambda name: (name in first) == (half == 0)
     p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
-    space, tokens = workspace(cfg, 2, cfg.seq_len, np.float32), np.zeros((2, cfg.seq_len), np.int64)
-    layer, grads, part = p["layers"][0], g["layers"][0], space["layers"][0]
-    x, embed = ops["embed_forward"](tokens, p, cfg, 0, space)
-    if half == 0:
-        y, kept = ops["attention_layer_forward"](x, layer, cfg, 0, None, part)
-        dx = ops["attention_layer_backward"](y, kept, layer, grads, cfg, 0, part)
-        ops["embed_backward"](dx, embed, g, cfg, space)
-    else:
-        y, kept = ops["mlp_layer_forward"](x, layer, cfg, part)
-        _, _, dy = ops["head_loss"](y, tokens, np.ones(tokens.shape, np.float32), p, g, cfg, space)
-        ops["mlp_layer_backward"](dy, kept, layer, grads, cfg, part)
+    tokens, space = np.zeros((2, cfg.seq_len), np.int64), workspace(cfg, 2, cfg.seq_len, np.float32)
+    loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, OPS["numba"], space)
+    if half == 1:
+        serve(POOL.words.ctypes.data, 1, 0, 0)  # for no time
 
 
 # ######################################################################################################################
