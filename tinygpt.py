@@ -1280,10 +1280,8 @@ def provide_product(dtype):
 
 def call_symbol(context, builder, function, dtype, arguments):
     """function(*arguments, size of an element, zero), in the code that an intrinsic builds."""
-    arguments, name = (
-        (*arguments, ir.IntType(64)(dtype.bitwidth // 8), context.get_constant(dtype, 0)),
-        symbol(function, dtype),
-    )
+    arguments = (*arguments, ir.IntType(64)(dtype.bitwidth // 8), context.get_constant(dtype, 0))
+    name = symbol(function, dtype)
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
 
@@ -1694,7 +1692,7 @@ def workspace_layout(cfg, B, T, recompute=False):
     mlp = max(C * (U + 2 * wide) + F * (C + wide), U * (C + wide))
     attention = max(K * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
     panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
-    scores = 4 * S * D + max(2 * (S + D + 1) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
+    scores = 4 * S * D + max((2 * D + 2 + max(2 * S, D + 2)) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
     head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
     scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C)), D * (ROW_BLOCK + LOOP), scores, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
