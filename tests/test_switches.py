@@ -69,7 +69,9 @@ def test_kernels_agree_with_the_spec(cfg, T):
 
 
 def test_a_window_shorter_than_a_head_is_wide_has_room_for_its_places():
-    cfg = tinygpt.Config(vocab_size=11, seq_len=3, width=160, layers=1, heads=1, hidden=7, positions="rope", qk_norm=True)
+    cfg = tinygpt.Config(
+        vocab_size=11, seq_len=3, width=160, layers=1, heads=1, hidden=7, positions="rope", qk_norm=True
+    )
     exact, kernels = (run_model(cfg, table, 2, 3, np.float64, space=table == "numba") for table in ("numpy", "numba"))
     for name in exact:
         assert relative(kernels[name], exact[name]) < 1e-12, name
