@@ -1080,11 +1080,13 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
                 progress(info["bytes"])
         if not info["stories"]:
             raise ValueError("no stories to encode; expected at least one")
+        info["crc32"] = f"{crc:08x}"
+        described = json.dumps(info, indent=1).encode() + b"\n"
         with contextlib.suppress(FileNotFoundError):
-            os.remove(path + ".json")  # never the description of an older file beside this one
-    info["crc32"] = f"{crc:08x}"
+            if Path(path + ".json").read_bytes() != described:  # as it is where another process wrote the same
+                os.remove(path + ".json")  # never the description of an older file beside this one
     with _aside(path + ".json") as file:
-        file.write(json.dumps(info, indent=1).encode() + b"\n")
+        file.write(described)
     return info
 
 

@@ -596,6 +596,20 @@ def test_a_new_token_file_never_keeps_the_description_of_the_old_one(tokenizer, 
         bpe.read_tokens(path, tokenizer)
 
 
+def test_a_token_file_written_again_as_it_was_is_whole_all_the_time(tokenizer, tmp_path, monkeypatch):
+    """Two processes may encode the same text at once, and one of them read while the other writes."""
+    path, replace, seen = tmp_path / "t.bin", os.replace, []
+    bpe.write_tokens(["a story"], tokenizer, path)
+
+    def look_and_replace(aside, to):
+        seen.append(len(bpe.read_tokens(path, tokenizer)[0]))
+        replace(aside, to)
+
+    monkeypatch.setattr(os, "replace", look_and_replace)
+    info = bpe.write_tokens(["a story"], tokenizer, path)
+    assert seen == [info["tokens"]] * 2
+
+
 def test_a_token_file_that_does_not_fit_is_refused(tokenizer, tmp_path):
     path, beside = tmp_path / "t.bin", tmp_path / "t.bin.json"
     with pytest.raises(FileNotFoundError, match=r"t\.bin does not exist"):
