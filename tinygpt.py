@@ -3296,16 +3296,15 @@ def is_compiled():
     return max((path.stat().st_mtime for path in compiled), default=0) > os.path.getmtime(__file__)
 
 
-FIRST_HALF = (
-    "qkv attention attention_backward linear_residual linear_backward linear_norm_backward weight_gradient panels"
-)
+FIRST_HALF = {"qkv", "attention", "attention_backward", "linear_residual", "linear_backward", "linear_norm_backward"}
+FIRST_HALF |= {"weight_gradient", "panels"}
 
 
 def compile_half(cfg, half):
     """Compile kernels that train such a model in float32 into Numba's cache: those of FIRST_HALF (half 0) or all others
     (half 1). Two processes take half of the time of one; nothing runs in them, before or after."""
-    cfg, first = scaled_down(cfg), {f"{name}_kernel" for name in FIRST_HALF.split()}
-    POOL.compiles = lambda name: (name in first) == (half == 0)
+    cfg = scaled_down(cfg)
+    POOL.compiles = lambda name: (name.removesuffix("_kernel") in FIRST_HALF) == (half == 0)
     p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
     tokens, space = np.zeros((2, cfg.seq_len), np.int64), workspace(cfg, 2, cfg.seq_len, np.float32)
     loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, OPS["numba"], space)
