@@ -1508,13 +1508,6 @@ def add_bias(x, b, y):
             y[i, c] = x[i, c] + b[c]
 
 
-@part
-def copy(x, y):
-    for i in range(y.shape[0]):
-        for c in range(y.shape[1]):
-            y[i, c] = x[i, c]
-
-
 # Of a block of columns the compiler does not know that elements are neighbours, of a part of one row it does: so what
 # works on columns first .. last - 1 takes whole arrays and cuts them row by row.
 
@@ -2217,7 +2210,7 @@ def linear_norm_backward_kernel(
     panel, rest, (rows, C) = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:], (stop - start, x.shape[1])
     dn, n = rest[: rows * C].reshape(rows, C), rest[rows * C : 2 * rows * C].reshape(rows, C)
     product_of_panels(dlinear[start:stop], panels, dn, False, panel)
-    copy(dy[start:stop], dx[start:stop])
+    copy_rows(dy[start:stop], dx[start:stop])
     mean, rstd = stats[0, start:stop], stats[1, start:stop]
     norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx[start:stop], n, sums[task])
     transpose_rows(n, n_T[task])
