@@ -296,20 +296,25 @@ def pack_a(a, a_row, a_k, rows, depth, to, edge, zero):
 
 
 @part
-def pack_b(b, b_k, depth, columns, to, edge, zero):
+def pack_b(b, b_k, b_n, depth, columns, to, edge, zero):
     """b (depth, columns), at most SQUARE columns -> for every 16 columns its tiles from top to bottom."""
     size, packed = sizes_of(zero)
     line = TILE * 2 * packed
     steps = (depth + STEP - 1) // STEP
     for half in range(2):
         for s in range(steps):
-            at, source, down = to + (half * steps + s) * TILE * line, b + s * STEP * b_k + half * TILE * size, b_k
+            at, source, down = to + (half * steps + s) * TILE * line, b + s * STEP * b_k + half * TILE * b_n, b_k
             wide, deep = max(0, min(TILE, columns - half * TILE)), min(STEP, depth - s * STEP)
-            if wide < TILE or deep < STEP:
-                copy_padded(source, b_k, size, deep, wide, edge, STEP, TILE, zero)
-                source, down = edge, TILE * size
-            for i in range(TILE):
-                pack_pair(at + i * line, source + 2 * i * down, source + (2 * i + 1) * down, zero)
+            if wide == TILE and deep == STEP and b_k == size:
+                for i in range(TILE):
+                    pack_row(at + i * line, source + i * b_n, zero)
+                turn_words(at, zero)
+            else:
+                if wide < TILE or deep < STEP or b_n != size:
+                    copy_padded(source, b_k, b_n, deep, wide, edge, STEP, TILE, zero)
+                    source, down = edge, TILE * size
+                for i in range(TILE):
+                    pack_pair(at + i * line, source + 2 * i * down, source + (2 * i + 1) * down, zero)
 
 
 # == 3  the innermost block ============================================================================================
@@ -447,13 +452,15 @@ configure_unit, release_unit = setting("ldtilecfg"), setting("tilerelease")
 # == 4  the driver =====================================================================================================
 #
 # Per block of rows and of depth: a is packed once and stays in the second-level cache, 32 columns of b at a time in the
-# first-level one, and 2 x 2 tiles of c are held while all of the depth passes. An element of c is the same chain of
-# steps of 32 wherever it stands: neither the blocks nor its neighbours change a byte of it.
+# first-level one, and 2 x 2 tiles of c are held while all of the depth passes. Of a weight, which meets many such
+# blocks, all is packed before. An element of c is the same chain of steps of 32 wherever it stands: neither the blocks
+# nor its neighbours change a byte of it.
 
-# The words of a thread's header: the driver, where it works, the blocks; what it calls at its beginning, for each block
-# of c and at its end (0: nothing; each thread has to tell its core's unit the shapes of tiles); the least columns of a
-# with which it does not leave a product to others (0: any).
-DRIVER, MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST = range(8)
+# The words of a thread's header: the driver and what lays a matrix ready for it; where they work, the blocks; what the
+# driver calls at its beginning, for each block of c and at its end (0: nothing; each thread has to tell its core's unit
+# the shapes of tiles); the least columns of a with which it does not leave a product to others (0: any); between which
+# addresses b is laid ready.
+DRIVER, LAYER, MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST, FIRST, END = range(11)
 
 
 @intrinsic
@@ -486,18 +493,41 @@ def memory_size(blocks, size):
 
 
 @part
+def column_size(depth, zero):
+    """Bytes of the tiles of b one above the other, or of a side by side."""
+    _, packed = sizes_of(zero)
+    return (depth + STEP - 1) // STEP * TILE * TILE * 2 * packed
+
+
+@part
+def lay(b, b_k, b_n, to, to_k, first, K, N, header, zero):
+    """b (K, N) in any strides, packed: columns `first` on, a multiple of SQUARE, of a matrix at `to` whose rows have
+    to_k bytes, room for whole SQUAREs of columns and STEPs of rows. What begins at a whole number of blocks of depth
+    from its first row is such a matrix too."""
+    size, far = sizes_of(zero)[0], STEP * word(header, DEPTH)
+    edge = word(header, MEMORY) + 64 + SQUARE * SQUARE * size
+    for k in range(0, K, far):
+        depth = min(far, K - k)
+        at = to + k * to_k + first // TILE * column_size(depth, zero)
+        for j in range(0, N, SQUARE):
+            pack_b(b + k * b_k + j * b_n, b_k, b_n, depth, min(SQUARE, N - j), at, edge, zero)
+            at += 2 * column_size(depth, zero)
+    return 1
+
+
+@part
 def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses and strides in bytes; a in any strides, the elements
-    of a row of b and of c side by side. 1; or 0, with nothing done, where tiles do not pay, or one would rather not
-    round: for a single row that lies in one piece (of ones: the gradient of a bias)."""
+    of a row of b, unless it is laid ready, and of c side by side. 1; or 0, with nothing done, where tiles do not pay,
+    or one would rather not round: for a single row that lies in one piece (of ones: the gradient of a bias)."""
     size, packed = sizes_of(zero)
-    least = word(header, LEAST)
-    if least > 0 and (K < least or (M == 1 and a_k == size)):
+    least, ready = word(header, LEAST), word(header, FIRST) <= b < word(header, END)
+    if least > 0 and not ready and (K < least or (M == 1 and a_k == size)):
         return 0
     memory, height, far = word(header, MEMORY), SQUARE * word(header, ROWS), STEP * word(header, DEPTH)
     edge_c, edge = memory + 64, memory + 64 + SQUARE * SQUARE * size
-    right = edge + SQUARE * SQUARE * size
-    left = right + far * SQUARE * packed
+    place = edge + SQUARE * SQUARE * size
+    left = place + far * SQUARE * packed
     if word(header, ENTER) != 0:
         call(word(header, ENTER), (memory,))
     for i in range(0, M, height):
@@ -505,11 +535,12 @@ def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
         for k in range(0, K, far):
             depth, more = min(far, K - k), 1 if add != 0 or k > 0 else 0
             steps = (depth + STEP - 1) // STEP
-            column = steps * TILE * TILE * 2 * packed  # bytes of tiles one above the other, or side by side
+            column = column_size(depth, zero)
             pack_a(a + i * a_row + k * a_k, a_row, a_k, rows, depth, left, edge, zero)
             for j in range(0, N, SQUARE):
-                wide = min(SQUARE, N - j)
-                pack_b(b + k * b_k + j * size, b_k, depth, wide, right, edge, zero)
+                wide, right = min(SQUARE, N - j), b + k * b_k + j // TILE * column if ready else place
+                if not ready:
+                    pack_b(b + k * b_k + j * size, b_k, size, depth, wide, right, edge, zero)
                 for r in range(0, rows, SQUARE):
                     high, top = min(SQUARE, rows - r), left + r // TILE * column
                     at, down = c + (i + r) * c_row + j * size, c_row
@@ -545,13 +576,16 @@ def addressed(function, count, result=types.void):
 
 @functools.cache
 def driver(dtype):
-    """The compiled driver for float32 or float64."""
+    """(the driver, what lays a matrix ready for it), compiled for float32 or float64."""
     number = numba.from_dtype(np.dtype(dtype))
 
     def drive_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header):
         return drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, number(0))
 
-    return addressed(drive_dtype, 12, types.intp)
+    def lay_dtype(b, b_k, b_n, to, to_k, first, K, N, header):
+        return lay(b, b_k, b_n, to, to_k, first, K, N, header, number(0))
+
+    return addressed(drive_dtype, 12, types.intp), addressed(lay_dtype, 9, types.intp)
 
 
 @functools.cache
@@ -598,12 +632,13 @@ def workplaces(threads, size):
 
 @functools.cache
 def words_of(threads, kind, blocks):
-    """(threads, 8): a header for each thread."""
+    """(threads, END + 1): a header for each thread."""
     places = workplaces(threads, memory_size(blocks, dtype_of(kind).itemsize))
-    table = np.zeros((threads, LEAST + 1), np.int64)
-    table[:, DRIVER], (table[:, ROWS], table[:, DEPTH]) = driver(DTYPES[kind]).address, blocks
+    table = np.zeros((threads, END + 1), np.int64)
+    table[:, ROWS], table[:, DEPTH] = blocks
     table[:, MEMORY] = places.ctypes.data + np.arange(threads) * places.strides[0]
-    for index, function in zip((ENTER, BLOCK, LEAVE), innermost(kind)):
+    functions = (*driver(DTYPES[kind]), *innermost(kind))
+    for index, function in zip((DRIVER, LAYER, ENTER, BLOCK, LEAVE), functions):
         table[:, index] = function.address if function else 0
     table[:, LEAST] = 0 if kind == "float64" else LEAST_DEPTH
     return table
@@ -611,8 +646,9 @@ def words_of(threads, kind, blocks):
 
 @functools.cache
 def headers(threads, kind, blocks=BLOCKS):
-    """(threads, 8) words for the threads that multiply. The first is the address of a function that takes what `drive`
-    takes, `header` being the address of the thread's words. ValueError where there is none of this kind."""
+    """(threads, END + 1) words for the threads that multiply. The first are the addresses of functions that take what
+    `drive` and `lay` take, `header` being the address of the thread's words; the last, the addresses between which
+    matrices are laid ready, are the caller's to fill. ValueError where there is none of this kind."""
     if kind == "amx" and (reason := why_not()):
         raise ValueError(reason)
     return words_of(threads, kind, blocks)
@@ -622,7 +658,7 @@ def multiply(a, b, c, add=False, kind="amx", blocks=BLOCKS):
     """c = a b, or c += a b if add, through the driver -> c. ValueError where it leaves the product to others."""
     header = words_of(1, kind, blocks)
     addresses = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    if not driver(DTYPES[kind]).ctypes(*addresses, *c.shape, a.shape[1], int(add), header.ctypes.data):
+    if not driver(DTYPES[kind])[0].ctypes(*addresses, *c.shape, a.shape[1], int(add), header.ctypes.data):
         raise ValueError(f"a {a.shape} is too small for tiles; expected {LEAST_DEPTH} columns or more, and two rows")
     return c
 

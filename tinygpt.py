@@ -992,7 +992,7 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-HEADER = CACHE_LINE // 4  # of a panel, in elements: zeros, or for whom `product` is, in the words of tiles.py
+HEADER = 2 * CACHE_LINE // 4  # of a panel, in elements: zeros, or who makes products instead, in the words of tiles.py
 PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
 
 
@@ -1165,9 +1165,9 @@ def copy_at(source, step, to, to_step, rows, width, size, zero):
 
 def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
-    if panel != 0 and product_elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
+    if panel != 0 and elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
         return
-    panel += CACHE_LINE  # its header
+    panel += 2 * CACHE_LINE  # its header
     lanes, edge = VECTOR_BYTES // size, panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
     for k in range(0, K, DEPTH):
         depth, more, a_at, j = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0, a + k * a_k, 0
@@ -1235,24 +1235,29 @@ def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
             poke(out + j * out_row + i * size, zero)
 
 
+def ask(builder, place, operands):
+    """Call the function whose address stands at a place: whether there is one and it did what was asked."""
+    i64 = ir.IntType(64)
+    address = builder.load(place, align=4)
+    start, there, done = builder.block, builder.append_basic_block("there"), builder.append_basic_block("done")
+    builder.cbranch(builder.icmp_signed("!=", address, i64(0)), there, done)
+    builder.position_at_end(there)
+    kind = ir.FunctionType(i64, [i64] * len(operands)).as_pointer()
+    answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), i64(0))
+    builder.branch(done)
+    builder.position_at_end(done)
+    found = builder.phi(ir.IntType(1))
+    found.add_incoming(ir.IntType(1)(0), start)
+    found.add_incoming(answer, there)
+    return found
+
+
 @intrinsic
-def product_elsewhere(typing_context, panel, arguments):
-    """Ask the function whose address a panel's header begins with: whether there is one and it made the product."""
+def elsewhere(typing_context, panel, arguments):
+    """Ask the driver that a panel's header names to make a product: whether it did."""
 
     def build(context, builder, signature, args):
-        i64, operands = ir.IntType(64), cgutils.unpack_tuple(builder, args[1])
-        address = builder.load(word_at(builder, args[0]), align=4)
-        start, ask, done = builder.block, builder.append_basic_block("ask"), builder.append_basic_block("done")
-        builder.cbranch(builder.icmp_signed("!=", address, i64(0)), ask, done)
-        builder.position_at_end(ask)
-        kind = ir.FunctionType(i64, [i64] * len(operands)).as_pointer()
-        answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), i64(0))
-        builder.branch(done)
-        builder.position_at_end(done)
-        found = builder.phi(ir.IntType(1))
-        found.add_incoming(ir.IntType(1)(0), start)
-        found.add_incoming(answer, ask)
-        return found
+        return ask(builder, word_at(builder, args[0]), cgutils.unpack_tuple(builder, args[1]))
 
     return types.boolean(types.intp, arguments), build
 
@@ -1334,34 +1339,59 @@ def copy_rows(typing_context, x, out):
     return types.void(x, out), build
 
 
+@intrinsic
+def laid_elsewhere(typing_context, w, turned, out, first, panel):
+    """Ask who makes products to lay w (K, M), or w^T of w (M, K) if `turned`, into columns `first` on of a matrix in a
+    way of his own: whether he did."""
+
+    def build(context, builder, signature, args):
+        w_or_T = args[1]
+        at, down, right, (shape, _) = parts_of(context, builder, (w, out), (args[0], args[2]))
+        w_k, w_m, K, M = (
+            builder.select(w_or_T, *two)
+            for two in ((right[0], down[0]), (down[0], right[0]), (shape[1], shape[0]), (shape[0], shape[1]))
+        )
+        header = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, ir.IntType(64))
+        return ask(builder, word_at(builder, header, 1), (at[0], w_k, w_m, at[1], down[1], args[3], K, M, header))
+
+    return types.boolean(w, types.boolean, out, types.intp, panel), build
+
+
 @kernel
-def panels_kernel(task, slot, w, turned, per_part, width, panels):
-    """One panel of `panels_of`, of part task // per_part of w's columns; a part has `width` of them."""
-    columns = panels.shape[2]
-    first = task // per_part * width + task % per_part * columns
-    last = min(first + columns, (task // per_part + 1) * width)
+def panels_kernel(task, slot, w, turned, per_part, width, piece, panels, scratch):
+    """A piece of some columns of a panel of `panels_of`, of part task // per_part of w's columns, of `width` each."""
+    columns, at = panels.shape[2], task % per_part * piece
+    first = task // per_part * width + at
+    last = min(first + piece, (task // per_part + 1) * width)
+    whole, at = panels[task // per_part * blocks(width, columns) + at // columns], at % columns
+    w_piece = w[first:last] if turned else w[:, first:last]
+    if laid_elsewhere(w_piece, turned, whole, at, scratch[slot, :PANEL_SIZE]):
+        return
     if turned:
-        transpose_rows(w[first:last], panels[task])
+        transpose_rows(w_piece, whole[:, at : at + piece])
     else:
-        for k in range(w.shape[0]):
-            row, out = w[k, first:last], panels[task, k]
-            for c in range(row.size):
-                out[c] = row[c]
+        copy_rows(w_piece, whole[:, at : at + piece])
 
 
 def asks_others(space):
-    """Whether products in this space are those of tiles.py, which packs what it is given itself."""
+    """Whether products in this space are those of tiles.py."""
     return space["scratch"][0, :HEADER].any()
+
+
+LAID = 64  # columns of a panel that a task lays as tiles.py has them; their rows fill up to a multiple
 
 
 def panels_of(w, space, turned=False, parts=1, first=0):
     """w (K, M), or w^T of w (M, K) if `turned`, by panels as wide as a register tile: (blocks, K, columns), in the
     space from element `first` on; a part of the columns begins with a panel of its own."""
-    columns = HIDDEN_BLOCK if asks_others(space) else TILE_VECTORS * VECTOR_BYTES // w.itemsize
+    columns = piece = TILE_VECTORS * VECTOR_BYTES // w.itemsize
     K, M = w.shape[::-1] if turned else w.shape
-    per_part = blocks(M // parts, columns)
-    panels = space["panels"][first : first + parts * per_part * K * columns].reshape(-1, K, columns)
-    POOL.run(panels_kernel, len(panels), w, turned, per_part, M // parts, panels)
+    if asks_others(space):
+        columns, piece, K = HIDDEN_BLOCK, LAID, blocks(K, LAID) * LAID
+    width = M // parts
+    panels = space["panels"][first : first + parts * blocks(width, columns) * columns * K].reshape(-1, K, columns)
+    pieces = blocks(width, piece)
+    POOL.run(panels_kernel, parts * pieces, w, turned, pieces, width, piece, panels, scratch_of(space))
     return panels
 
 
@@ -1681,9 +1711,9 @@ def workspace_layout(cfg, B, T, recompute=False):
     With `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
-    wide = HIDDEN_BLOCK  # a panel at most: what the last one of K rows adds to K * M
-    mlp = max(C * (U + 2 * wide) + F * (C + wide), U * (C + wide))
-    attention = max(K * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
+    wide, high = HIDDEN_BLOCK, LAID  # at most: what panels of K rows and M columns add to each
+    mlp = max((C + high) * (U + 2 * wide) + (F + high) * (C + wide), (U + high) * (C + wide))
+    attention = max((K + high) * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
     panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
     scores = 4 * S * D + max((2 * D + 2 + max(2 * S, D + 2)) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
     head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
@@ -2314,7 +2344,8 @@ def mlp_kernel(
     """y (N, C) = x + mask * (f(norm(x) up_w + up_b) down_w + down_b), the weights by panels; keeps h (N, F) before the
     activation."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    (rows, C), F, columns = (stop - start, x.shape[1]), down.shape[1], up.shape[2]
+    (rows, C), columns = (stop - start, x.shape[1]), up.shape[2]
+    F = h.shape[1] // 2 if activation == SWIGLU else h.shape[1]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     n = rest[: rows * C].reshape(rows, C)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
@@ -3193,8 +3224,11 @@ def tiles_in(space):
     except ImportError:
         raise ValueError(NO_TILES) from None
     scratch = scratch_of(space)
-    header = scratch[:, : CACHE_LINE // scratch.itemsize].view(np.int64)
-    header[:] = tiles.headers(len(scratch), tiles.KINDS[scratch.dtype.name])
+    words = tiles.headers(len(scratch), tiles.KINDS[scratch.dtype.name])
+    header = scratch[:, :HEADER].view(np.int64)[:, : words.shape[1]]
+    header[:] = words
+    header[:, tiles.FIRST] = space["panels"].ctypes.data
+    header[:, tiles.END] = header[:, tiles.FIRST] + space["panels"].nbytes
     try:
         yield
     finally:

@@ -44,6 +44,28 @@ in_bf16 = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fl
 # -- the driver
 
 
+def multiply_laid(a, b, c, add, kind, blocks=tiles.BLOCKS):
+    """c = a b, or c += a b if add, through the driver, b laid ready in two pieces, and asked for in two where it is cut
+    between blocks of depth."""
+    (M, K), N = a.shape, b.shape[1]
+    (driver, layer), words = tiles.driver(tiles.DTYPES[kind]), tiles.words_of(1, kind, blocks).copy()
+    rows, columns = (-(-n // 32) * 32 for n in (K, N))
+    laid = tinygpt.aligned(rows * columns, a.dtype).reshape(rows, columns)
+    laid[:] = np.nan
+    words[0, tiles.FIRST], words[0, tiles.END] = laid.ctypes.data, laid.ctypes.data + laid.nbytes
+    header, row = words.ctypes.data, laid.strides[0]
+    for first in range(0, N, 2 * tiles.SQUARE):
+        piece = b[:, first : first + 2 * tiles.SQUARE]
+        assert layer.ctypes(piece.ctypes.data, *b.strides, laid.ctypes.data, row, first, *piece.shape, header)
+    cut = tiles.STEP * blocks[1]
+    for k, stop in ((0, cut), (cut, K)):
+        if k < K:
+            part, more = a[:, k:stop], add or k > 0
+            addresses = (part.ctypes.data, *a.strides, laid.ctypes.data + k * row, row, c.ctypes.data, c.strides[0])
+            assert driver.ctypes(*addresses, M, N, part.shape[1], more, header)
+    return c
+
+
 def check_product(M, K, N, kind, seed, transposed, add, blocks):
     """Against float64 of the rounded operands; nothing beside a, b and c is read or written."""
     rng, dtype = np.random.default_rng(seed), tiles.dtype_of(kind)
@@ -53,7 +75,7 @@ def check_product(M, K, N, kind, seed, transposed, add, blocks):
     before, old = whole.copy(), c.astype(np.float64)
     if not add:
         c[:] = np.nan  # must not be read
-    tiles.multiply(a, b, c, add, kind, blocks)
+    (tiles.multiply if seed % 2 else multiply_laid)(a, b, c, add, kind, blocks)
     wide_a, wide_b = ((x if kind == "float64" else tiles.rounded(x)).astype(np.float64) for x in (a, b))
     expected = wide_a @ wide_b + (old if add else 0)
     bound = (K + 2) * np.finfo(dtype).eps * (np.abs(wide_a) @ np.abs(wide_b) + (np.abs(old) if add else 0))
@@ -231,15 +253,13 @@ def test_gradients_through_the_driver_are_derivatives(shape, blocks):
     assert max(error for _, error in errors) < 1e-6, errors
 
 
-@numba.cfunc(numba.types.intp(*[numba.types.intp] * 12))
-def says_that_it_multiplied(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header):
-    return 1
-
-
-def test_a_driver_that_does_nothing_is_noticed(monkeypatch):
+@pytest.mark.parametrize("word, count", [(tiles.DRIVER, 12), (tiles.LAYER, 9)])
+def test_a_driver_that_does_nothing_is_noticed_and_one_that_lays_nothing_ready(monkeypatch, word, count):
     """In float64 no product is so small that it is left to others."""
-    words = np.zeros((tinygpt.POOL.threads, 8), np.int64)
-    words[:, tiles.DRIVER] = says_that_it_multiplied.address
+    names = ", ".join(f"x{i}" for i in range(count))
+    says_that_it_did = numba.cfunc(numba.types.intp(*[numba.types.intp] * count))(eval(f"lambda {names}: 1"))
+    words = tiles.words_of(tinygpt.POOL.threads, "float64", tiles.BLOCKS).copy()
+    words[:, word] = says_that_it_did.address
     monkeypatch.setattr(tiles, "headers", lambda threads, kind: words)
     exact, found = (run_model(tiny_config(), table, 2, 5, np.float64) for table in ("numpy", "tiles"))
     for name in ("qkv_w", "out_w", "up_w", "down_w", "embed_w"):
@@ -430,7 +450,7 @@ def test_bfloat16_runs_learn_as_float32_runs_do(with_tiles, text):
 FEATURES = "64bit avx avx2 avx512f avx512bw avx512dq avx512vl avx512bf16 amx-tile amx-bf16 fma cmov cx8 sse sse2 sse4.2"
 PRINT = """
 import tiles
-for compiled in (*tiles.innermost("amx"), tiles.driver("float32")):
+for compiled in (*tiles.innermost("amx"), tiles.driver("float32")[0]):
     print(compiled._library.get_asm_str(), "#####", sep="\\n")
 """
 
