@@ -1373,9 +1373,9 @@ def panels_kernel(task, slot, w, turned, per_part, width, piece, panels, scratch
         copy_rows(w_piece, whole[:, at : at + piece])
 
 
-def asks_others(space):
-    """Whether products in this space are those of tiles.py."""
-    return space["scratch"][0, :HEADER].any()
+def asks_others(scratch):
+    """Whether products with this scratch are those of tiles.py."""
+    return scratch[0, :HEADER].any()
 
 
 LAID = 64  # columns of a panel that a task lays as tiles.py has them; their rows fill up to a multiple
@@ -1386,7 +1386,7 @@ def panels_of(w, space, turned=False, parts=1, first=0):
     space from element `first` on; a part of the columns begins with a panel of its own."""
     columns = piece = TILE_VECTORS * VECTOR_BYTES // w.itemsize
     K, M = w.shape[::-1] if turned else w.shape
-    if asks_others(space):
+    if asks_others(space["scratch"]):
         columns, piece, K = HIDDEN_BLOCK, LAID, blocks(K, LAID) * LAID
     width = M // parts
     panels = space["panels"][first : first + parts * blocks(width, columns) * columns * K].reshape(-1, K, columns)
@@ -1405,6 +1405,7 @@ def product_of_panels(a, panels, c, add, panel):
 
 
 GRADIENT_BLOCKS = ((132, 256), (132, 128), (66, 128), (66, 64))  # of a weight gradient: rows, columns
+TILED_GRADIENT_BLOCKS = ((256, 512), (128, 256), (64, 128), (64, 64))  # where packing takes the time
 GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
 
 
@@ -1438,7 +1439,8 @@ def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, ones
 
 
 def weight_gradient(x_T, T, dy, dw, db, scratch):
-    for shape in GRADIENT_BLOCKS:  # the larger, the less is copied again; but every thread wants some
+    shapes = TILED_GRADIENT_BLOCKS if asks_others(scratch) else GRADIENT_BLOCKS
+    for shape in shapes:  # the larger, the less is copied again; but every thread wants some
         count = math.prod(map(blocks, dw.shape, shape))
         if count >= 2 * POOL.threads:
             break
@@ -1702,6 +1704,7 @@ SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
 HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
 HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
 HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits are worked on while they are in a cache
+TILED_HEAD_WORDS = 1024  # as many in a larger cache, where packing takes the time
 LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
 HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
 
@@ -2444,14 +2447,14 @@ def head_kernel(
     stats = scratch[slot, PANEL_SIZE : PANEL_SIZE + 4 * width].reshape(4, width)
     mean, rstd, top, total = stats[0], stats[1], stats[2], stats[3]
     n_T, dn = rest[: C * width].reshape(C, width), rest[: rows * C].reshape(rows, C)
-    padded = blocks(C, TILE_ROWS) * TILE_ROWS
+    padded, words = blocks(C, TILE_ROWS) * TILE_ROWS, HEAD_WORDS if len(tiles) > 0 else TILED_HEAD_WORDS
     dn_T = rest[C * width : (C + padded) * width].reshape(padded, width)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, mean, rstd, n[start:stop])
     transpose_rows(n[start:stop], n_T)
     for t in range(width):
         top[t], total[t] = -np.inf, 0
-    for first in range(0, V, HEAD_WORDS):
-        last = min(first + HEAD_WORDS, V)
+    for first in range(0, V, words):
+        last = min(first + words, V)
         product(head_w[first:last], n_T, block[first:last, :width], False, panel)
         for v in range(first, last):
             row = odds[task, v, :width]
@@ -2462,8 +2465,8 @@ def head_kernel(
                 top[t] = row[t] if row[t] > top[t] else top[t]
     for t in range(rows):
         nats[start + t] = top[t] - block[targets[start + t], t]
-    for first in range(0, V, HEAD_WORDS):
-        last = min(first + HEAD_WORDS, V)
+    for first in range(0, V, words):
+        last = min(first + words, V)
         for v in range(first, last):
             row = odds[task, v, :width]
             for t in range(width):
@@ -2497,9 +2500,9 @@ def head_kernel(
 
 
 @kernel
-def head_gradient_kernel(task, slot, earlier, count, T, odds, shares, n, dw, db, scratch):
-    """dw (V, C) += dlogits^T n of `count` blocks, 2 HEAD_WORDS rows a task; db (V,) += sum_n dlogits."""
-    first, last = 2 * HEAD_WORDS * task, min(2 * HEAD_WORDS * (task + 1), len(dw))
+def head_gradient_kernel(task, slot, words, earlier, count, T, odds, shares, n, dw, db, scratch):
+    """dw (V, C) += dlogits^T n of `count` blocks, `words` rows a task; db (V,) += sum_n dlogits."""
+    first, last = words * task, min(words * (task + 1), len(dw))
     for block in range(count):
         start, stop = block_rows(earlier + block, T, HEAD_BLOCK)
         product(odds[block, first:last, : stop - start], n[start:stop], dw[first:last], True, scratch[slot])
@@ -2534,7 +2537,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
-    columns = 0 if asks_others(s) else blocks(C, TILE_ROWS)
+    columns = 0 if asks_others(scratch) else blocks(C, TILE_ROWS)
     tiles = s["panels"][: columns * TILE_ROWS * V].reshape(columns, V, TILE_ROWS)
     POOL.run(head_tiles_kernel, blocks(V, 256), head_w, tiles)
     flat_targets = np.ascontiguousarray(targets, np.int64).reshape(-1)
@@ -2549,8 +2552,9 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
         POOL.run(head_kernel, count, *inputs, *outputs)
         if g is not None:
             gradients = (g[name], nothing if g["head_b"] is None else g["head_b"])
-            tasks = blocks(V, 2 * HEAD_WORDS)
-            POOL.run(head_gradient_kernel, tasks, first, count, T, odds, shares, n, *gradients, scratch)
+            words = TILED_HEAD_WORDS if asks_others(scratch) else 2 * HEAD_WORDS
+            inputs = (words, first, count, T, odds, shares, n)
+            POOL.run(head_gradient_kernel, blocks(V, words), *inputs, *gradients, scratch)
     if g is not None:
         add_sums(sums, g["norm_w"], g["norm_b"])
     return float((weights * nats).sum()), nats, dx

@@ -9,8 +9,9 @@
 A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape, WIDTHxLAYERS (weights tied, tanh
 GELU, no dropout), or of one of our sizes.
 Ours and theirs take turns in one run, so that a machine whose speed drifts treats both alike; medians and their ratio.
-Each side runs in a process of its own, whose threads sleep while the other one's turn lasts. The peak is that of a
-float32 product by NumPy's BLAS, measured in our turns. First: seconds from the start of the process to its first step.
+Our products are in bf16 where the processor has tiles for them, as train.py's are; --dtype float32 goes without. Each
+side runs in a process of its own, whose threads sleep while the other one's turn lasts. The peak is that of a float32
+product by NumPy's BLAS, measured in our turns. First: seconds from the start of the process to its first step.
 """
 
 import argparse
@@ -57,14 +58,14 @@ def shape_of(size):
 # == 1  ours ===========================================================================================================
 
 
-def our_step(size, threads):
-    """A function that takes one step, and the number of parameters."""
+def our_step(size, threads, dtype):
+    """A function that takes one step, products in `dtype`, and the number of parameters."""
     import tinygpt
     import train
 
     if threads:
         tinygpt.POOL.resize(threads)
-    cfg, batch = shape_of(size)
+    (cfg, batch), ops = shape_of(size), tinygpt.OPS["tiles" if dtype == "bfloat16" else "numba"]
     micro = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * cfg.seq_len <= 4096))
     s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
     s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "seed": 0}
@@ -74,7 +75,7 @@ def our_step(size, threads):
 
     def step():
         tokens = rng.integers(0, cfg.vocab_size, (batch, cfg.seq_len + 1))
-        train.update(state, (tokens[:, :-1], tokens[:, 1:], weights), tinygpt.OPS["numba"], space, s)
+        train.update(state, (tokens[:, :-1], tokens[:, 1:], weights), ops, space, s)
 
     return step, tinygpt.count_parameters(cfg)[0]
 
@@ -137,10 +138,10 @@ def their_step(size, mode, threads):
 # == 3  side by side ===================================================================================================
 
 
-def serve(side, size, threads):
+def serve(side, size, threads, dtype):
     """The worker: a line in, `steps` steps, a line out with the seconds of each, the peak memory in MiB and, from ours,
     the machine's GFLOP/s."""
-    step, parameters = our_step(size, threads) if side == "ours" else their_step(size, side, threads)
+    step, parameters = our_step(size, threads, dtype) if side == "ours" else their_step(size, side, threads)
     step()
     print(json.dumps({"parameters": parameters}), flush=True)
     step()
@@ -170,8 +171,8 @@ def peak_memory():
 class Side:
     """One side in a process of its own."""
 
-    def __init__(self, name, size, threads, environment):
-        words = [sys.executable, __file__, "--serve", name, "--size", size, "--threads", str(threads)]
+    def __init__(self, name, size, threads, dtype, environment):
+        words = [sys.executable, __file__, "--serve", name, "--size", size, "--threads", str(threads), "--dtype", dtype]
         pipes, start = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True), time.perf_counter()
         self.process = subprocess.Popen(words, **pipes, env=os.environ | environment)
         self.times, self.peaks, first = [], [], self.process.stdout.readline()
@@ -193,12 +194,12 @@ class Side:
         self.process.wait()
 
 
-def measure(size, modes, rounds, threads, environment):
+def measure(size, modes, rounds, threads, dtype, environment):
     import tinygpt
 
     (cfg, batch), modes = shape_of(size), modes if size in SHAPES else []
     tokens, flops = batch * cfg.seq_len, tinygpt.flops_per_token(cfg)
-    sides = {name: Side(name, size, threads, environment) for name in ("ours", *modes)}
+    sides = {name: Side(name, size, threads, dtype, environment) for name in ("ours", *modes)}
     for side in sides.values():
         side.turn(1)
         side.times.clear()
@@ -234,7 +235,7 @@ FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of
         2 * len(x) * (up.size + down.size)
     ),
     "head_kernel": lambda tasks, earlier, x, *rest: 4 * rows_of_head(tasks, earlier, x, *rest) * rest[4].size,
-    "head_gradient_kernel": lambda tasks, earlier, count, T, odds, shares, n, dw, *_: (
+    "head_gradient_kernel": lambda tasks, words, earlier, count, T, odds, shares, n, dw, *_: (
         2 * min(count * odds.shape[2], len(n) - earlier * odds.shape[2]) * dw.size
     ),
     "weight_gradient_kernel": lambda tasks, shape, per_task, x_T, T, dy, dw, *_: 2 * len(dy) * dw.size,
@@ -260,12 +261,12 @@ def bytes_of(name, tasks, args):
     return sum(x.nbytes * (share if name == "head_kernel" and len(x) == len(args[1]) else 1) for x in arrays)
 
 
-def profile(size, threads, steps):
+def profile(size, threads, dtype, steps):
     """Print what each kernel of a training step takes: medians of the sums over a step."""
     import tinygpt
     import train
 
-    step, _ = our_step(size, threads)
+    step, _ = our_step(size, threads, dtype)
     run, calls, rows = tinygpt.POOL.run, [], []
 
     def timed(kernel, tasks, *args):
@@ -312,6 +313,9 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of each side; 0 is all cores (default)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of our products, as train.py has it"
+    )
     parser.add_argument("--avx2", action="store_true", help="both sides without AVX-512")
     parser.add_argument(
         "--cold", action="store_true", help="empty compile caches: the first step then says what they save"
@@ -322,10 +326,16 @@ def main():
     if unknown := [size for size in args.size if size not in SHAPES and size not in tinygpt.SIZES]:
         parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.SIZES])}")
     if args.serve:
-        return serve(args.serve, args.size[0], args.threads)
+        return serve(args.serve, args.size[0], args.threads, args.dtype)
+    reason = "--avx2" if args.avx2 else tinygpt.without_tiles()
+    if args.dtype == "bfloat16" and reason:
+        parser.error(f"--dtype bfloat16: {reason}")
+    if args.dtype == "auto":
+        args.dtype = "float32" if reason else "bfloat16"
+    print(f"our products are {args.dtype}")
     if args.profile:
         for size in args.size:
-            profile(size, args.threads, 4 * args.rounds)
+            profile(size, args.threads, args.dtype, 4 * args.rounds)
         return None
     theirs = [f"{mode:>9s} ratio " for mode in args.modes]
     least = ("MiB ours", " theirs", "  first", " theirs") if args.modes else ("MiB ours", "  first")
@@ -334,7 +344,7 @@ def main():
         with tempfile.TemporaryDirectory() as empty:
             caches = {"NUMBA_CACHE_DIR": empty, "TORCHINDUCTOR_CACHE_DIR": empty} if args.cold else {}
             environment = (AVX2 if args.avx2 else {}) | caches
-            print(measure(size, args.modes, args.rounds, args.threads, environment), flush=True)
+            print(measure(size, args.modes, args.rounds, args.threads, args.dtype, environment), flush=True)
     return None
 
 
