@@ -247,6 +247,15 @@ def test_kernels_agree_with_the_spec_at_the_borders_of_tiles(T, blocks):
             assert relative(found[name], exact[name]) < 1e-12, name
 
 
+@pytest.mark.parametrize("mlp", ["gelu-tanh", "swiglu"])
+def test_kernels_agree_with_the_spec_beyond_what_they_work_on_at_a_time(mlp, blocks):
+    more = dict(vocab_size=tinygpt.TILED_HEAD_WORDS + 33, hidden=tinygpt.HIDDEN_BLOCK + 38)
+    cfg = tiny_config(**more, mlp=mlp, width=24, heads=1, seq_len=41, position_rows=41, layers=1)
+    exact, found = (run_model(cfg, table, 2, 41, np.float64, table == "tiles") for table in ("numpy", "tiles"))
+    for name in exact:
+        assert relative(found[name], exact[name]) < 1e-12, name
+
+
 @pytest.mark.parametrize("shape", [dict(), dict(width=36, hidden=70, seq_len=33, position_rows=33, layers=1)])
 def test_gradients_through_the_driver_are_derivatives(shape, blocks):
     errors = tinygpt.check_model(tiny_config(**shape), OPS["tiles"], seed=2)
