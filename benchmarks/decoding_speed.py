@@ -38,7 +38,7 @@ def read_kernel(task, slot, x, per_task, sums):
     """Block number `task` of x, as a product reads its weights."""
     at, zero = x[task * per_task :].ctypes.data, x.dtype.type(0)
     row, one = 64 * x.itemsize, sums[task]
-    tinygpt.times(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, 64, 1, zero)
+    tinygpt.times(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, one.ctypes.data, row, zero)
 
 
 def bandwidth(x, sums):
@@ -60,11 +60,11 @@ def our_model(size, checkpoint):
     return tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), cfg
 
 
-def our_turn(decoding, first, steps):
-    """(tokens a second, ids) of a greedy text that begins with the token `first`."""
+def our_turn(decoding, first, stop, steps):
+    """(tokens a second, ids) of a greedy text that begins with the token `first` and ends at `stop`."""
     decoding.window = []
     start = time.perf_counter()
-    ids = list(tinygpt.generate(decoding, [first], 0, first, steps, temperature=0))
+    ids = list(tinygpt.generate(decoding, [first], 0, stop, steps, temperature=0))
     return len(ids) / (time.perf_counter() - start), ids
 
 
@@ -142,8 +142,9 @@ def measure(size, args, folder):
         for threads in args.threads:
             tinygpt.POOL.resize(threads)
             decoding = tinygpt.Decoding(p, cfg, tinygpt.OPS["numba"])
-            our_turn(decoding, first, min(steps, 3))  # what is made when it is first needed
-            speed, ids = our_turn(decoding, first, steps)
+            stop = first if theirs else -1  # where llama2.c stops; random weights alone may as well go on
+            our_turn(decoding, first, stop, min(steps, 3))  # what is made when it is first needed
+            speed, ids = our_turn(decoding, first, stop, steps)
             found = {("ours", threads): speed, ("memory", threads): bandwidth(memory, sums)}
             if theirs:
                 found["theirs", threads], text = their_turn(args.llama2c, checkpoint, args.tokenizer, steps, threads)
