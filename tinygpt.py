@@ -992,7 +992,8 @@ def has_avx512():
 
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-HEADER = 2 * CACHE_LINE // 4  # of a panel, in elements: zeros, or who makes products instead, in the words of tiles.py
+HEADER_BYTES = 2 * CACHE_LINE  # of a panel: zeros, or who makes products instead, in the words of tiles.py
+HEADER = HEADER_BYTES // 4  # in elements
 PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
 
 
@@ -1167,7 +1168,7 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
     if panel != 0 and elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
         return
-    panel += 2 * CACHE_LINE  # its header
+    panel += HEADER_BYTES
     lanes, edge = VECTOR_BYTES // size, panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
     for k in range(0, K, DEPTH):
         depth, more, a_at, j = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0, a + k * a_k, 0
@@ -1345,14 +1346,13 @@ def laid_elsewhere(typing_context, w, turned, out, first, panel):
     way of his own: whether he did."""
 
     def build(context, builder, signature, args):
-        w_or_T = args[1]
-        at, down, right, (shape, _) = parts_of(context, builder, (w, out), (args[0], args[2]))
-        w_k, w_m, K, M = (
-            builder.select(w_or_T, *two)
-            for two in ((right[0], down[0]), (down[0], right[0]), (shape[1], shape[0]), (shape[0], shape[1]))
-        )
-        header = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, ir.IntType(64))
-        return ask(builder, word_at(builder, header, 1), (at[0], w_k, w_m, at[1], down[1], args[3], K, M, header))
+        w_value, is_turned, out_value, first_column, panel_value = args
+        at, down, right, (shape, _) = parts_of(context, builder, (w, out), (w_value, out_value))
+        pairs = (right[0], down[0]), (down[0], right[0]), shape[::-1], shape
+        w_k, w_m, K, M = (builder.select(is_turned, *pair) for pair in pairs)
+        header = builder.ptrtoint(context.make_array(panel)(context, builder, panel_value).data, ir.IntType(64))
+        place = word_at(builder, header, 1)
+        return ask(builder, place, (at[0], w_k, w_m, at[1], down[1], first_column, K, M, header))
 
     return types.boolean(w, types.boolean, out, types.intp, panel), build
 
@@ -3205,7 +3205,8 @@ class Steps:
 # == 7.6  products through tiles =======================================================================================
 #
 # The same kernels. A thread finds in the header of its panel whom to ask for each product: the driver of tiles.py,
-# which leaves a few to the register tiles. The header is written before an op and erased after it.
+# which leaves a few to the register tiles; and who lays weights where it reads them, in place of panels. The header is
+# written before an op and erased after it.
 
 
 NO_TILES = "tiles.py is not here, which multiplies in bfloat16"
