@@ -44,10 +44,10 @@ in_bf16 = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fl
 # -- the driver
 
 
-def multiply_laid(a, b, c, add, kind, blocks=tiles.BLOCKS):
-    """c = a b, or c += a b if add, through the driver, b laid ready in two pieces, and asked for in two where it is cut
-    between blocks of depth."""
-    (M, K), N = a.shape, b.shape[1]
+def multiply_laid(a, b, c, add, kind, blocks, turned):
+    """c = a b, or c += a b if add, through the driver, b (if turned from its columns) laid ready in pieces, and asked
+    for in two where it is cut between blocks of depth."""
+    (M, K), N, b = a.shape, b.shape[1], np.asfortranarray(b) if turned else b
     (driver, layer), words = tiles.driver(tiles.DTYPES[kind]), tiles.words_of(1, kind, blocks).copy()
     rows, columns = (-(-n // 32) * 32 for n in (K, N))
     laid = tinygpt.aligned(rows * columns, a.dtype).reshape(rows, columns)
@@ -75,7 +75,10 @@ def check_product(M, K, N, kind, seed, transposed, add, blocks):
     before, old = whole.copy(), c.astype(np.float64)
     if not add:
         c[:] = np.nan  # must not be read
-    (tiles.multiply if seed % 2 else multiply_laid)(a, b, c, add, kind, blocks)
+    if seed % 2:
+        tiles.multiply(a, b, c, add, kind, blocks)
+    else:
+        multiply_laid(a, b, c, add, kind, blocks, turned=seed % 4 == 0)
     wide_a, wide_b = ((x if kind == "float64" else tiles.rounded(x)).astype(np.float64) for x in (a, b))
     expected = wide_a @ wide_b + (old if add else 0)
     bound = (K + 2) * np.finfo(dtype).eps * (np.abs(wide_a) @ np.abs(wide_b) + (np.abs(old) if add else 0))
