@@ -61,7 +61,8 @@ train.update = update
 
 
 def errors(err):
-    return [line for line in err.splitlines() if line.startswith("train.py: error: ")]
+    """train.py's error lines; what Open MPI says of the end may come before them, with a zero byte after it."""
+    return [line for line in err.replace("\0", "\n").splitlines() if line.startswith("train.py: error: ")]
 
 
 # == an update =========================================================================================================
