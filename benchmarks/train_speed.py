@@ -66,7 +66,7 @@ def our_step(size, threads, dtype):
     if threads:
         tinygpt.POOL.resize(threads)
     (cfg, batch), ops = shape_of(size), tinygpt.OPS["tiles" if dtype == "bfloat16" else "numba"]
-    micro = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * cfg.seq_len <= 4096))
+    micro = train.usual_micro_batch(batch, cfg.seq_len)
     s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
     s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "seed": 0}
     state = train.State(cfg, tinygpt.init_parameters(cfg, 0))

@@ -1201,15 +1201,15 @@ def chosen(words, cfg):
 
 def test_max_memory_takes_fewer_sequences_before_it_recomputes():
     cfg = tinygpt.SIZES["8m"]
-    needed = {(again, n): train.memory_needed(cfg, n, again) for again in (False, True) for n in (1, 2, 4, 8)}
-    assert chosen([], cfg)[1] == (8, False)
-    for limit in (needed[False, 8], needed[False, 4] + 1, needed[False, 1], needed[False, 1] - 1, needed[True, 1]):
+    needed = {(again, n): train.memory_needed(cfg, n, again) for again in (False, True) for n in (1, 2, 4)}
+    assert chosen([], cfg)[1] == (4, False)
+    for limit in (needed[False, 4], needed[False, 2] + 1, needed[False, 1], needed[False, 1] - 1, needed[True, 1]):
         micro, again = chosen([f"--max-memory={limit / 1024}K"], cfg)[1]
         assert needed[again, micro] <= limit
         fits = [choice for choice in needed if needed[choice] <= limit]
         assert again == all(choice[0] for choice in fits)
         assert micro == max(n for a, n in fits if a == again)
-    assert chosen(["--recompute"], cfg)[1] == (8, True)
+    assert chosen(["--recompute"], cfg)[1] == (4, True)
     with pytest.raises(ValueError, match=r"--max-memory 100 MiB is too little: 1m needs \d+ MiB with one sequence"):
         chosen(["--max-memory=100M"], cfg)
 
