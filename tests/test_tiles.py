@@ -150,6 +150,17 @@ def test_sums_that_go_on_are_those_of_one_product(kind):
     assert twice.tobytes() == once.tobytes()
 
 
+@pytest.mark.skipif("amx" not in KINDS, reason="no matrix unit")
+def test_amx_gives_the_bytes_of_its_stand_in():
+    rng = np.random.default_rng(2)
+    for shape in SHAPES:
+        a, b = operands(rng, *shape, False)
+        found, expected = (
+            tiles.multiply(a, b, np.ones(shape[::2], np.float32), True, kind) for kind in ("amx", "stand-in")
+        )
+        assert found.tobytes() == expected.tobytes(), shape
+
+
 def test_small_products_are_left_to_others_and_c_as_it_was():
     a, c = np.ones((9, 80), np.float32), np.full((9, 20), 7.0, np.float32)
     for left in (a[:, : tiles.LEAST_DEPTH - 1], a[:1]):
@@ -505,6 +516,46 @@ def test_four_tiles_of_c_stay_in_registers_while_a_and_b_pass(machine_code):
     into = [x[-5:] for x in loads]
     assert sorted(into[:4]) == ["%tmm0", "%tmm1", "%tmm2", "%tmm3"]
     assert into[4:] == ["%tmm4", "%tmm6", "%tmm7", "%tmm5"] * (len(products) // 4)
+
+
+needs_a_processor_to_pretend = pytest.mark.skipif(
+    HAS_UNIT or "matrix_unit" in sys.modules or (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    reason="a matrix unit, or another system",
+)
+AS_PLUGIN = "-m", "pytest", "-q", "-p", "matrix_unit", "-p", "no:faulthandler", "-p", "no:cacheprovider", __file__
+
+
+def pretended(*words, status=0):
+    """What Python prints with these words where it compiles for this processor with a matrix unit added."""
+    features = binding.get_host_cpu_features()
+    features.update({"amx-tile": True, "amx-bf16": True})
+    environment = os.environ | {"NUMBA_CPU_NAME": binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": features.flatten()}
+    environment |= {"PYTHONPATH": os.pathsep.join(str(Path(file).parent) for file in (__file__, tiles.__file__))}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == status, done.stdout[-4000:] + done.stderr
+    return done.stdout + done.stderr
+
+
+def count_products(printed):
+    return int(re.search(r"(\d+) products", printed).group(1))
+
+
+@needs_a_processor_to_pretend
+def test_the_machine_code_of_amx_multiplies_where_numpy_carries_out_its_instructions():
+    assert count_products(pretended(*AS_PLUGIN, "-k", "amx")) > 10_000
+
+
+@pytest.mark.slow
+@needs_a_processor_to_pretend
+def test_the_machine_code_of_amx_trains_where_numpy_carries_out_its_instructions():
+    assert count_products(pretended(*AS_PLUGIN, "-k", "not learn_as")) > 100_000
+
+
+@needs_a_processor_to_pretend
+def test_a_thread_that_does_not_tell_the_unit_its_tiles_is_stopped():
+    code = "words = tiles.words_of(1, 'amx', tiles.BLOCKS); words[:, tiles.ENTER] = 0; tiles.product_error('amx')"
+    printed = pretended("-c", f"import matrix_unit, tiles; matrix_unit.pretend(); {code}", status=128 + signal.SIGILL)
+    assert "a tile in a thread that has not told the unit their shapes" in printed
 
 
 @pytest.mark.skipif(binding.llvm_version_info[0] < 16, reason="this LLVM has no type for bf16")
