@@ -993,7 +993,7 @@ def has_avx512():
 
 TILE_ROWS, TILE_VECTORS = 6, 4 if has_avx512() else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
 HEADER_BYTES = 2 * CACHE_LINE  # of a panel: zeros, or who makes products instead, in the words of tiles.py
-HEADER = HEADER_BYTES // 4  # in elements
+HEADER = HEADER_BYTES // 4  # in elements of float32; room enough where they are larger
 PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
 
 
@@ -1375,7 +1375,7 @@ def panels_kernel(task, slot, w, turned, per_part, width, piece, panels, scratch
 
 def asks_others(scratch):
     """Whether products with this scratch are those of tiles.py."""
-    return scratch[0, :HEADER].any()
+    return scratch[0, : HEADER_BYTES // scratch.itemsize].any()
 
 
 LAID = 64  # columns of a panel that a task lays as tiles.py has them; their rows fill up to a multiple

@@ -340,6 +340,17 @@ def test_two_callers_at_once_both_get_right_results():
 # -- matrix products
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_products_of_kernels_stay_theirs_whatever_they_leave_in_their_buffers(dtype):
+    cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
+    _, p = random_parameters(cfg, dtype=dtype)
+    space = tinygpt.workspace(cfg, 2, 50, dtype)
+    for _ in range(2):
+        batch, (_, g) = random_batch(cfg, 2, 50, dtype=dtype), tinygpt.zero_gradients(cfg, dtype)
+        tinygpt.loss_and_gradients(p, *batch, g, cfg, tinygpt.OPS["numba"], space)
+        assert not tinygpt.asks_others(space["scratch"])
+
+
 def guarded(rng, rows, columns, dtype, guard):
     """A (rows, columns) view, its rows apart and neither aligned nor at an end of its array; `guard` all around it."""
     whole = np.full((rows + 2, columns + 37), guard, dtype)
