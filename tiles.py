@@ -459,7 +459,7 @@ configure_unit, release_unit = setting("ldtilecfg"), setting("tilerelease")
 # The words of a thread's header: the driver and what lays a matrix ready for it; where they work, the blocks; what the
 # driver calls at its beginning, for each block of c and at its end (0: nothing; each thread has to tell its core's unit
 # the shapes of tiles); the least columns of a with which it does not leave a product to others (0: any); between which
-# addresses b is laid ready.
+# addresses a and b are laid ready.
 DRIVER, LAYER, MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST, FIRST, END = range(11)
 
 
@@ -500,17 +500,29 @@ def column_size(depth, zero):
 
 
 @part
-def lay(b, b_k, b_n, to, to_k, first, K, N, header, zero):
-    """b (K, N) in any strides, packed: columns `first` on, a multiple of SQUARE, of a matrix at `to` whose rows have
-    to_k bytes, room for whole SQUAREs of columns and STEPs of rows. What begins at a whole number of blocks of depth
-    from its first row is such a matrix too."""
+def is_laid(address, header):
+    """Whether what begins at an address has been laid ready."""
+    return word(header, FIRST) <= address < word(header, END)
+
+
+@part
+def lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, zero):
+    """x (rows, columns) in any strides, packed into a matrix at `to` whose rows have to_row bytes, with room for whole
+    SQUAREs of rows and columns: if left as an a, else as a b, into columns `first` on there, a multiple of SQUARE.
+
+    What begins at a whole SQUARE of rows of such an a, or at a whole number of blocks of depth from the first row of
+    such a b, is such a matrix too."""
     size, far = sizes_of(zero)[0], STEP * word(header, DEPTH)
     edge = word(header, MEMORY) + 64 + SQUARE * SQUARE * size
-    for k in range(0, K, far):
-        depth = min(far, K - k)
-        at = to + k * to_k + first // TILE * column_size(depth, zero)
-        for j in range(0, N, SQUARE):
-            pack_b(b + k * b_k + j * b_n, b_k, b_n, depth, min(SQUARE, N - j), at, edge, zero)
+    if left != 0:
+        for r in range(0, rows, SQUARE):
+            pack_a(x + r * x_row, x_row, x_column, min(SQUARE, rows - r), columns, to + r * to_row, edge, zero)
+        return 1
+    for k in range(0, rows, far):
+        depth = min(far, rows - k)
+        at = to + k * to_row + first // TILE * column_size(depth, zero)
+        for j in range(0, columns, SQUARE):
+            pack_b(x + k * x_row + j * x_column, x_row, x_column, depth, min(SQUARE, columns - j), at, edge, zero)
             at += 2 * column_size(depth, zero)
     return 1
 
@@ -518,13 +530,15 @@ def lay(b, b_k, b_n, to, to_k, first, K, N, header, zero):
 @part
 def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses and strides in bytes; a in any strides, the elements
-    of a row of b, unless it is laid ready, and of c side by side. 1; or 0, with nothing done, where tiles do not pay,
-    or one would rather not round: for a single row that lies in one piece (of ones: the gradient of a bias)."""
+    of a row of b and of c side by side, but for an a or a b that is laid ready. 1; or 0, with nothing done, where tiles
+    do not pay, or one would rather not round: for a single row that lies in one piece (of ones: the gradient of a
+    bias)."""
     size, packed = sizes_of(zero)
-    least, ready = word(header, LEAST), word(header, FIRST) <= b < word(header, END)
-    if least > 0 and not ready and (K < least or (M == 1 and a_k == size)):
+    least, laid_a, laid_b = word(header, LEAST), is_laid(a, header), is_laid(b, header)
+    if least > 0 and not laid_a and not laid_b and (K < least or (M == 1 and a_k == size)):
         return 0
-    memory, height, far = word(header, MEMORY), SQUARE * word(header, ROWS), STEP * word(header, DEPTH)
+    memory, far = word(header, MEMORY), STEP * word(header, DEPTH)
+    height = M if laid_a else SQUARE * word(header, ROWS)
     edge_c, edge = memory + 64, memory + 64 + SQUARE * SQUARE * size
     place = edge + SQUARE * SQUARE * size
     left = place + far * SQUARE * packed
@@ -536,20 +550,24 @@ def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
             depth, more = min(far, K - k), 1 if add != 0 or k > 0 else 0
             steps = (depth + STEP - 1) // STEP
             column = column_size(depth, zero)
-            pack_a(a + i * a_row + k * a_k, a_row, a_k, rows, depth, left, edge, zero)
+            if laid_a:
+                corner, row, below = a + i * a_row + column_size(k, zero), a_row, column_size(K, zero)
+            else:
+                corner, row, below = left, column // TILE, column
+                pack_a(a + i * a_row + k * a_k, a_row, a_k, rows, depth, left, edge, zero)
             for j in range(0, N, SQUARE):
-                wide, right = min(SQUARE, N - j), b + k * b_k + j // TILE * column if ready else place
-                if not ready:
+                wide, right = min(SQUARE, N - j), b + k * b_k + j // TILE * column if laid_b else place
+                if not laid_b:
                     pack_b(b + k * b_k + j * size, b_k, size, depth, wide, right, edge, zero)
                 for r in range(0, rows, SQUARE):
-                    high, top = min(SQUARE, rows - r), left + r // TILE * column
+                    high, top = min(SQUARE, rows - r), corner + r * row
                     at, down = c + (i + r) * c_row + j * size, c_row
                     whole = high == SQUARE and wide == SQUARE
                     if not whole:  # through a block of its own, so that nothing beside c is touched
                         if more != 0:
                             copy_padded(at, c_row, size, high, wide, edge_c, SQUARE, SQUARE, zero)
                         at, down = edge_c, SQUARE * size
-                    call(word(header, BLOCK), (top, top + column, right, right + column, at, down, steps, more))
+                    call(word(header, BLOCK), (top, top + below, right, right + column, at, down, steps, more))
                     if not whole:
                         for line in range(high):
                             from_edge, to_c = edge_c + line * SQUARE * size, c + (i + r + line) * c_row + j * size
@@ -582,10 +600,10 @@ def driver(dtype):
     def drive_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header):
         return drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, number(0))
 
-    def lay_dtype(b, b_k, b_n, to, to_k, first, K, N, header):
-        return lay(b, b_k, b_n, to, to_k, first, K, N, header, number(0))
+    def lay_dtype(x, x_row, x_column, to, to_row, first, rows, columns, left, header):
+        return lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, number(0))
 
-    return addressed(drive_dtype, 12, types.intp), addressed(lay_dtype, 9, types.intp)
+    return addressed(drive_dtype, 12, types.intp), addressed(lay_dtype, 10, types.intp)
 
 
 @functools.cache

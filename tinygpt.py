@@ -1341,20 +1341,21 @@ def copy_rows(typing_context, x, out):
 
 
 @intrinsic
-def laid_elsewhere(typing_context, w, turned, out, first, panel):
-    """Ask who makes products to lay w (K, M), or w^T of w (M, K) if `turned`, into columns `first` on of a matrix in a
-    way of his own: whether he did."""
+def laid_elsewhere(typing_context, w, turned, left, out, first, panel):
+    """Ask who makes products to lay w (K, M), or w^T of w (M, K) if `turned`, into `out` in a way of his own: as what
+    stands on the left of a product if `left`, else on its right, in columns `first` on. Whether he did."""
 
     def build(context, builder, signature, args):
-        w_value, is_turned, out_value, first_column, panel_value = args
+        w_value, is_turned, is_left, out_value, first_column, panel_value = args
         at, down, right, (shape, _) = parts_of(context, builder, (w, out), (w_value, out_value))
         pairs = (right[0], down[0]), (down[0], right[0]), shape[::-1], shape
         w_k, w_m, K, M = (builder.select(is_turned, *pair) for pair in pairs)
         header = builder.ptrtoint(context.make_array(panel)(context, builder, panel_value).data, ir.IntType(64))
-        place = word_at(builder, header, 1)
-        return ask(builder, place, (at[0], w_k, w_m, at[1], down[1], first_column, K, M, header))
+        side = builder.zext(is_left, ir.IntType(64))
+        operands = (at[0], w_k, w_m, at[1], down[1], first_column, K, M, side, header)
+        return ask(builder, word_at(builder, header, 1), operands)
 
-    return types.boolean(w, types.boolean, out, types.intp, panel), build
+    return types.boolean(w, types.boolean, types.boolean, out, types.intp, panel), build
 
 
 @kernel
@@ -1365,7 +1366,7 @@ def panels_kernel(task, slot, w, turned, per_part, width, piece, panels, scratch
     last = min(first + piece, (task // per_part + 1) * width)
     whole, at = panels[task // per_part * blocks(width, columns) + at // columns], at % columns
     w_piece = w[first:last] if turned else w[:, first:last]
-    if laid_elsewhere(w_piece, turned, whole, at, scratch[slot, :PANEL_SIZE]):
+    if laid_elsewhere(w_piece, turned, False, whole, at, scratch[slot, :PANEL_SIZE]):
         return
     if turned:
         transpose_rows(w_piece, whole[:, at : at + piece])
@@ -1378,7 +1379,12 @@ def asks_others(scratch):
     return scratch[0, : HEADER_BYTES // scratch.itemsize].any()
 
 
-LAID = 64  # columns of a panel that a task lays as tiles.py has them; their rows fill up to a multiple
+LAID = 64  # columns of a panel that a task lays as tiles.py has them; rows and columns fill up to a multiple
+
+
+def laid_size(n):
+    """Rows or columns that n take where they are laid ready."""
+    return blocks(n, LAID) * LAID
 
 
 def panels_of(w, space, turned=False, parts=1, first=0):
@@ -1387,7 +1393,7 @@ def panels_of(w, space, turned=False, parts=1, first=0):
     columns = piece = TILE_VECTORS * VECTOR_BYTES // w.itemsize
     K, M = w.shape[::-1] if turned else w.shape
     if asks_others(space["scratch"]):
-        columns, piece, K = HIDDEN_BLOCK, LAID, blocks(K, LAID) * LAID
+        columns, piece, K = min(HIDDEN_BLOCK, laid_size(M // parts)), LAID, laid_size(K)
     width = M // parts
     panels = space["panels"][first : first + parts * blocks(width, columns) * columns * K].reshape(-1, K, columns)
     pieces = blocks(width, piece)
@@ -1717,7 +1723,7 @@ def workspace_layout(cfg, B, T, recompute=False):
     wide, high = HIDDEN_BLOCK, LAID  # at most: what panels of K rows and M columns add to each
     mlp = max((C + high) * (U + 2 * wide) + (F + high) * (C + wide), (U + high) * (C + wide))
     attention = max((K + high) * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
-    panels = max(mlp, attention, blocks(C, TILE_ROWS) * TILE_ROWS * V)
+    panels = max(mlp, attention, laid_size(V) * (laid_size(C) + blocks(C, wide) * min(wide, laid_size(C))))
     scores = 4 * S * D + max((2 * D + 2 + max(2 * S, D + 2)) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
     head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
     scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C)), D * (ROW_BLOCK + LOOP), scores, head)
@@ -2419,10 +2425,13 @@ def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
 
 
 @kernel
-def head_tiles_kernel(task, slot, head_w, tiles):
-    """tiles (blocks, V, TILE_ROWS) = the columns of head_w (V, C), as a register tile reads them; 256 rows a task."""
-    C = head_w.shape[1]
-    for v in range(256 * task, min(256 * task + 256, len(head_w))):
+def head_tiles_kernel(task, slot, head_w, tiles, scratch):
+    """tiles (blocks, V, TILE_ROWS) = the columns of head_w (V, C), as a register tile reads them; or (1, V', C') =
+    head_w, where others make products, as it stands on the left of theirs. 256 rows a task."""
+    first, last, C = 256 * task, min(256 * task + 256, len(head_w)), head_w.shape[1]
+    if laid_elsewhere(head_w[first:last], False, True, tiles[0, first:last], 0, scratch[slot, :PANEL_SIZE]):
+        return
+    for v in range(first, last):
         row = head_w[v]
         for i in range(len(tiles)):
             for r in range(TILE_ROWS):
@@ -2432,10 +2441,11 @@ def head_tiles_kernel(task, slot, head_w, tiles):
 
 @kernel
 def head_kernel(
-    task, slot, earlier, x, kind, norm_w, norm_b, eps, head_w, head_b, tiles, targets, weights, T, backward,
+    task, slot, earlier, x, kind, norm_w, norm_b, eps, head_w, head_b, tiles, panels, targets, weights, T, backward,
     odds, shares, nats, dx, n, sums, scratch,
 ):  # fmt: skip
     """Block earlier + task of HEAD_BLOCK rows: norm, logits, cross-entropy, and backward to dx (N, C) if `backward`.
+    tiles and panels are head_w (V, C) laid for the left and for the right of a product; or no panels, and tiles of it.
 
     Rows stand side by side, in columns of odds (blocks, V, HEAD_BLOCK): o = e^(logits - top) = p total. With share =
     weight / total, dlogits = share (o - total onehot): odds and n (N, C) keep the two factors for the gradient of
@@ -2447,7 +2457,8 @@ def head_kernel(
     stats = scratch[slot, PANEL_SIZE : PANEL_SIZE + 4 * width].reshape(4, width)
     mean, rstd, top, total = stats[0], stats[1], stats[2], stats[3]
     n_T, dn = rest[: C * width].reshape(C, width), rest[: rows * C].reshape(rows, C)
-    padded, words = blocks(C, TILE_ROWS) * TILE_ROWS, HEAD_WORDS if len(tiles) > 0 else TILED_HEAD_WORDS
+    laid, padded = len(panels) > 0, blocks(C, TILE_ROWS) * TILE_ROWS
+    words = TILED_HEAD_WORDS if laid else HEAD_WORDS
     dn_T = rest[C * width : (C + padded) * width].reshape(padded, width)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, mean, rstd, n[start:stop])
     transpose_rows(n[start:stop], n_T)
@@ -2455,7 +2466,10 @@ def head_kernel(
         top[t], total[t] = -np.inf, 0
     for first in range(0, V, words):
         last = min(first + words, V)
-        product(head_w[first:last], n_T, block[first:last, :width], False, panel)
+        if laid:
+            product(tiles[0, first:last, :C], n_T, block[first:last, :width], False, panel)
+        else:
+            product(head_w[first:last], n_T, block[first:last, :width], False, panel)
         for v in range(first, last):
             row = odds[task, v, :width]
             if head_b.size > 0:
@@ -2473,16 +2487,17 @@ def head_kernel(
                 e = exp(row[t] - top[t])
                 row[t] = e
                 total[t] += e
-        if backward:  # dn^T = head_w^T odds, of what still lies in the first cache
+        if backward and laid:  # dn = odds^T head_w
+            product_of_panels(block[first:last, :rows].T, panels[:, first:last], dn, first > 0, panel)
+        elif backward:  # dn^T = head_w^T odds, of what still lies in the first cache
             for i in range(len(tiles)):
                 sums_of = dn_T[i * TILE_ROWS : (i + 1) * TILE_ROWS]
                 product(tiles[i, first:last].T, block[first:last, :width], sums_of, first > 0, panel)
-            if len(tiles) == 0:
-                product(head_w[first:last].T, block[first:last, :width], dn_T[:C], first > 0, panel)
     for t in range(rows):
         nats[start + t] += math.log(total[t])
     if backward:
-        transpose_rows(dn_T[:C, :rows], dn)
+        if not laid:
+            transpose_rows(dn_T[:C, :rows], dn)
         for t in range(rows):
             weight, target, row, word = weights[start + t], targets[start + t], dn[t], head_w[targets[start + t]]
             share = weight / total[t]
@@ -2537,12 +2552,14 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
     s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
-    columns = 0 if asks_others(scratch) else blocks(C, TILE_ROWS)
-    tiles = s["panels"][: columns * TILE_ROWS * V].reshape(columns, V, TILE_ROWS)
-    POOL.run(head_tiles_kernel, blocks(V, 256), head_w, tiles)
+    laid = asks_others(scratch)
+    shape = (1, laid_size(V), laid_size(C)) if laid else (blocks(C, TILE_ROWS), V, TILE_ROWS)
+    tiles = s["panels"][: math.prod(shape)].reshape(shape)
+    panels = panels_of(head_w, s, first=tiles.size) if laid else np.empty((0, 0, 0), x.dtype)
+    POOL.run(head_tiles_kernel, blocks(V, 256), head_w, tiles, scratch)
     flat_targets = np.ascontiguousarray(targets, np.int64).reshape(-1)
     flat_weights = np.ascontiguousarray(weights, x.dtype).reshape(-1)
-    head = (head_w, nothing if p["head_b"] is None else p["head_b"], tiles)
+    head = (head_w, nothing if p["head_b"] is None else p["head_b"], tiles, panels)
     norm = norm_of(p, "norm", cfg, None if cfg.final_norm else NO_NORM)
     odds, shares = s["odds"], s["shares"].reshape(-1)
     outputs = (odds, shares, nats.reshape(-1), dx.reshape(-1, C), n, sums, scratch)
@@ -2552,7 +2569,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
         POOL.run(head_kernel, count, *inputs, *outputs)
         if g is not None:
             gradients = (g[name], nothing if g["head_b"] is None else g["head_b"])
-            words = TILED_HEAD_WORDS if asks_others(scratch) else 2 * HEAD_WORDS
+            words = TILED_HEAD_WORDS if laid else 2 * HEAD_WORDS
             inputs = (words, first, count, T, odds, shares, n)
             POOL.run(head_gradient_kernel, blocks(V, words), *inputs, *gradients, scratch)
     if g is not None:
