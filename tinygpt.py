@@ -1410,6 +1410,13 @@ def product_of_panels(a, panels, c, add, panel):
         product(a, panels[j, :, : c_columns.shape[1]], c_columns, add, panel)
 
 
+@part
+def lay_turned(x, x_T, panel):
+    """x_T (K, size) = x (rows, K)^T, as it stands on the left of a product."""
+    if not laid_elsewhere(x, True, True, x_T, 0, panel):
+        transpose_rows(x, x_T)
+
+
 GRADIENT_BLOCKS = ((132, 256), (132, 128), (66, 128), (66, 64))  # of a weight gradient: rows, columns
 TILED_GRADIENT_BLOCKS = ((256, 512), (128, 256), (64, 128), (64, 64))  # where packing takes the time
 GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
@@ -1426,10 +1433,10 @@ def block_rows(task, T, size):
 
 @kernel
 def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, ones, scratch):
-    """dw (K, M) += x (N, K)^T dy (N, M), where x_T (blocks, K, size) has the rows of a block side by side; db (1, M) +=
-    sum_n dy. A task owns `per_task` blocks of dw of a shape, column after column, and the part of db above the first
+    """dw (K, M) += x (N, K)^T dy (N, M), where x_T (blocks, K', size) has the rows of a block side by side; db (1, M)
+    += sum_n dy. A task owns `per_task` blocks of dw of a shape, column after column, and the part of db above the first
     of each column."""
-    (count, K, size), M = x_T.shape, dw.shape[1]
+    (count, _, size), (K, M) = x_T.shape, dw.shape
     at_once, per_column = max(1, GRADIENT_CHUNK // ((K + M) * size)), (K + shape[0] - 1) // shape[0]
     last_block = min((task + 1) * per_task, per_column * ((M + shape[1] - 1) // shape[1]))
     for first in range(0, count, at_once):
@@ -1745,11 +1752,9 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("dx", (2, B, T, C), False),
         ("kept", (B, T, C) if masks else (0,), False),  # dy times a mask
         ("n", (B, T, C), False),
-        ("n_T", (tasks, C, ROW_BLOCK), False),
         ("o", (B, T, H, D), False),
         ("dqkv", (B, T, H + 2 * cfg.kv_heads, D), False),
         ("do", (B, T, H, D), False),
-        ("a_T", (tasks, F, ROW_BLOCK), False),
         ("dh", (B, T, U), False),
         ("odds", (min(max(HEAD_BLOCKS, POOL.threads), head_tasks), V, HEAD_BLOCK), False),
         ("shares", (B, T), False),
@@ -1757,6 +1762,8 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("sums", (tasks, 2, C), False),
         ("qk_sums", (B * cfg.kv_heads, 2, D), False),
         ("head_sums", (head_tasks, 2, C), False),
+        ("n_T", (tasks, laid_size(C), ROW_BLOCK), False),  # these three may lie as tiles.py has them
+        ("a_T", (tasks, laid_size(F), ROW_BLOCK), False),
         ("panels", (panels,), False),  # of the weights at work
         ("scratch", (POOL.threads, scratch), False),
     ]
@@ -2243,8 +2250,8 @@ def attention_backward_kernel(
 def linear_norm_backward_kernel(
     task, slot, dy, dlinear, panels, x, kind, norm_w, norm_b, stats, T, dx, n_T, sums, scratch
 ):  # fmt: skip
-    """dx (N, C) = dy + norm_backward(dlinear w^T), n_T (tasks, C, ROW_BLOCK) = norm(x) again, sums (tasks, 2, C) of the
-    norm's."""
+    """dx (N, C) = dy + norm_backward(dlinear w^T), n_T (tasks, C', ROW_BLOCK) = norm(x) again, sums (tasks, 2, C) of
+    the norm's."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     panel, rest, (rows, C) = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:], (stop - start, x.shape[1])
     dn, n = rest[: rows * C].reshape(rows, C), rest[rows * C : 2 * rows * C].reshape(rows, C)
@@ -2252,7 +2259,7 @@ def linear_norm_backward_kernel(
     copy_rows(dy[start:stop], dx[start:stop])
     mean, rstd = stats[0, start:stop], stats[1, start:stop]
     norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx[start:stop], n, sums[task])
-    transpose_rows(n, n_T[task])
+    lay_turned(n, n_T[task, :C], panel)
 
 
 def attention_arguments(cfg, index, mask, dtype):
@@ -2378,9 +2385,10 @@ def mlp_kernel(
 
 @kernel
 def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a_T, dh, scratch):
-    """dh (N, F) = df(h) * (dy down_w^T), and a_T (tasks, F, ROW_BLOCK) = f(h) again; down_w^T by panels."""
+    """dh (N, F) = df(h) * (dy down_w^T), and a_T (tasks, F', ROW_BLOCK) = f(h) again; down_w^T by panels."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    rows, F, columns = stop - start, a_T.shape[1], down_T.shape[2]
+    rows, columns = stop - start, down_T.shape[2]
+    F = h.shape[1] // 2 if activation == SWIGLU else h.shape[1]
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
     for f in range(0, F, HIDDEN_BLOCK):
         width = min(HIDDEN_BLOCK, F - f)
@@ -2388,7 +2396,7 @@ def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a_T, dh, scrat
         panels = down_T[f // columns : blocks(f + width, columns)]
         product_of_panels(dy[start:stop], panels, da, False, panel)
         activation_rows_backward(activation, h, da, start, f, F, a, dh)
-        transpose_rows(a, a_T[task, f : f + width])
+        lay_turned(a, a_T[task, f : f + width], panel)
 
 
 def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
@@ -3249,8 +3257,8 @@ def tiles_in(space):
     words = tiles.headers(len(scratch), tiles.KINDS[scratch.dtype.name])
     header = scratch[:, :HEADER].view(np.int64)[:, : words.shape[1]]
     header[:] = words
-    header[:, tiles.FIRST] = space["panels"].ctypes.data
-    header[:, tiles.END] = header[:, tiles.FIRST] + space["panels"].nbytes
+    header[:, tiles.FIRST] = space["n_T"].ctypes.data
+    header[:, tiles.END] = space["panels"].ctypes.data + space["panels"].nbytes
     try:
         yield
     finally:
