@@ -2464,7 +2464,7 @@ def head_kernel(
     panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE + 4 * width :]
     stats = scratch[slot, PANEL_SIZE : PANEL_SIZE + 4 * width].reshape(4, width)
     mean, rstd, top, total = stats[0], stats[1], stats[2], stats[3]
-    n_T, dn = rest[: C * width].reshape(C, width), rest[: rows * C].reshape(rows, C)
+    n_T, dn = rest[: C * width].reshape(C, width), rest[: rows * C].reshape(rows, C)  # first the one, then the other
     laid, padded = len(panels) > 0, blocks(C, TILE_ROWS) * TILE_ROWS
     words = TILED_HEAD_WORDS if laid else HEAD_WORDS
     dn_T = rest[C * width : (C + padded) * width].reshape(padded, width)
@@ -3230,8 +3230,8 @@ class Steps:
 # == 7.6  products through tiles =======================================================================================
 #
 # The same kernels. A thread finds in the header of its panel whom to ask for each product: the driver of tiles.py,
-# which leaves a few to the register tiles; and who lays weights where it reads them, in place of panels. The header is
-# written before an op and erased after it.
+# which leaves a few to the register tiles; and who lays ready what it reads more than once, between n_T and the end of
+# panels in the space. The header is written before an op and erased after it.
 
 
 NO_TILES = "tiles.py is not here, which multiplies in bfloat16"
