@@ -52,7 +52,7 @@ def start(folder, *words, **more):
 
 def finish(process, status=0):
     """stderr of a process that must end with this status."""
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == status and "Traceback" not in err, err
     return err
 
