@@ -1184,7 +1184,7 @@ def quickest(s, cfg, batches, fits, recompute):
         space, ops = make_space(cfg, trial), ops_of(trial)
         for _ in range(3):
             start = time.perf_counter()
-            update(state, batches.get(0, own_rows(s)[0]), ops, space, trial)
+            update(state, batches.get(0, own_rows(trial)[0]), ops, space, trial)
             seconds[n] = min(seconds.get(n, math.inf), time.perf_counter() - start)
         del space  # before the next one is made
     return min(fits, key=seconds.get)

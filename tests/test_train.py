@@ -1199,6 +1199,17 @@ def chosen(words, cfg):
     return s, train.choose_micro_batch(args, s, cfg, None)
 
 
+def test_the_fastest_micro_batch_is_measured_and_changes_no_byte(place, text):
+    words = ["--data", text, "--steps", 3, "--batch-size", 4]
+    _, err = trained(*words, "--micro-batch-size", "auto")
+    assert "measuring which --micro-batch-size is fastest" in err
+    chosen = read_log()[0]
+    assert chosen["settings"]["micro_batch_size"] in (1, 2, 4)
+    assert f"--micro-batch-size {chosen['settings']['micro_batch_size']} " in chosen["command"]
+    trained(*words)
+    assert model_bytes("runs/tiny-2") == model_bytes()
+
+
 def test_max_memory_takes_fewer_sequences_before_it_recomputes():
     cfg = tinygpt.SIZES["8m"]
     needed = {(again, n): train.memory_needed(cfg, n, again) for again in (False, True) for n in (1, 2, 4)}
