@@ -114,9 +114,7 @@ def make_parser():
     add("--max-new-tokens", type=int, default=400, metavar="N", help="longest story, in tokens (default %(default)s)")
     add("--num-samples", type=int, default=1, metavar="N", help="number of stories (default %(default)s)")
     add("--seed", type=int, default=0, help="of the first story; each next one has the next (default %(default)s)")
-    add(
-        "--kernels", choices=list(tinygpt.OPS), default="numba", help="numpy is the specification (default %(default)s)"
-    )
+    add("--kernels", choices=list(tinygpt.OPS), default="fast", help="numpy is the specification (default %(default)s)")
     add("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     return parser
 

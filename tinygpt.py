@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -271,6 +272,11 @@ def join_tied(grads):
 # What a model may lack (a bias, a gain) is None, and so is its gradient.
 
 
+class Pair(NamedTuple):
+    forward: Callable
+    backward: Callable
+
+
 def linear_forward(x, w, b):
     """x (..., K), w (K, M), b (M,) -> y (..., M)."""
     y = x @ w
@@ -332,9 +338,9 @@ def rmsnorm_backward(dy, cache, dw, db):
     return rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
 
 
-NORMS = {
-    "layernorm": (layernorm_forward, layernorm_backward),
-    "rmsnorm": (rmsnorm_forward, rmsnorm_backward),
+NORMS = {  # what Config.norm may be
+    "layernorm": Pair(layernorm_forward, layernorm_backward),
+    "rmsnorm": Pair(rmsnorm_forward, rmsnorm_backward),
 }
 
 # == 2.3  activations     a = f(h) =====================================================================================
@@ -412,12 +418,12 @@ def swiglu_backward(da, cache):
     return np.concatenate([silu_backward(da * value, silu), da * a], -1)
 
 
-ACTIVATIONS = {
-    "gelu-tanh": (gelu_tanh_forward, gelu_tanh_backward),
-    "gelu": (gelu_forward, gelu_backward),
-    "silu": (silu_forward, silu_backward),
-    "relu2": (relu2_forward, relu2_backward),
-    "swiglu": (swiglu_forward, swiglu_backward),
+ACTIVATIONS = {  # what Config.mlp may be
+    "gelu-tanh": Pair(gelu_tanh_forward, gelu_tanh_backward),
+    "gelu": Pair(gelu_forward, gelu_backward),
+    "silu": Pair(silu_forward, silu_backward),
+    "relu2": Pair(relu2_forward, relu2_backward),
+    "swiglu": Pair(swiglu_forward, swiglu_backward),
 }
 
 # == 2.4  causal self-attention     o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(scale q_t . k_s - slope (t - s)) ====
@@ -567,32 +573,32 @@ def cross_entropy_backward(cache):
 
 # == 3  sublayers: what a table of ops holds ===========================================================================
 #
-# p and g are the named views of one layer's parameters and gradients (of the whole model's for `embed` and `head`).
-# `space` holds buffers for kernels to write into (section 7); the specification allocates and has no use for it.
+# p and g are the named views of one layer's parameters and gradients (of the whole model's for `embed` and `head`). A
+# sublayer takes its primitives from `ops`, so that another table can bring faster ones.
 
 
-def embed_forward(tokens, p, cfg, start=0, space=None, dropout=None):
+def embed_forward(tokens, p, cfg, ops, start=0, dropout=None):
     """tokens (B, T) at positions start .. start + T - 1 -> x (B, T, C)."""
     positions, norm = p["position_w"], None
     if positions is not None:
         positions = positions[start : start + tokens.shape[1]]
-    x, lookup = embedding_forward(tokens, p["embed_w"], positions)
+    x, lookup = ops.embedding_forward(tokens, p["embed_w"], positions)
     if cfg.embedding_norm:
-        x, norm = NORMS[cfg.norm][0](x, p["embed_norm_w"], p["embed_norm_b"], cfg.norm_eps)
+        x, norm = ops.norms[cfg.norm].forward(x, p["embed_norm_w"], p["embed_norm_b"], cfg.norm_eps)
     keep = dropout and dropout.keep(EMBED_SITE, cfg.embed_dropout, x.shape, x.dtype)
     return x if keep is None else x * keep, (lookup, norm, keep)
 
 
-def embed_backward(dx, cache, g, cfg, space=None):
+def embed_backward(dx, cache, g, cfg, ops):
     """dx (B, T, C); adds into the gradients of the lookup and of the positions."""
     lookup, norm, keep = cache
     dx = dx if keep is None else dx * keep
     if cfg.embedding_norm:
-        dx = NORMS[cfg.norm][1](dx, norm, g["embed_norm_w"], g["embed_norm_b"])
-    embedding_backward(dx, lookup, g["lookup_w"], g["position_w"])
+        dx = ops.norms[cfg.norm].backward(dx, norm, g["embed_norm_w"], g["embed_norm_b"])
+    ops.embedding_backward(dx, lookup, g["lookup_w"], g["position_w"])
 
 
-def attention_layer_forward(x, p, cfg, index=0, past=None, space=None, dropout=None):
+def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
     """x (B, T, C) -> x + attention(norm1(x)) out_w + out_b, (B, T, C), in layer number `index`.
 
     past = (kv, start): kv (B, positions, 2, G, D) holds the keys and values of `start` earlier positions and takes the
@@ -600,142 +606,146 @@ def attention_layer_forward(x, p, cfg, index=0, past=None, space=None, dropout=N
     """
     (B, T, _), (H, G, D) = x.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     kv, start = past or (None, 0)
-    n, norm = NORMS[cfg.norm][0](x, p["norm1_w"], p["norm1_b"], cfg.norm_eps)
-    qkv, qkv_linear = linear_forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
+    n, norm = ops.norms[cfg.norm].forward(x, p["norm1_w"], p["norm1_b"], cfg.norm_eps)
+    qkv, qkv_linear = ops.linear_forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
     heads = qkv.reshape(B, T, H + 2 * G, D).transpose(0, 2, 1, 3)  # (B, H + 2 G, T, D)
     q, k, v = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
     q_norm = k_norm = q_turn = k_turn = None
     if cfg.qk_norm:
-        q, q_norm = rmsnorm_forward(q, p["q_norm_w"], None, cfg.norm_eps)
-        k, k_norm = rmsnorm_forward(k, p["k_norm_w"], None, cfg.norm_eps)
+        q, q_norm = ops.norms["rmsnorm"].forward(q, p["q_norm_w"], None, cfg.norm_eps)
+        k, k_norm = ops.norms["rmsnorm"].forward(k, p["k_norm_w"], None, cfg.norm_eps)
     if cfg.positions.startswith("rope"):
         cos, sin = (a[start : start + T] for a in rotation(cfg.seq_len, D, cfg.rope_theta, x.dtype.name))
-        q, q_turn = rotate_forward(q, cos, sin, cfg.positions == "rope-half")
-        k, k_turn = rotate_forward(k, cos, sin, cfg.positions == "rope-half")
+        q, q_turn = ops.rotate_forward(q, cos, sin, cfg.positions == "rope-half")
+        k, k_turn = ops.rotate_forward(k, cos, sin, cfg.positions == "rope-half")
     if past is not None:
         kv[:, start : start + T] = np.stack([k, v]).transpose(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
         k, v = kv[:, : start + T].transpose(2, 0, 3, 1, 4)  # 2 of (B, G, S, D)
     slopes = alibi_slopes(H) if cfg.positions == "alibi" else None
     keep = dropout and dropout.keep(ATTENTION_SITE, cfg.attention_dropout, (B, H, T, k.shape[2]), x.dtype)
     scale = 1 / math.sqrt(D) if cfg.attention_scale else 1.0
-    o_BHTD, attention = attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), keep)
+    o_BHTD, attention = ops.attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), keep)
     o = o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D)
-    y, out_linear = linear_forward(o, p["out_w"], p["out_b"])
+    y, out_linear = ops.linear_forward(o, p["out_w"], p["out_b"])
     keep = dropout and dropout.keep(OUT_SITE, cfg.out_dropout, y.shape, y.dtype)
     cache = (norm, qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear, keep)
     return x + (y if keep is None else y * keep), cache
 
 
-def attention_layer_backward(dy, cache, p, g, cfg, index=0, space=None):
+def attention_layer_backward(dy, cache, p, g, cfg, ops, index=0):
     """dy (B, T, C) -> dx (B, T, C); adds into g."""
     norm, qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear, keep = cache
     B, T, _ = dy.shape
-    do = linear_backward(dy if keep is None else dy * keep, out_linear, g["out_w"], g["out_b"])  # (B, T, H D)
+    do = ops.linear_backward(dy if keep is None else dy * keep, out_linear, g["out_w"], g["out_b"])  # (B, T, H D)
     do_BHTD = do.reshape(B, T, cfg.heads, cfg.head_width).transpose(0, 2, 1, 3)
-    dq, dk, dv = attention_backward(do_BHTD, attention)
+    dq, dk, dv = ops.attention_backward(do_BHTD, attention)
     if cfg.positions.startswith("rope"):
-        dq, dk = rotate_backward(dq, q_turn), rotate_backward(dk, k_turn)
+        dq, dk = ops.rotate_backward(dq, q_turn), ops.rotate_backward(dk, k_turn)
     if cfg.qk_norm:
-        dq = rmsnorm_backward(dq, q_norm, g["q_norm_w"], None)
-        dk = rmsnorm_backward(dk, k_norm, g["k_norm_w"], None)
+        dq = ops.norms["rmsnorm"].backward(dq, q_norm, g["q_norm_w"], None)
+        dk = ops.norms["rmsnorm"].backward(dk, k_norm, g["k_norm_w"], None)
     dqkv = np.concatenate([dq, dk, dv], 1).transpose(0, 2, 1, 3).reshape(B, T, cfg.qkv_width)
-    dn = linear_backward(dqkv, qkv_linear, g["qkv_w"], g["qkv_b"])
-    return dy + NORMS[cfg.norm][1](dn, norm, g["norm1_w"], g["norm1_b"])
+    dn = ops.linear_backward(dqkv, qkv_linear, g["qkv_w"], g["qkv_b"])
+    return dy + ops.norms[cfg.norm].backward(dn, norm, g["norm1_w"], g["norm1_b"])
 
 
-def mlp_layer_forward(x, p, cfg, space=None, dropout=None):
+def mlp_layer_forward(x, p, cfg, ops, index=0, dropout=None):
     """x (B, T, C) -> x + f(norm2(x) up_w + up_b) down_w + down_b, (B, T, C)."""
-    n, norm = NORMS[cfg.norm][0](x, p["norm2_w"], p["norm2_b"], cfg.norm_eps)
-    h, up_linear = linear_forward(n, p["up_w"], p["up_b"])  # (B, T, F), gated (B, T, 2 F)
-    a, activation = ACTIVATIONS[cfg.mlp][0](h)
-    y, down_linear = linear_forward(a, p["down_w"], p["down_b"])
+    n, norm = ops.norms[cfg.norm].forward(x, p["norm2_w"], p["norm2_b"], cfg.norm_eps)
+    h, up_linear = ops.linear_forward(n, p["up_w"], p["up_b"])  # (B, T, F), gated (B, T, 2 F)
+    a, activation = ops.activations[cfg.mlp].forward(h)
+    y, down_linear = ops.linear_forward(a, p["down_w"], p["down_b"])
     keep = dropout and dropout.keep(MLP_SITE, cfg.mlp_dropout, y.shape, y.dtype)
     return x + (y if keep is None else y * keep), (norm, up_linear, activation, down_linear, keep)
 
 
-def mlp_layer_backward(dy, cache, p, g, cfg, space=None):
+def mlp_layer_backward(dy, cache, p, g, cfg, ops, index=0):
     """dy (B, T, C) -> dx (B, T, C); adds into g."""
     norm, up_linear, activation, down_linear, keep = cache
-    da = linear_backward(dy if keep is None else dy * keep, down_linear, g["down_w"], g["down_b"])  # (B, T, F)
-    dn = linear_backward(ACTIVATIONS[cfg.mlp][1](da, activation), up_linear, g["up_w"], g["up_b"])
-    return dy + NORMS[cfg.norm][1](dn, norm, g["norm2_w"], g["norm2_b"])
+    da = ops.linear_backward(dy if keep is None else dy * keep, down_linear, g["down_w"], g["down_b"])  # (B, T, F)
+    dh = ops.activations[cfg.mlp].backward(da, activation)
+    dn = ops.linear_backward(dh, up_linear, g["up_w"], g["up_b"])
+    return dy + ops.norms[cfg.norm].backward(dn, norm, g["norm2_w"], g["norm2_b"])
 
 
-def head_forward(x, p, cfg):
+def head_forward(x, p, cfg, ops):
     """x (N, C) -> logits (N, V) = norm(x) head_w^T + head_b."""
-    n, norm = NORMS[cfg.norm][0](x, p["norm_w"], p["norm_b"], cfg.norm_eps) if cfg.final_norm else (x, None)
-    logits = n @ p["embed_w" if cfg.tied else "head_w"].T
-    return logits if p["head_b"] is None else logits + p["head_b"], (n, norm)
+    n, norm = x, None
+    if cfg.final_norm:
+        n, norm = ops.norms[cfg.norm].forward(x, p["norm_w"], p["norm_b"], cfg.norm_eps)
+    logits, linear = ops.linear_forward(n, p["embed_w" if cfg.tied else "head_w"].T, p["head_b"])
+    return logits, (norm, linear)
 
 
-def head_backward(dlogits, cache, p, g, cfg):
+def head_backward(dlogits, cache, g, cfg, ops):
     """dlogits (N, V) -> dx (N, C); adds into g."""
-    (n, norm), name = cache, "embed_w" if cfg.tied else "head_w"
-    g[name] += dlogits.T @ n  # logits_nv = sum_c n_nc w_vc + b_v
-    if g["head_b"] is not None:
-        g["head_b"] += dlogits.sum(0)
-    dn = dlogits @ p[name]
-    return NORMS[cfg.norm][1](dn, norm, g["norm_w"], g["norm_b"]) if cfg.final_norm else dn
+    norm, linear = cache
+    dn = ops.linear_backward(dlogits, linear, g["embed_w" if cfg.tied else "head_w"].T, g["head_b"])
+    return ops.norms[cfg.norm].backward(dn, norm, g["norm_w"], g["norm_b"]) if cfg.final_norm else dn
 
 
-def head_logits(x, p, cfg, space=None):
+def head_logits(x, p, cfg, ops):
     """x (N, C) -> logits (N, V)."""
-    return head_forward(x, p, cfg)[0]
+    return head_forward(x, p, cfg, ops)[0]
 
 
-def head_loss(x, targets, weights, p, g, cfg, space=None):
+def head_loss(x, targets, weights, p, g, cfg, ops):
     """x (B, T, C), targets and weights (B, T) -> loss = sum of weights * nats, nats (B, T), dx (B, T, C); adds into g.
 
-    Forward and backward in one, a sequence at a time, so that logits of (B, T, V) never exist. g=None: no gradients.
+    Forward and backward in one, a sequence at a time, so that logits of (B, T, V) never exist. g=None: no gradients,
+    dx is None.
     """
-    nats, dx, loss = np.empty(targets.shape, x.dtype), np.empty_like(x), 0.0
+    nats, dx, loss = np.empty(targets.shape, x.dtype), None if g is None else np.empty_like(x), 0.0
     for b in range(x.shape[0]):
-        logits, head = head_forward(x[b], p, cfg)  # (T, V)
-        loss_b, nats[b], cross_entropy = cross_entropy_forward(logits, targets[b], weights[b])
+        logits, head = head_forward(x[b], p, cfg, ops)  # (T, V)
+        loss_b, nats[b], cross_entropy = ops.cross_entropy_forward(logits, targets[b], weights[b])
         loss += float(loss_b)
         if g is not None:
-            dx[b] = head_backward(cross_entropy_backward(cross_entropy), head, p, g, cfg)
+            dx[b] = head_backward(ops.cross_entropy_backward(cross_entropy), head, g, cfg, ops)
     return loss, nats, dx
 
 
 # == 4  the model ======================================================================================================
 
 
-def forward(p, tokens, cfg, ops, past=None, space=None, dropout=None):
+def forward(p, tokens, cfg, ops, past=None, dropout=None):
     """tokens (B, T) -> x (B, T, C), what the head reads; caches for `backward`.
 
     past = (kv, start): kv (L, B, positions, 2, G, D), as in `attention_layer_forward`. ValueError on a bad token or T.
     """
     start = past[1] if past is not None else 0
     check_tokens(tokens, start, cfg)
-    x, embed = ops["embed_forward"](tokens, p, cfg, start, space, dropout)
+    x, embed = ops.embed_forward(tokens, p, cfg, ops, start, dropout)
     caches = [embed]
     for index, layer in enumerate(p["layers"]):
-        part = space and space["layers"][index]
         layer_past, masks = past and (past[0][index], start), dropout and dropout._replace(layer=index)
-        x, attention = ops["attention_layer_forward"](x, layer, cfg, index, layer_past, part, masks)
-        x, mlp = ops["mlp_layer_forward"](x, layer, cfg, part, masks)
+        x, attention = ops.attention_layer_forward(x, layer, cfg, ops, index, layer_past, masks)
+        x, mlp = ops.mlp_layer_forward(x, layer, cfg, ops, index, masks)
         caches += [attention, mlp]
     return x, caches
 
 
-def backward(dx, caches, p, g, cfg, ops, space=None):
+def backward(dx, caches, p, g, cfg, ops):
     """dx (B, T, C), the gradient of what `forward` returned; adds into g."""
     caches = list(caches)
     for index in reversed(range(cfg.layers)):
-        layer, grads, part = p["layers"][index], g["layers"][index], space and space["layers"][index]
-        dx = ops["mlp_layer_backward"](dx, caches.pop(), layer, grads, cfg, part)
-        dx = ops["attention_layer_backward"](dx, caches.pop(), layer, grads, cfg, index, part)
-    ops["embed_backward"](dx, caches.pop(), g, cfg, space)
+        layer, grads = p["layers"][index], g["layers"][index]
+        dx = ops.mlp_layer_backward(dx, caches.pop(), layer, grads, cfg, ops, index)
+        dx = ops.attention_layer_backward(dx, caches.pop(), layer, grads, cfg, ops, index)
+    ops.embed_backward(dx, caches.pop(), g, cfg, ops)
 
 
-def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, space=None, dropout=None):
-    """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients)."""
+def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, dropout=None):
+    """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients).
+
+    A sum and not a mean: whoever trains adds up the micro-batches of an update, then divides the gradient once, by the
+    sum of all their weights. So an update does not depend on how it is cut.
+    """
     check_tokens(targets, 0, cfg)
-    x, caches = forward(p, tokens, cfg, ops, space=space, dropout=dropout)
-    loss, nats, dx = ops["head_loss"](x, targets, weights, p, g, cfg, space)
+    x, caches = forward(p, tokens, cfg, ops, dropout=dropout)
+    loss, nats, dx = ops.head_loss(x, targets, weights, p, g, cfg, ops)
     if g is not None:
-        backward(dx, caches, p, g, cfg, ops, space)
+        backward(dx, caches, p, g, cfg, ops)
     return loss, nats
 
 
@@ -1829,8 +1839,11 @@ def scratch_of(space):
     return space["scratch"]
 
 
-def layer_space(space, cfg, x):
-    return space or workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
+def layer_space(ops, cfg, x, index):
+    """The buffers of layer `index`; new ones for a table without."""
+    if ops.space:
+        return ops.space["layers"][index]
+    return workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
 
 
 @part
@@ -1910,9 +1923,9 @@ def norm_backward_kernel(task, slot, dy, x, kind, w, b, T, stats, dx, n, sums):
     norm_rows_backward(kind, dy[start:stop], x[start:stop], w, b, mean, rstd, *rows)
 
 
-def embed_forward_kernels(tokens, p, cfg, start=0, space=None, dropout=None):
+def embed_forward_kernels(tokens, p, cfg, ops, start=0, dropout=None):
     (B, T), C, dtype = tokens.shape, cfg.width, p["embed_w"].dtype
-    s, count = space or workspace(dataclasses.replace(cfg, layers=1), B, T, dtype), B * blocks(T, ROW_BLOCK)
+    s, count = ops.space or workspace(dataclasses.replace(cfg, layers=1), B, T, dtype), B * blocks(T, ROW_BLOCK)
     positions = np.empty((0, C), dtype) if p["position_w"] is None else p["position_w"][start : start + T]
     x = s["looked_up" if cfg.embedding_norm else "embedded"]
     tokens = np.ascontiguousarray(tokens, np.int64)
@@ -1927,7 +1940,7 @@ def embed_forward_kernels(tokens, p, cfg, start=0, space=None, dropout=None):
     return s["embedded"], (tokens, mask, p, s)
 
 
-def embed_backward_kernels(dx, cache, g, cfg, space=None):
+def embed_backward_kernels(dx, cache, g, cfg, ops):
     tokens, mask, p, s = cache
     (T, C), count = dx.shape[1:], len(tokens) * blocks(tokens.shape[1], ROW_BLOCK)
     dx_NC = np.ascontiguousarray(dx).reshape(-1, C)
@@ -2285,9 +2298,9 @@ def place_arguments(p, s, cfg):
     return s["qk"], q_norm, k_norm, cfg.norm_eps, cos, sin, half
 
 
-def attention_layer_forward_kernels(x, p, cfg, index=0, past=None, space=None, dropout=None):
+def attention_layer_forward_kernels(x, p, cfg, ops, index=0, past=None, dropout=None):
     (B, T, C), (H, G, D) = x.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
-    tasks, s = B * blocks(T, ROW_BLOCK), layer_space(space, cfg, x)
+    tasks, s = B * blocks(T, ROW_BLOCK), layer_space(ops, cfg, x, index)
     x_NC, stats, scratch = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), scratch_of(s)
     qkv, o, y, start = s["qkv"], s["o"], s["attended"], past[1] if past is not None else 0
     linear = (panels_of(p["qkv_w"], s), biases(p, "qkv_b", cfg.qkv_width))
@@ -2316,7 +2329,7 @@ def masked(dy_NC, mask, s, T):
     return kept
 
 
-def attention_layer_backward_kernels(dy, cache, p, g, cfg, index=0, space=None):
+def attention_layer_backward_kernels(dy, cache, p, g, cfg, ops, index=0):
     x_NC, s, arguments, out_mask = cache
     (B, T, C), (H, G, D) = dy.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     tasks, scratch, N, HD = B * blocks(T, ROW_BLOCK), scratch_of(s), B * T, H * D
@@ -2399,9 +2412,9 @@ def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a_T, dh, scrat
         lay_turned(a, a_T[task, f : f + width], panel)
 
 
-def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
+def mlp_layer_forward_kernels(x, p, cfg, ops, index=0, dropout=None):
     B, T, C = x.shape
-    s = layer_space(space, cfg, x)
+    s = layer_space(ops, cfg, x, index)
     x_NC, h, y = np.ascontiguousarray(x).reshape(-1, C), s["h"].reshape(B * T, -1), s["mixed"]
     up = panels_of(p["up_w"], s, parts=cfg.up_width // cfg.hidden)
     down = panels_of(p["down_w"], s, first=up.size)
@@ -2413,7 +2426,7 @@ def mlp_layer_forward_kernels(x, p, cfg, space=None, dropout=None):
     return y, (x_NC, s, mask)
 
 
-def mlp_layer_backward_kernels(dy, cache, p, g, cfg, space=None):
+def mlp_layer_backward_kernels(dy, cache, p, g, cfg, ops, index=0):
     x_NC, s, mask = cache
     (B, T, C), scratch = dy.shape, scratch_of(s)
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
@@ -2545,19 +2558,19 @@ def head_logits_kernel(task, slot, n_T, head_w, logits_T, scratch):
     product(head_w[first : first + 960], n_T, logits_T[first : first + 960], False, scratch[slot])
 
 
-def head_logits_kernels(x, p, cfg, space=None):
+def head_logits_kernels(x, p, cfg, ops):
     n = NORMS[cfg.norm][0](x, p["norm_w"], p["norm_b"], cfg.norm_eps)[0] if cfg.final_norm else x  # a row or a few
     logits_T = np.empty((cfg.vocab_size, len(x)), x.dtype)
     provide_product(x.dtype.name)
-    scratch = scratch_of(space) if space else np.zeros((POOL.threads, PANEL_SIZE), x.dtype)
+    scratch = scratch_of(ops.space) if ops.space else np.zeros((POOL.threads, PANEL_SIZE), x.dtype)
     tasks, head_w = blocks(cfg.vocab_size, 960), p["embed_w" if cfg.tied else "head_w"]
     POOL.run(head_logits_kernel, tasks, np.ascontiguousarray(n.T), head_w, logits_T, scratch)
     return logits_T.T if p["head_b"] is None else logits_T.T + p["head_b"]
 
 
-def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
+def head_loss_kernels(x, targets, weights, p, g, cfg, ops):
     (B, T, C), V, name = x.shape, cfg.vocab_size, "embed_w" if cfg.tied else "head_w"
-    s = space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
+    s = ops.space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
     laid = asks_others(scratch)
@@ -2582,7 +2595,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
             POOL.run(head_gradient_kernel, blocks(V, words), *inputs, *gradients, scratch)
     if g is not None:
         add_sums(sums, g["norm_w"], g["norm_b"])
-    return float((weights * nats).sum()), nats, dx
+    return float((weights * nats).sum()), nats, None if g is None else dx
 
 
 # == 7.5  one token: the whole model in one launch =====================================================================
@@ -3265,75 +3278,126 @@ def tiles_in(space):
         header[:] = 0
 
 
-def attention_layer_forward_tiles(x, p, cfg, index=0, past=None, space=None, dropout=None):
-    space = layer_space(space, cfg, x)
-    with tiles_in(space):
-        return attention_layer_forward_kernels(x, p, cfg, index, past, space, dropout)
+def attention_layer_forward_tiles(x, p, cfg, ops, index=0, past=None, dropout=None):
+    ops = with_space(ops, cfg, x, index)
+    with tiles_in(ops.space["layers"][index]):
+        return attention_layer_forward_kernels(x, p, cfg, ops, index, past, dropout)
 
 
-def attention_layer_backward_tiles(dy, cache, p, g, cfg, index=0, space=None):
+def attention_layer_backward_tiles(dy, cache, p, g, cfg, ops, index=0):
     with tiles_in(cache[1]):
-        return attention_layer_backward_kernels(dy, cache, p, g, cfg, index, space)
+        return attention_layer_backward_kernels(dy, cache, p, g, cfg, ops, index)
 
 
-def mlp_layer_forward_tiles(x, p, cfg, space=None, dropout=None):
-    space = layer_space(space, cfg, x)
-    with tiles_in(space):
-        return mlp_layer_forward_kernels(x, p, cfg, space, dropout)
+def mlp_layer_forward_tiles(x, p, cfg, ops, index=0, dropout=None):
+    ops = with_space(ops, cfg, x, index)
+    with tiles_in(ops.space["layers"][index]):
+        return mlp_layer_forward_kernels(x, p, cfg, ops, index, dropout)
 
 
-def mlp_layer_backward_tiles(dy, cache, p, g, cfg, space=None):
+def mlp_layer_backward_tiles(dy, cache, p, g, cfg, ops, index=0):
     with tiles_in(cache[1]):
-        return mlp_layer_backward_kernels(dy, cache, p, g, cfg, space)
+        return mlp_layer_backward_kernels(dy, cache, p, g, cfg, ops, index)
 
 
-def head_loss_tiles(x, targets, weights, p, g, cfg, space=None):
-    space = space or workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)
-    with tiles_in(space):
-        return head_loss_kernels(x, targets, weights, p, g, cfg, space)
+def head_loss_tiles(x, targets, weights, p, g, cfg, ops):
+    ops = with_space(ops, cfg, x)
+    with tiles_in(ops.space):
+        return head_loss_kernels(x, targets, weights, p, g, cfg, ops)
+
+
+def with_space(ops, cfg, x, index=0):
+    """A table that has buffers for x (B, T, C) in layer `index`."""
+    if ops.space:
+        return ops
+    space = workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)
+    return dataclasses.replace(ops, space=space | {"layers": space["layers"] * (index + 1)})
 
 
 # == 8  tables of ops ==================================================================================================
 
-OPS = {
-    "numpy": {
-        "embed_forward": embed_forward,
-        "embed_backward": embed_backward,
-        "attention_layer_forward": attention_layer_forward,
-        "attention_layer_backward": attention_layer_backward,
-        "mlp_layer_forward": mlp_layer_forward,
-        "mlp_layer_backward": mlp_layer_backward,
-        "head_logits": head_logits,
-        "head_loss": head_loss,
-        "steps": None,  # a token goes through `forward` with a cache
-    },
-    "numba": {
-        "embed_forward": embed_forward_kernels,
-        "embed_backward": embed_backward_kernels,
-        "attention_layer_forward": attention_layer_forward_kernels,
-        "attention_layer_backward": attention_layer_backward_kernels,
-        "mlp_layer_forward": mlp_layer_forward_kernels,
-        "mlp_layer_backward": mlp_layer_backward_kernels,
-        "head_logits": head_logits_kernels,
-        "head_loss": head_loss_kernels,
-        "steps": Steps,
-    },
-}
-OPS["tiles"] = OPS["numba"] | {  # what reads or writes no large matrix, and decoding, stay as they are
-    "attention_layer_forward": attention_layer_forward_tiles,
-    "attention_layer_backward": attention_layer_backward_tiles,
-    "mlp_layer_forward": mlp_layer_forward_tiles,
-    "mlp_layer_backward": mlp_layer_backward_tiles,
-    "head_loss": head_loss_tiles,
-}
+
+@dataclass(frozen=True)
+class Ops:
+    """A table of the functions that a model runs on; each keeps the contract of the one that stands here.
+
+    The defaults are the specification. Tier 2 brings faster primitives under the same sublayers; `fast` faster
+    sublayers, which find their buffers in `space`.
+    """
+
+    name: str
+    embedding_forward: Callable = embedding_forward
+    embedding_backward: Callable = embedding_backward
+    linear_forward: Callable = linear_forward
+    linear_backward: Callable = linear_backward
+    norms: dict = dataclasses.field(default_factory=lambda: NORMS)
+    activations: dict = dataclasses.field(default_factory=lambda: ACTIVATIONS)
+    rotate_forward: Callable = rotate_forward
+    rotate_backward: Callable = rotate_backward
+    attention_forward: Callable = attention_forward
+    attention_backward: Callable = attention_backward
+    cross_entropy_forward: Callable = cross_entropy_forward
+    cross_entropy_backward: Callable = cross_entropy_backward
+
+    embed_forward: Callable = embed_forward
+    embed_backward: Callable = embed_backward
+    attention_layer_forward: Callable = attention_layer_forward
+    attention_layer_backward: Callable = attention_layer_backward
+    mlp_layer_forward: Callable = mlp_layer_forward
+    mlp_layer_backward: Callable = mlp_layer_backward
+    head_logits: Callable = head_logits
+    head_loss: Callable = head_loss
+
+    steps: Callable = None  # decodes token by token without Python in between; None: `forward` with a cache
+    make_space: Callable = None  # (cfg, B, T, dtype, recompute) -> buffers for such batches; None: needs none
+    space: dict = None
+
+
+OPS = {"numpy": Ops("numpy")}
+OPS["fast"] = Ops(
+    "fast",
+    embed_forward=embed_forward_kernels,
+    embed_backward=embed_backward_kernels,
+    attention_layer_forward=attention_layer_forward_kernels,
+    attention_layer_backward=attention_layer_backward_kernels,
+    mlp_layer_forward=mlp_layer_forward_kernels,
+    mlp_layer_backward=mlp_layer_backward_kernels,
+    head_logits=head_logits_kernels,
+    head_loss=head_loss_kernels,
+    steps=Steps,
+    make_space=workspace,
+)
+OPS["tiles"] = dataclasses.replace(  # what reads or writes no large matrix, and decoding, stay as they are
+    OPS["fast"],
+    name="tiles",
+    attention_layer_forward=attention_layer_forward_tiles,
+    attention_layer_backward=attention_layer_backward_tiles,
+    mlp_layer_forward=mlp_layer_forward_tiles,
+    mlp_layer_backward=mlp_layer_backward_tiles,
+    head_loss=head_loss_tiles,
+)
+
+
+def with_buffers(ops, cfg, B, T, dtype=np.float32, recompute=False):
+    """The table with buffers for micro-batches (B, T), if it works in any. With `recompute`, layers keep their inputs
+    alone."""
+    ops = recomputed(ops) if recompute else ops
+    return dataclasses.replace(ops, space=ops.make_space(cfg, B, T, dtype, recompute)) if ops.make_space else ops
+
+
+def for_forward(ops, cfg, B, T, dtype=np.float32):
+    """The same for a forward that no backward follows: the layers take turns in the buffers of one."""
+    ops = with_buffers(ops, dataclasses.replace(cfg, layers=1), B, T, dtype)
+    shared = ops.space and ops.space | {"layers": ops.space["layers"] * cfg.layers}
+    return dataclasses.replace(ops, space=shared)
 
 
 def recomputed(ops):
-    """The table whose sublayers keep their inputs alone: backward runs forward again. A third more work, less memory
-    (with a workspace made for it), the same bytes.   Chen et al. 2016, arXiv:1604.06174."""
+    """The table whose sublayers keep their inputs alone: backward runs forward again. A third more work, less memory,
+    the same bytes.   Chen et al. 2016, arXiv:1604.06174."""
 
     def pair(name):
-        forward, backward = ops[name + "_forward"], ops[name + "_backward"]
+        forward, backward = getattr(ops, name + "_forward"), getattr(ops, name + "_backward")
 
         def forward_only(x, *where):
             return forward(x, *where)[0], (x, where)
@@ -3344,7 +3408,7 @@ def recomputed(ops):
 
         return {name + "_forward": forward_only, name + "_backward": forward_then_backward}
 
-    return ops | pair("attention_layer") | pair("mlp_layer")
+    return dataclasses.replace(ops, **pair("attention_layer"), **pair("mlp_layer"))
 
 
 def is_compiled():
@@ -3363,8 +3427,8 @@ def compile_half(cfg, half):
     cfg = scaled_down(cfg)
     POOL.compiles = lambda name: (name.removesuffix("_kernel") in FIRST_HALF) == (half == 0)
     p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
-    tokens, space = np.zeros((2, cfg.seq_len), np.int64), workspace(cfg, 2, cfg.seq_len, np.float32)
-    loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, OPS["numba"], space)
+    tokens, ops = np.zeros((2, cfg.seq_len), np.int64), with_buffers(OPS["fast"], cfg, 2, cfg.seq_len)
+    loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, ops)
     if half == 1:
         serve(POOL.words.ctypes.data, 1, 0, 0)  # for no time
 
@@ -3487,13 +3551,6 @@ def overrides(words):
 # == 10  decoding ======================================================================================================
 
 
-def one_layer_space(cfg, B, T, dtype):
-    """A workspace in which the layers take turns in the buffers of one: for a forward that no backward follows."""
-    space = workspace(dataclasses.replace(cfg, layers=1), B, T, dtype)
-    space["layers"] *= cfg.layers
-    return space
-
-
 class Decoding:
     """One text that grows: the keys and values of the window's tokens, so that each is computed once.
 
@@ -3506,12 +3563,10 @@ class Decoding:
         self.window = []
         dtype = p["embed_w"].dtype
         self.kv = np.empty((cfg.layers, 1, cfg.seq_len, 2, cfg.kv_heads, cfg.head_width), dtype)
-        self.steps = ops["steps"] and ops["steps"](p, cfg, self.kv)
-        self.one_token = None if self.steps else one_layer_space(cfg, 1, 1, dtype)
+        self.steps = ops.steps and ops.steps(p, cfg, self.kv)
 
     def append(self, ids):
-        """Read token ids (at least one) -> what the head reads of the last (1, C), and the workspace; both None where
-        that one is left to `steps`."""
+        """Read token ids (at least one) -> what the head reads of the last (1, C); None where it is left to `steps`."""
         start, new = len(self.window), list(ids)
         if start + len(new) > self.cfg.seq_len:
             start, new = 0, (self.window + new)[-max(1, self.cfg.seq_len // 2) :]
@@ -3519,24 +3574,24 @@ class Decoding:
         check_tokens(tokens, start, self.cfg)
         self.window = self.window[:start] + new
         if self.steps and len(new) == 1:
-            return None, None
-        space = self.one_token if len(new) == 1 else one_layer_space(self.cfg, 1, len(new), self.kv.dtype)
-        x, _ = forward(self.p, tokens, self.cfg, self.ops, (self.kv, start), space)
+            return None
+        ops = for_forward(self.ops, self.cfg, 1, len(new), self.kv.dtype)
+        x, _ = forward(self.p, tokens, self.cfg, ops, (self.kv, start))
         if self.steps:
             self.steps.take(start, start + len(new))
-        return x[:, -1], space
+        return x[:, -1]
 
     def feed(self, ids):
         """Append token ids (at least one) -> logits (V,) of what follows them."""
-        x, space = self.append(ids)
+        x = self.append(ids)
         if self.steps:
             return self.steps.logits(self.window[-1], x, len(self.window) - 1)
-        return self.ops["head_logits"](x, self.p, self.cfg, space)[0]
+        return self.ops.head_logits(x, self.p, self.cfg, self.ops)[0]
 
     def draw(self, ids, uniforms, stop, **filters):
         """Append token ids, draw one with each of `uniforms` and append it, with no Python in between -> ids, at least
         one, at most as many as the window takes, up to `stop`; the last is not yet appended. For a table with steps."""
-        x, _ = self.append(ids)
+        x = self.append(ids)
         last = len(self.window) - 1
         drawn = self.steps.draw(self.window[-1], x, last, uniforms[: self.cfg.seq_len - last], stop, **filters)
         self.window += drawn[:-1]

@@ -430,7 +430,7 @@ def own_rows(s):
     return rows, math.gcd(rows, s["micro_batch_size"])
 
 
-def update(state, batch, ops, space, s, stopped=lambda: False):
+def update(state, batch, ops, s, stopped=lambda: False):
     """One update from batch = this rank's inputs, targets, weights (rows, T) -> loss (mean nats), norm of the gradient,
     lr.
 
@@ -445,7 +445,7 @@ def update(state, batch, ops, space, s, stopped=lambda: False):
             break
         part = [column[first : first + micro] for column in batch]
         masks = tinygpt.Dropout(s["seed"], state.step, RANKS.rank * rows + first)
-        _, nats = tinygpt.loss_and_gradients(state.p, *part, state.grads, state.cfg, ops, space, masks)
+        _, nats = tinygpt.loss_and_gradients(state.p, *part, state.grads, state.cfg, ops, masks)
         for row in (nats * part[2]).sum(-1, dtype=np.float64):  # one sequence after the other, however they are cut
             tally[1] += row
     total, nats_sum, halted = RANKS.sum(tally).tolist()
@@ -478,15 +478,15 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
     M, T = len(tokens), min(cfg.seq_len, len(tokens))
     stride, at_once = min(stride or T, T), at_once or windows_at_once(T)
     stops = [min(stop, M) for stop in range(T, M + stride, stride)]
-    nats, spaces, begin = np.empty(M), {}, 0
+    nats, sized, begin = np.empty(M), {}, 0
     for first in range(0, len(stops), at_once):
         part = stops[first : first + at_once]
         begins = [begin, *part[:-1]]
         rows = [window(tokens[:stop], begin, stop, T, end) for begin, stop in zip(begins, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
-        if ops is not OPS["numpy"] and len(rows) not in spaces:
-            spaces[len(rows)] = tinygpt.one_layer_space(cfg, len(rows), T, p["embed_w"].dtype)
-        _, found = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, ops, spaces.get(len(rows)))
+        if len(rows) not in sized:
+            sized[len(rows)] = tinygpt.for_forward(ops, cfg, len(rows), T, p["embed_w"].dtype)
+        _, found = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, sized[len(rows)])
         nats[begins[0] : part[-1]] = found[weights > 0]  # row after row: in the order of the text
         begin = part[-1]
         if progress:
@@ -633,14 +633,14 @@ def compile_ahead(cfg, s):
     return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]
 
 
-def plan_steps(args, state, batches, ops, space, s, started):
+def plan_steps(args, state, batches, ops, s, started):
     """How many updates fit --minutes: some are timed (the caller then starts afresh), evaluations and saves allowed."""
     note("measuring the speed of this machine; the first time, kernels are compiled ...")
-    update(state, batches.get(0, own_rows(s)[0]), ops, space, s)
+    update(state, batches.get(0, own_rows(s)[0]), ops, s)
     times, begin = [], time.monotonic()
     while len(times) < 3 or time.monotonic() - begin < min(4.0, 0.6 * args.minutes):
         start = time.monotonic()
-        update(state, batches.get(0, own_rows(s)[0]), ops, space, s)
+        update(state, batches.get(0, own_rows(s)[0]), ops, s)
         times.append(time.monotonic() - start)
     left = 60 * args.minutes - (time.monotonic() - started)
     return max(1, int(left * (1 - OVERHEAD) / (sum(times) / len(times))))
@@ -811,9 +811,9 @@ def terminal_curve(steps, losses, width=64, height=10):
     return "\n".join(lines)
 
 
-def train(run, batches, space, peak):
+def train(run, batches, ops, peak):
     """Updates until s["steps"]; True if it got there, False if it was asked to stop. Both leave a checkpoint."""
-    s, state, ops = run.s, run.state, ops_of(run.s)
+    s, state = run.s, run.state
     flops, tokens_per_update = tinygpt.flops_per_token(state.cfg), s["batch_size"] * state.cfg.seq_len
     rows = own_rows(s)[0]
     started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
@@ -839,7 +839,7 @@ def train(run, batches, space, peak):
                 break
             before = time.monotonic()
             batch = batches.get(state.step * s["batch_size"] + RANKS.rank * rows, rows)
-            result = update(state, batch, ops, space, s, stopped)
+            result = update(state, batch, ops, s, stopped)
             if result is None:
                 break
             loss, norm, lr = result
@@ -901,7 +901,7 @@ def recipe_of(size, cfg, published):
     return {"steps": None} | DEFAULTS | {"beta2": 0.95} | recipe | {"batch_size": batch_size}
 
 
-KERNELS = ("numba", "numpy")
+KERNELS = ("fast", "numpy")
 DTYPES = ("float32", "bfloat16")  # of the operands of products; what they add up to, and all else, is float32
 
 
@@ -977,7 +977,7 @@ def make_parser():
     add("--dropout", type=in_range(float, 0, 0.99), help="of attention, its output and the MLP's; 0 is off (default 0)")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of weights and data order (default %(default)s)")
-    add("--kernels", choices=KERNELS, default="numba", help="numpy is the specification, slow (default %(default)s)")
+    add("--kernels", choices=KERNELS, default="fast", help="numpy is the specification, slow (default %(default)s)")
     add(
         "--dtype", choices=["auto", *DTYPES], default="auto", help="of products; auto: bfloat16 where the CPU has tiles"
     )
@@ -1181,12 +1181,12 @@ def quickest(s, cfg, batches, fits, recompute):
     state, seconds = State(cfg, tinygpt.init_parameters(cfg, s["seed"])), {}
     for n in fits:
         trial = s | {"micro_batch_size": n, "recompute": recompute, "steps": 10**6, "warmup_steps": 0}
-        space, ops = make_space(cfg, trial), ops_of(trial)
+        ops = ops_of(trial, cfg)
         for _ in range(3):
             start = time.perf_counter()
-            update(state, batches.get(0, own_rows(trial)[0]), ops, space, trial)
+            update(state, batches.get(0, own_rows(trial)[0]), ops, trial)
             seconds[n] = min(seconds.get(n, math.inf), time.perf_counter() - start)
-        del space  # before the next one is made
+        del ops  # its buffers, before the next are made
     return min(fits, key=seconds.get)
 
 
@@ -1265,7 +1265,7 @@ def newest_run():
 
 
 def begin(args, started):
-    """A fresh run, ready to train: (Run, Batches, workspace). If it cannot begin it leaves no folder behind."""
+    """A fresh run, ready to train: (Run, Batches, table of ops). If it cannot begin it leaves no folder behind."""
     args.size = args.size or (None if args.init_from else "1m")
     folder, made = new_folder(args)
     log, fresh = None, False
@@ -1334,17 +1334,17 @@ def begin_in(folder, log, args, started):
     for process in ahead:
         process.wait()
     s["micro_batch_size"], s["recompute"] = choose_micro_batch(args, s, cfg, batches)
-    ops, space = ops_of(s), make_space(cfg, s)
+    ops = ops_of(s, cfg)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
         state = State(cfg, tinygpt.init_parameters(cfg, args.seed))  # any: only the time counts
-        steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
+        steps = plan_steps(args, state, batches, ops, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
     parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
     run = Run(folder, s, State(cfg, parameters), data, table_of(s), log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
-    return run, batches, space
+    return run, batches, ops
 
 
 DROPOUTS = ("embed_dropout", "attention_dropout", "out_dropout", "mlp_dropout")
@@ -1381,7 +1381,7 @@ def check_vocabulary(paths, tokenizer, model):
 
 
 def resume(args, started):
-    """The run of --resume, as it was at its last checkpoint, or a fresh one: (Run, Batches, workspace)."""
+    """The run of --resume, as it was at its last checkpoint, or a fresh one: (Run, Batches, table of ops)."""
     folder = args.out or newest_run()
     if not folder or not (folder / "last.safetensors").exists():
         note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
@@ -1427,7 +1427,7 @@ def go_on(folder, log, args):
     run = Run(folder, s, state, data, table_of(s), log)
     run.best, run.evaluated, run.saved_at = best, evaluated, time.monotonic()
     run.cut_log(position)
-    return run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)
+    return run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), ops_of(s, cfg)
 
 
 def check_settings(s):
@@ -1448,19 +1448,13 @@ def check_settings(s):
     dict.keys(s.get("asked", {}))
 
 
-def make_space(cfg, s):
-    micro = own_rows(s)[1]
-    if s["kernels"] == "numpy":
-        return None
-    return tinygpt.workspace(cfg, micro, cfg.seq_len, np.float32, s["recompute"])
-
-
 def table_of(s):
     return OPS["tiles"] if s.get("dtype") == "bfloat16" else OPS[s["kernels"]]
 
 
-def ops_of(s):
-    return tinygpt.recomputed(table_of(s)) if s["recompute"] else table_of(s)
+def ops_of(s, cfg):
+    """The table that trains, with buffers for a micro-batch."""
+    return tinygpt.with_buffers(table_of(s), cfg, own_rows(s)[1], cfg.seq_len, np.float32, s["recompute"])
 
 
 def check_tiles(s, folder):
@@ -1473,7 +1467,7 @@ def check_tiles(s, folder):
 
 
 def open_run(args, started):
-    """(Run, Batches, workspace): rank 0 begins it or goes on with it, the others follow with the same numbers."""
+    """(Run, Batches, table of ops): rank 0 begins it or goes on with it, the others follow with the same numbers."""
     made = []
 
     def lead():
@@ -1488,7 +1482,7 @@ def open_run(args, started):
         state = State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
         run, state.step = Run(folder, s, state, data, table_of(s), None), step
         run.evaluated = evaluated
-        made += [run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), make_space(cfg, s)]
+        made += [run, Batches(data.train, cfg.seq_len, data.tokenizer.end, s["seed"]), ops_of(s, cfg)]
     state = made[0].state
     for x in (state.parameters, state.m, state.v):
         RANKS.copy(x)
@@ -1522,12 +1516,12 @@ def run_command(parser, args, started):
             return 0
         if args.stride:
             raise ValueError("--stride is of --eval; leave it out")
-        run, batches, space = open_run(args, started)
+        run, batches, ops = open_run(args, started)
         describe(run.state.cfg, run.s, run.data, run.folder)
         peak = measure_peak()
         if RANKS.comm:  # of all ranks: it was measured on every core that this one may use
             peak *= RANKS.count * POOL.threads / tinygpt.count_cores()
-        if train(run, batches, space, peak):
+        if train(run, batches, ops, peak):
             if not RANKS.rank:
                 run.finish()
             return 0

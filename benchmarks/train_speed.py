@@ -65,17 +65,17 @@ def our_step(size, threads, dtype):
 
     if threads:
         tinygpt.POOL.resize(threads)
-    (cfg, batch), ops = shape_of(size), tinygpt.OPS["tiles" if dtype == "bfloat16" else "numba"]
+    (cfg, batch), ops = shape_of(size), tinygpt.OPS["tiles" if dtype == "bfloat16" else "fast"]
     micro = train.usual_micro_batch(batch, cfg.seq_len)
     s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
     s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "seed": 0}
     state = train.State(cfg, tinygpt.init_parameters(cfg, 0))
-    space = tinygpt.workspace(cfg, micro, cfg.seq_len, np.float32)
+    ops = tinygpt.with_buffers(ops, cfg, micro, cfg.seq_len)
     rng, weights = np.random.default_rng(0), np.ones((batch, cfg.seq_len), np.float32)
 
     def step():
         tokens = rng.integers(0, cfg.vocab_size, (batch, cfg.seq_len + 1))
-        train.update(state, (tokens[:, :-1], tokens[:, 1:], weights), ops, space, s)
+        train.update(state, (tokens[:, :-1], tokens[:, 1:], weights), ops, s)
 
     return step, tinygpt.count_parameters(cfg)[0]
 

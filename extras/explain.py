@@ -137,7 +137,7 @@ def trace(p, cfg, tokens):
 
     def run():
         x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS["numpy"])
-        tinygpt.head_logits(x.reshape(-1, cfg.width), p, cfg)
+        tinygpt.head_logits(x.reshape(-1, cfg.width), p, cfg, tinygpt.OPS["numpy"])
 
     rows = []
     for sublayer, name, call in primitives(watch(run)):

@@ -110,12 +110,12 @@ def run_model(cfg, table, B, T, dtype, space=False, seed=0, dropout=None):
     p = tinygpt.views(tinygpt.layout(cfg), flat.astype(dtype), cfg.layers)
     tokens, targets, weights = random_batch(cfg, B, T, seed, np.float32)
     gradient, g = tinygpt.zero_gradients(cfg, dtype)
-    buffers, ops = tinygpt.workspace(cfg, B, T, np.dtype(dtype)) if space else None, tinygpt.OPS[table]
+    ops = tinygpt.with_buffers(tinygpt.OPS[table], cfg, B, T, np.dtype(dtype)) if space else tinygpt.OPS[table]
     batch = (tokens, targets, weights.astype(dtype))
-    loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, ops, buffers, dropout)
+    loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, ops, dropout)
     results = {"loss": np.array(loss), "nats": nats.copy()}
     tinygpt.join_tied(g)
-    results["x"] = tinygpt.forward(p, tokens, cfg, ops, space=buffers, dropout=dropout)[0].copy()
+    results["x"] = tinygpt.forward(p, tokens, cfg, ops, dropout=dropout)[0].copy()
     for t in tinygpt.layout(cfg):
         results[t.name] = gradient[t.offset : t.offset + math.prod(t.shape)]
     return results
@@ -132,13 +132,13 @@ def assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, B, T, seeds,
     for seed in range(seeds):
         exact = run_model(cfg, "numpy", B, T, np.float64, seed=seed, dropout=dropout)
         errors = {}
-        for table in ("numpy", "numba"):
+        for table in ("numpy", "fast"):
             found = run_model(cfg, table, B, T, np.float32, seed=seed, dropout=dropout)
             assert all(x.dtype == np.float32 for name, x in found.items() if name != "loss")
             half_units = {name: 2.0**-24 * np.linalg.norm(x) for name, x in exact.items()}  # in the last place
             errors[table] = {name: max(np.linalg.norm(found[name] - exact[name]), half_units[name]) for name in exact}
         for name in exact:
-            logarithms.setdefault(name, []).append(math.log(errors["numba"][name] / errors["numpy"][name]))
+            logarithms.setdefault(name, []).append(math.log(errors["fast"][name] / errors["numpy"][name]))
     del logarithms["loss"]  # a single number, which luck may round well; its nats are compared
     for name, found in logarithms.items():
         assert math.exp(np.mean(found)) <= 4, (name, math.exp(np.mean(found)))

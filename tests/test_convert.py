@@ -60,7 +60,7 @@ def random_model(family, shape):
 def our_logits(parameters, cfg, tokens, table):
     p = tinygpt.views(tinygpt.layout(cfg), parameters, cfg.layers)
     x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS[table])
-    return np.stack([tinygpt.OPS[table]["head_logits"](row, p, cfg) for row in x])
+    return np.stack([tinygpt.OPS[table].head_logits(row, p, cfg, tinygpt.OPS[table]) for row in x])
 
 
 @pytest.mark.parametrize("table", tinygpt.OPS)

@@ -18,7 +18,7 @@ TEXT = np.random.default_rng(7).integers(0, CFG.vocab_size, 200).tolist()
 def fresh_logits(p, ids, table="numpy"):
     """(T, V): what a forward of all ids at once says follows each of them."""
     x, _ = tinygpt.forward(p, np.array([ids]), CFG, OPS[table])
-    return OPS[table]["head_logits"](x[0], p, CFG)
+    return OPS[table].head_logits(x[0], p, CFG, OPS[table])
 
 
 def pieces(ids, *sizes):
@@ -116,7 +116,7 @@ def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch
     monkeypatch.setattr(tinygpt, "FAR_BYTES", 0 if "width" in shape else 1 << 40)
     cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
     _, p = random_parameters(cfg, dtype=np.float32)
-    once, single = (Decoding(p, cfg, OPS["numba"]) for _ in range(2))
+    once, single = (Decoding(p, cfg, OPS["fast"]) for _ in range(2))
     for token in TEXT[:100]:
         logits = single.feed([token])
     assert logits.tobytes() == once.feed(TEXT[:100]).tobytes()
@@ -135,7 +135,7 @@ def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monke
     found = set()
     for threads in (1, 2, 3):
         pool.resize(threads)
-        decoding = Decoding(p, cfg, OPS["numba"])
+        decoding = Decoding(p, cfg, OPS["fast"])
         ids = text_of(decoding, [5], 100, temperature=temperature)
         found.add((tuple(ids), decoding.kv[:, :, : len(decoding.window)].tobytes()))
     assert len(found) == 1
@@ -150,7 +150,7 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
     texts = []
     for screen_bytes in (0, 1 << 40):
         monkeypatch.setattr(tinygpt, "SCREEN_BYTES", screen_bytes)
-        decoding = Decoding(p, cfg, OPS["numba"])
+        decoding = Decoding(p, cfg, OPS["fast"])
         texts.append(text_of(decoding, [5], 150, temperature=0, banned=(17, 401)))
         assert ("screen" in decoding.steps.arrays) == (screen_bytes == 0)
     assert texts[0] == texts[1] and max(texts[0]) < 350 + 350 * (17 in texts[0]) and 17 not in texts[0]
@@ -161,7 +161,7 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
 def test_the_step_draws_what_probabilities_say(filters, temperature):
     _, p = random_parameters(CFG)
-    decoding, rng = Decoding(p, CFG, OPS["numba"]), np.random.default_rng(1)
+    decoding, rng = Decoding(p, CFG, OPS["fast"]), np.random.default_rng(1)
     odds = probabilities(decoding.feed(TEXT[:3]), temperature, banned=(4,), **filters)
     for uniform in [0.0, *rng.random(200), 1 - 1e-9]:
         x = decoding.steps.arrays["x"].copy()
@@ -174,7 +174,7 @@ def test_turns_of_any_length_tell_one_text(monkeypatch):
     texts = []
     for turn in (0.0, 1e9):  # one token at a time; as many as the window takes
         monkeypatch.setattr(tinygpt, "TURN", turn)
-        texts.append(text_of(Decoding(p, CFG, OPS["numba"]), TEXT[:3], 80, temperature=0.9))
+        texts.append(text_of(Decoding(p, CFG, OPS["fast"]), TEXT[:3], 80, temperature=0.9))
     assert texts[0] == texts[1]
 
 

@@ -51,7 +51,7 @@ def slow_score(p, tokens, stride, end=END):
         start = max(0, stop - T)
         before = [tokens[start - 1] if start else end, *tokens[start:i]]
         x, _ = tinygpt.forward(p, np.array([before], np.int64), TINY, tinygpt.OPS["numpy"])
-        logits = tinygpt.head_logits(x[:, -1], p, TINY)[0]
+        logits = tinygpt.head_logits(x[:, -1], p, TINY, tinygpt.OPS["numpy"])[0]
         nats.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[i]])
     return np.array(nats)
 
@@ -67,7 +67,7 @@ def evaluated(*words):
 # == scores ============================================================================================================
 
 
-@pytest.mark.parametrize("table", ["numpy", "numba"])
+@pytest.mark.parametrize("table", ["numpy", "fast"])
 @pytest.mark.parametrize("M, stride", [(2, 1), (T - 1, 5), (T, T), (2 * T + 3, T), (2 * T + 3, 5), (T + 9, 1)])
 def test_scores_are_those_of_a_slow_loop(M, stride, table):
     p, tokens = parameters(), random_tokens(M)
@@ -80,7 +80,7 @@ def test_scores_are_those_of_a_slow_loop(M, stride, table):
 def test_each_token_is_scored_once_and_sees_what_the_stride_promises(monkeypatch, M, stride):
     seen = []
 
-    def look(p, inputs, targets, weights, g, cfg, ops, space=None):
+    def look(p, inputs, targets, weights, g, cfg, ops):
         assert g is None
         for row, places, counted in zip(inputs, targets, weights > 0):
             assert row.tolist() == [END if place == 0 else place - 1 for place in places]
@@ -93,7 +93,7 @@ def test_each_token_is_scored_once_and_sees_what_the_stride_promises(monkeypatch
     assert all(before >= min(place, T - stride) for place, before in seen)
 
 
-@pytest.mark.parametrize("table", ["numpy", "numba"])
+@pytest.mark.parametrize("table", ["numpy", "fast"])
 def test_how_many_windows_are_scored_at_once_changes_no_byte(table):
     p, tokens = parameters(dtype=np.float32), random_tokens(9 * T + 5)
     found = {train.score(p, TINY, tokens, END, tinygpt.OPS[table], 20, n).tobytes() for n in (1, 2, 3, 7, 100)}
@@ -167,7 +167,7 @@ def test_windows_end_to_end_give_the_trainers_last_validation(place, text):
     tokens = np.concatenate([[*tokenizer.encode(one), tokenizer.end] for one in stories_of(valid)])
     expected = train.evaluate(p, TINY, tokens, tokenizer.end, tinygpt.OPS["numpy"])
     assert last["final_val_nats"] == pytest.approx(expected, rel=1e-5)
-    beginning = train.evaluate(p, model.cfg, tokens, tokenizer.end, tinygpt.OPS["numba"], 3 * T)
+    beginning = train.evaluate(p, model.cfg, tokens, tokenizer.end, tinygpt.OPS["fast"], 3 * T)
     assert slow_score(p, tokens[: 3 * T], T, tokenizer.end).mean() == pytest.approx(beginning, rel=1e-10)
 
 
@@ -288,9 +288,9 @@ def gradient_of_an_update(table, dtype, micro, cfg):
     for row, count in enumerate((0, 1, 5, T, 3, 0, 2, 9)):  # counts that differ from sequence to sequence
         weights[row] = np.arange(T) < count
     state = Kept(cfg, tinygpt.init_parameters(cfg, 0, dtype))
-    space = tinygpt.workspace(cfg, micro, T, np.dtype(dtype)) if table == "numba" else None
+    ops = tinygpt.with_buffers(tinygpt.OPS[table], cfg, micro, T, np.dtype(dtype))
     s = SETTINGS | dict(batch_size=8, micro_batch_size=micro, grad_clip=0.0)
-    result = train.update(state, (inputs, targets, weights.astype(dtype)), tinygpt.OPS[table], space, s)
+    result = train.update(state, (inputs, targets, weights.astype(dtype)), ops, s)
     return state.kept, result
 
 
@@ -298,7 +298,7 @@ DROPPED = TINY.changed(attention_dropout=0.2, out_dropout=0.2, mlp_dropout=0.2)
 
 
 @pytest.mark.parametrize("cfg", [TINY, DROPPED], ids=["plain", "dropout"])
-@pytest.mark.parametrize("table", ["numpy", "numba"])
+@pytest.mark.parametrize("table", ["numpy", "fast"])
 def test_micro_batches_whose_token_counts_differ_give_the_gradient_of_the_whole(table, cfg):
     whole, (loss, norm, _) = gradient_of_an_update(table, np.float64, 8, cfg)
     for micro in (1, 2, 4):
@@ -311,7 +311,7 @@ def test_micro_batches_whose_token_counts_differ_give_the_gradient_of_the_whole(
 def test_micro_batches_whose_token_counts_differ_give_the_same_bytes_in_float32(cfg):
     found = {
         (x.tobytes(), *figures)
-        for x, figures in (gradient_of_an_update("numba", np.float32, n, cfg) for n in (1, 2, 4, 8))
+        for x, figures in (gradient_of_an_update("fast", np.float32, n, cfg) for n in (1, 2, 4, 8))
     }
     assert len(found) == 1
 

@@ -123,7 +123,7 @@ def distances(golden, ops, State):
     loss, _ = tinygpt.loss_and_gradients(p, *batch, g, cfg, watched)
     tinygpt.join_tied(g)
     x = tensors[f"layers.{cfg.layers - 1}.mlp_layer.out"].reshape(-1, cfg.width)
-    logits = ops["head_logits"](x, p, cfg).reshape(*batch[0].shape, cfg.vocab_size)
+    logits = ops.head_logits(x, p, cfg, ops).reshape(*batch[0].shape, cfg.vocab_size)
     found |= {"loss": np.array(loss), "head_loss.head.logits": logits} | explain.by_name(cfg, "gradients", gradient)
     found |= explain.updates(State(cfg, flat), ops, s, batch[0].shape[1])
     assert len(found) == 5 + 4 * cfg.layers + 3 + 4 * len(tinygpt.layout(cfg))
@@ -268,7 +268,7 @@ def test_a_golden_file_has_every_array_that_a_forward_binds_to_a_name(changes):
     tensors, legend = explain.golden(cfg, flat, explain.golden_settings(cfg, 2, 0), 5)
     assert set(tensors) <= set(legend) | {n for n in tensors if n.split(".")[0] not in ("embed", "layers", "head_loss")}
     batch = explain.golden_batch(0, 2, 5, cfg.vocab_size)
-    x, _ = tinygpt.embed_forward(batch[0], p, cfg, dropout=tinygpt.Dropout(0, 0, 0))
+    x, _ = tinygpt.embed_forward(batch[0], p, cfg, tinygpt.OPS["numpy"], dropout=tinygpt.Dropout(0, 0, 0))
     assert np.array_equal(x, tensors["embed.out"])
     for i, layer in enumerate(p["layers"]):
         masks = tinygpt.Dropout(0, 0, 0, i)

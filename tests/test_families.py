@@ -113,7 +113,7 @@ def test_a_family_does_not_learn_at_a_rate_of_zero(place, family, monkeypatch):
 
 def test_every_size_says_what_it_is_before_it_trains(place):
     """Some have heads whose width times their number is not the model's."""
-    s = {"size": "", "steps": 1, "schedule": "cosine", "seed": 0, "kernels": "numba", "recompute": False}
+    s = {"size": "", "steps": 1, "schedule": "cosine", "seed": 0, "kernels": "fast", "recompute": False}
     s |= dict.fromkeys(("batch_size", "micro_batch_size", "warmup_steps"), 1)
     s |= dict.fromkeys(("lr", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip"), 0.5)
     data = SimpleNamespace(name="stories", train=[0], valid=[0])

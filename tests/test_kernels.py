@@ -44,7 +44,7 @@ def assert_kernels_agree(cfg, B, T, space=False):
     """In float64 to rounding; in float32, whose vectors end elsewhere, to what shows a wrong or missing term."""
     exact = run_model(cfg, "numpy", B, T, np.float64)
     for dtype, limit in ((np.float64, 1e-12), (np.float32, 2e-5)):
-        kernels = run_model(cfg, "numba", B, T, dtype, space)
+        kernels = run_model(cfg, "fast", B, T, dtype, space)
         for name in exact:
             assert relative(kernels[name], exact[name]) < limit, (name, dtype)
 
@@ -138,7 +138,7 @@ def test_kernels_give_the_logits_of_the_spec(V, dtype):
     _, p = random_parameters(cfg, dtype=dtype)
     for rows in (1, 3, 17):
         x = np.random.default_rng(rows).standard_normal((rows, cfg.width)).astype(dtype)
-        found, expected = (OPS[table]["head_logits"](x, p, cfg) for table in ("numba", "numpy"))
+        found, expected = (OPS[table].head_logits(x, p, cfg, OPS[table]) for table in ("fast", "numpy"))
         assert found.dtype == dtype and relative(found, expected) < (1e-12 if dtype == np.float64 else 2e-6)
 
 
@@ -176,11 +176,11 @@ def bytes_of_any_threads(pool, cfg, table, T, counts):
 
 
 def test_any_number_of_threads_gives_the_same_bytes(pool):
-    bytes_of_any_threads(pool, BYTES, "numba", 101, (1, 2, 3))
+    bytes_of_any_threads(pool, BYTES, "fast", 101, (1, 2, 3))
 
 
 def test_a_workspace_changes_no_byte():
-    with_space, without = (run_model(BYTES, "numba", 4, 101, np.float32, space) for space in (True, False))
+    with_space, without = (run_model(BYTES, "fast", 4, 101, np.float32, space) for space in (True, False))
     assert as_bytes(with_space) == as_bytes(without)
 
 
@@ -191,11 +191,11 @@ def test_micro_batches_of_any_size_give_the_same_bytes(T):
     results = set()
     for size in (1, 2, 4):
         gradient, g = tinygpt.zero_gradients(BYTES)
-        space = tinygpt.workspace(BYTES, size, T, np.float32)
+        ops = tinygpt.with_buffers(OPS["fast"], BYTES, size, T)
         nats = []
         for b in range(0, 4, size):
             part = (a[b : b + size] for a in batch)
-            nats.append(tinygpt.loss_and_gradients(p, *part, g, BYTES, OPS["numba"], space)[1].tobytes())
+            nats.append(tinygpt.loss_and_gradients(p, *part, g, BYTES, ops)[1].tobytes())
         tinygpt.join_tied(g)
         results.add((gradient.tobytes(), b"".join(nats)))
     assert len(results) == 1
@@ -217,22 +217,22 @@ def test_micro_batches_of_the_spec_agree_to_rounding():
 def test_a_sequence_has_the_same_bytes_alone_in_a_batch_and_as_the_beginning_of_a_longer_one():
     _, p = random_parameters(BYTES, dtype=np.float32)
     tokens = random_batch(BYTES, 4, 101)[0]
-    together = tinygpt.forward(p, tokens, BYTES, OPS["numba"])[0].copy()
+    together = tinygpt.forward(p, tokens, BYTES, OPS["fast"])[0].copy()
     for b in range(4):
-        assert tinygpt.forward(p, tokens[b : b + 1], BYTES, OPS["numba"])[0].tobytes() == together[b].tobytes()
+        assert tinygpt.forward(p, tokens[b : b + 1], BYTES, OPS["fast"])[0].tobytes() == together[b].tobytes()
     for T in (1, 5, 47, 48, 60, 96, 97):
-        shorter = tinygpt.forward(p, tokens[:, :T], BYTES, OPS["numba"])[0]
+        shorter = tinygpt.forward(p, tokens[:, :T], BYTES, OPS["fast"])[0]
         assert shorter.tobytes() == together[:, :T].tobytes()
 
 
 def test_a_second_run_in_the_same_buffers_gives_the_same_bytes():
     _, p = random_parameters(BYTES, dtype=np.float32)
-    space = tinygpt.workspace(BYTES, 2, 101, np.float32)
+    ops = tinygpt.with_buffers(OPS["fast"], BYTES, 2, 101)
     results = []
     for seed in (0, 1, 0):
         gradient, g = tinygpt.zero_gradients(BYTES)
         batch = random_batch(BYTES, 2, 101, seed, np.float32)
-        loss, _ = tinygpt.loss_and_gradients(p, *batch, g, BYTES, OPS["numba"], space)
+        loss, _ = tinygpt.loss_and_gradients(p, *batch, g, BYTES, ops)
         results.append((loss, gradient.tobytes()))
     assert results[0] == results[2] != results[1]
 
@@ -316,13 +316,13 @@ def test_a_pool_can_be_resized_while_idle(own_pool):
 
 
 def test_two_callers_at_once_both_get_right_results():
-    expected = [run_model(BYTES, "numba", 2, 101, np.float32, seed=seed) for seed in range(2)]
+    expected = [run_model(BYTES, "fast", 2, 101, np.float32, seed=seed) for seed in range(2)]
     found, errors = [[], []], []
 
     def call(seed):
         try:
             for _ in range(4):
-                found[seed].append(run_model(BYTES, "numba", 2, 101, np.float32, seed=seed))
+                found[seed].append(run_model(BYTES, "fast", 2, 101, np.float32, seed=seed))
         except BaseException as error:
             errors.append(error)
 
@@ -344,11 +344,11 @@ def test_two_callers_at_once_both_get_right_results():
 def test_products_of_kernels_stay_theirs_whatever_they_leave_in_their_buffers(dtype):
     cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
     _, p = random_parameters(cfg, dtype=dtype)
-    space = tinygpt.workspace(cfg, 2, 50, dtype)
+    ops = tinygpt.with_buffers(OPS["fast"], cfg, 2, 50, dtype)
     for _ in range(2):
         batch, (_, g) = random_batch(cfg, 2, 50, dtype=dtype), tinygpt.zero_gradients(cfg, dtype)
-        tinygpt.loss_and_gradients(p, *batch, g, cfg, tinygpt.OPS["numba"], space)
-        assert not tinygpt.asks_others(space["scratch"])
+        tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
+        assert not tinygpt.asks_others(ops.space["scratch"])
 
 
 def guarded(rng, rows, columns, dtype, guard):
@@ -595,7 +595,7 @@ def head_of_scores(scores, targets, dtype):
     _, g = tinygpt.zero_gradients(cfg, dtype)
     p["head_b"][:] = scores
     x, weights = np.ones((1, len(targets), cfg.width), dtype), np.full((1, len(targets)), 0.5, dtype)
-    _, nats, _ = OPS["numba"]["head_loss"](x, np.array([targets]), weights, p, g, cfg)
+    _, nats, _ = OPS["fast"].head_loss(x, np.array([targets]), weights, p, g, cfg, OPS["fast"])
     return nats[0], g["head_b"]
 
 
@@ -645,9 +645,9 @@ def test_two_halves_compile_all_that_training_runs(tmp_path):
     update = f"""
 cfg = {config}
 p, (_, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), tinygpt.zero_gradients(cfg)
-tokens, space = np.zeros((2, cfg.seq_len), np.int64), tinygpt.workspace(cfg, 2, cfg.seq_len, np.float32)
+tokens, ops = np.zeros((2, cfg.seq_len), np.int64), tinygpt.with_buffers(tinygpt.OPS['fast'], cfg, 2, cfg.seq_len)
 weights = np.ones(tokens.shape, np.float32)
-tinygpt.loss_and_gradients(p, tokens, tokens, weights, g, cfg, tinygpt.OPS['numba'], space)
+tinygpt.loss_and_gradients(p, tokens, tokens, weights, g, cfg, ops)
 kernels = [k for k in vars(tinygpt).values() if hasattr(k, 'stats')]
 print(sum(sum(k.stats.cache_hits.values()) for k in kernels), sum(sum(k.stats.cache_misses.values()) for k in kernels))
 """
@@ -670,9 +670,10 @@ cfg = tinygpt.Config(vocab_size=300, seq_len=40, width=48, layers=1, heads=2, hi
 p, (flat, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), 1), tinygpt.zero_gradients(cfg)
 rng = np.random.default_rng(0)
 x, targets = rng.standard_normal((2, 40, 48)).astype(np.float32), rng.integers(0, 300, (2, 40))
-y, cache = OPS["numba"]["mlp_layer_forward"](x, p["layers"][0], cfg)
-_, nats, dy = OPS["numba"]["head_loss"](y, targets, np.ones((2, 40), np.float32), p, g, cfg)
-dx = OPS["numba"]["mlp_layer_backward"](dy, cache, p["layers"][0], g["layers"][0], cfg)
+ops = OPS["fast"]
+y, cache = ops.mlp_layer_forward(x, p["layers"][0], cfg, ops)
+_, nats, dy = ops.head_loss(y, targets, np.ones((2, 40), np.float32), p, g, cfg, ops)
+dx = ops.mlp_layer_backward(dy, cache, p["layers"][0], g["layers"][0], cfg, ops)
 print(*(hashlib.sha256(a.tobytes()).hexdigest()[:12] for a in (y, nats, dy, dx, flat)))
 """
 

@@ -30,7 +30,7 @@ def test_a_norm_is_added_in_three_edits_and_proved(tmp_path):
     (tmp_path / "tinygpt.py").write_text(edited(source), encoding="utf-8")
     done = check(tmp_path, "--kernels", "numpy")
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr
-    refused = check(tmp_path, "--kernels", "numba")
+    refused = check(tmp_path, "--kernels", "fast")
     assert refused.returncode == 2 and "has no kernel" in refused.stderr and "Traceback" not in refused.stderr
 
 

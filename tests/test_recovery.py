@@ -108,7 +108,7 @@ def result(folder):
 # == kill -9 ===========================================================================================================
 
 
-MORE_KILLS = [pytest.param(*row, marks=pytest.mark.slow) for row in (("numpy", 20, 1.5), ("numba", 12, 1.5))]
+MORE_KILLS = [pytest.param(*row, marks=pytest.mark.slow) for row in (("numpy", 20, 1.5), ("fast", 12, 1.5))]
 
 
 @pytest.mark.parametrize("kernels, kills, minutes", [("numpy", 3, 0.15), *MORE_KILLS])

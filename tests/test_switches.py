@@ -63,7 +63,7 @@ def test_the_models_gradients_are_its_derivatives(cfg, table):
 def test_kernels_agree_with_the_spec(cfg, T):
     cfg = longer(cfg, T)
     exact = run_model(cfg, "numpy", 2, T, np.float64, dropout=MASKS)
-    kernels = run_model(cfg, "numba", 2, T, np.float64, space=T > 5, dropout=MASKS)
+    kernels = run_model(cfg, "fast", 2, T, np.float64, space=T > 5, dropout=MASKS)
     for name in exact:
         assert relative(kernels[name], exact[name]) < 1e-12, name
 
@@ -72,7 +72,7 @@ def test_a_window_shorter_than_a_head_is_wide_has_room_for_its_places():
     cfg = tinygpt.Config(
         vocab_size=11, seq_len=3, width=160, layers=1, heads=1, hidden=7, positions="rope", qk_norm=True
     )
-    exact, kernels = (run_model(cfg, table, 2, 3, np.float64, space=table == "numba") for table in ("numpy", "numba"))
+    exact, kernels = (run_model(cfg, table, 2, 3, np.float64, space=table == "fast") for table in ("numpy", "fast"))
     for name in exact:
         assert relative(kernels[name], exact[name]) < 1e-12, name
 
@@ -88,12 +88,12 @@ def run_in_micro_batches(cfg, size, table, dtype):
     _, p = random_parameters(cfg, dtype=dtype)
     batch = random_batch(cfg, 4, T, dtype=dtype)
     gradient, g = tinygpt.zero_gradients(cfg, dtype)
-    space = tinygpt.workspace(cfg, size, T, np.dtype(dtype)) if table == "numba" else None
+    ops = tinygpt.with_buffers(OPS[table], cfg, size, T, np.dtype(dtype))
     nats = []
     for b in range(0, 4, size):
         part = (a[b : b + size] for a in batch)
         masks = MASKS._replace(sequence=MASKS.sequence + b)
-        nats.append(tinygpt.loss_and_gradients(p, *part, g, cfg, OPS[table], space, masks)[1].copy())
+        nats.append(tinygpt.loss_and_gradients(p, *part, g, cfg, ops, masks)[1].copy())
     tinygpt.join_tied(g)
     return gradient, np.concatenate(nats)
 
@@ -103,7 +103,7 @@ def test_neither_threads_nor_micro_batches_change_a_byte(cfg, pool):
     results = set()
     for threads, size in ((1, 4), (2, 2), (3, 1), (2, 4)):
         pool.resize(threads)
-        gradient, nats = run_in_micro_batches(longer(cfg), size, "numba", np.float32)
+        gradient, nats = run_in_micro_batches(longer(cfg), size, "fast", np.float32)
         results.add((gradient.tobytes(), nats.tobytes()))
     assert len(results) == 1
 
@@ -143,7 +143,7 @@ def test_cached_logits_are_those_of_a_full_forward_also_past_the_end_of_the_cont
         window = window[-11:] if len(window) > 23 else window  # its newer half goes on
         assert decoding.window == window
         x, _ = tinygpt.forward(p, np.array([window]), cfg, OPS["numpy"])
-        assert relative(logits, OPS["numpy"]["head_logits"](x[0, -1:], p, cfg)[0]) < 1e-12
+        assert relative(logits, OPS["numpy"].head_logits(x[0, -1:], p, cfg, OPS["numpy"])[0]) < 1e-12
 
 
 # -- dropout
@@ -321,7 +321,7 @@ def test_alibi_alone_gives_weights_that_fall_with_the_distance(table):
     layer = p["layers"][0]
     layer["qkv_w"][:, : H * D], layer["qkv_b"][: H * D] = 0, 0
     x = np.random.default_rng(0).standard_normal((1, 70, cfg.width))
-    found = OPS[table]["attention_layer_forward"](x, layer, cfg)[0]
+    found = OPS[table].attention_layer_forward(x, layer, cfg, OPS[table])[0]
     n = tinygpt.layernorm_forward(x[0], layer["norm1_w"], layer["norm1_b"], cfg.norm_eps)[0]
     v = (n @ layer["qkv_w"] + layer["qkv_b"])[:, 2 * H * D :].reshape(70, H, D)
     distance = np.arange(70)[:, None] - np.arange(70)
@@ -337,16 +337,16 @@ def test_alibi_alone_gives_weights_that_fall_with_the_distance(table):
 @every_table
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_a_window_sees_the_newest_keys_in_odd_layers_and_all_in_even_ones(window, table):
-    T, forward = 101, OPS[table]["attention_layer_forward"]
+    T, forward = 101, OPS[table].attention_layer_forward
     cfg = tiny_config(window=window, seq_len=T, position_rows=T)
     _, p = random_parameters(cfg, dtype=np.float32)
     x = np.random.default_rng(0).standard_normal((1, T, cfg.width)).astype(np.float32)
     for index in range(4):
-        before = forward(x, p["layers"][0], cfg, index)[0].copy()
+        before = forward(x, p["layers"][0], cfg, OPS[table], index)[0].copy()
         for s in (0, 1, 47, 48, 60, 100):
             other = x.copy()
             other[0, s] = -other[0, s]
-            changed = (forward(other, p["layers"][0], cfg, index)[0] != before)[0].any(-1)
+            changed = (forward(other, p["layers"][0], cfg, OPS[table], index)[0] != before)[0].any(-1)
             sees = np.arange(T) >= s if index % 2 == 0 else (np.arange(T) >= s) & (np.arange(T) < s + window)
             assert np.array_equal(changed, sees), (index, s)
 
@@ -355,13 +355,15 @@ def test_a_window_sees_the_newest_keys_in_odd_layers_and_all_in_even_ones(window
 @pytest.mark.parametrize("G", [1, 2, 3])
 def test_grouped_heads_are_heads_with_repeated_keys_and_values(G, table):
     grouped = tiny_config(heads=6, kv_heads=G, head_width=4)
-    single, R, forward = grouped.changed(kv_heads=6), 6 // G, OPS[table]["attention_layer_forward"]
+    single, R, forward = grouped.changed(kv_heads=6), 6 // G, OPS[table].attention_layer_forward
     layer = random_parameters(grouped)[1]["layers"][0]
     heads = [*range(6), *(6 + h // R for h in range(6)), *(6 + G + h // R for h in range(6))]
     columns = [4 * head + d for head in heads for d in range(4)]
     repeated = layer | {"qkv_w": layer["qkv_w"][:, columns].copy(), "qkv_b": layer["qkv_b"][columns].copy()}
     x = np.random.default_rng(0).standard_normal((2, 5, 12))
-    assert relative(forward(x, layer, grouped)[0], forward(x, repeated, single)[0].copy()) < 1e-13
+    assert (
+        relative(forward(x, layer, grouped, OPS[table])[0], forward(x, repeated, single, OPS[table])[0].copy()) < 1e-13
+    )
 
 
 @every_table
@@ -381,11 +383,11 @@ def test_swiglu_whose_values_are_1_is_silu(table):
     layer = random_parameters(gated)[1]["layers"][0]
     layer["up_w"][:, 7:], layer["up_b"][7:] = 0, 1
     gate = layer | {"up_w": layer["up_w"][:, :7].copy(), "up_b": layer["up_b"][:7].copy()}
-    x, forward = np.random.default_rng(0).standard_normal((2, 5, 12)), OPS[table]["mlp_layer_forward"]
-    assert relative(forward(x, layer, gated)[0].copy(), forward(x, gate, plain)[0]) < 1e-14
+    x, forward = np.random.default_rng(0).standard_normal((2, 5, 12)), OPS[table].mlp_layer_forward
+    assert relative(forward(x, layer, gated, OPS[table])[0].copy(), forward(x, gate, plain, OPS[table])[0]) < 1e-14
     layer["up_b"][7:] = -3
-    thrice = forward(x, layer, gated)[0] - x - layer["down_b"]
-    assert relative(thrice, -3 * (forward(x, gate, plain)[0] - x - layer["down_b"])) < 1e-13
+    thrice = forward(x, layer, gated, OPS[table])[0] - x - layer["down_b"]
+    assert relative(thrice, -3 * (forward(x, gate, plain, OPS[table])[0] - x - layer["down_b"])) < 1e-13
 
 
 @every_table
@@ -395,9 +397,9 @@ def test_rmsnorm_has_no_mean_to_take_away_and_layernorm_has(table):
         cfg = tiny_config(norm=norm)
         _, p = random_parameters(cfg)
         x = np.random.default_rng(0).standard_normal((10, 12))
-        logits = [OPS[table]["head_logits"](y, p, cfg).copy() for y in (x, x + 1)]
+        logits = [OPS[table].head_logits(y, p, cfg, OPS[table]).copy() for y in (x, x + 1)]
         assert (relative(*logits) > 1e-3) == sees
-        scaled = OPS[table]["head_logits"](100 * x, p, cfg)
+        scaled = OPS[table].head_logits(100 * x, p, cfg, OPS[table])
         assert relative(scaled, logits[0]) < 1e-4  # but for eps
 
 

@@ -117,7 +117,7 @@ def test_loss_and_gradients_are_those_of_pytorch(cfg, table):
     loss, nats = tinygpt.loss_and_gradients(p, tokens, targets, weights, g, cfg, tinygpt.OPS[table])
     tinygpt.join_tied(g)
     x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS[table])
-    logits = tinygpt.OPS[table]["head_logits"](x.reshape(-1, cfg.width), p, cfg)
+    logits = tinygpt.OPS[table].head_logits(x.reshape(-1, cfg.width), p, cfg, tinygpt.OPS[table])
 
     part = {t.name: slice(t.offset, t.offset + math.prod(t.shape)) for t in tinygpt.layout(cfg)}
     named = {t.name: torch.tensor(flat[part[t.name]].reshape(t.shape)) for t in tinygpt.layout(cfg)}

@@ -464,11 +464,11 @@ def random_batch(count=4, seed=0):
     return tokens[:, :-1], tokens[:, 1:], weights
 
 
-def updates(micro, kernels="numba", dtype=np.float32, count=3, **changes):
+def updates(micro, kernels="fast", dtype=np.float32, count=3, **changes):
     s = SETTINGS | dict(micro_batch_size=micro) | changes
     state = fresh(dtype)
-    space = tinygpt.workspace(TINY, micro, TINY.seq_len, dtype) if kernels == "numba" else None
-    results = [train.update(state, random_batch(seed=i), tinygpt.OPS[kernels], space, s) for i in range(count)]
+    ops = tinygpt.with_buffers(tinygpt.OPS[kernels], TINY, micro, TINY.seq_len, dtype)
+    results = [train.update(state, random_batch(seed=i), ops, s) for i in range(count)]
     assert state.step == count
     return state, results
 
@@ -489,7 +489,7 @@ def test_micro_batches_change_nothing_that_counts_with_numpy(micro):
 
 
 def test_numba_updates_as_numpy_does():
-    (one, results), (other, same) = updates(2, "numpy", np.float64), updates(2, "numba", np.float64)
+    (one, results), (other, same) = updates(2, "numpy", np.float64), updates(2, "fast", np.float64)
     np.testing.assert_allclose(same, results, rtol=1e-10)
     np.testing.assert_allclose(one.parameters, other.parameters, rtol=1e-6, atol=1e-9)
 
@@ -498,7 +498,7 @@ def test_loss_is_the_mean_over_the_targets_that_count():
     inputs, targets, weights = random_batch()
     p, ops = fresh(np.float64).p, tinygpt.OPS["numpy"]
     _, nats = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, TINY, ops)
-    _, [(loss, _, lr)] = updates(2, "numba", np.float64, count=1)
+    _, [(loss, _, lr)] = updates(2, "fast", np.float64, count=1)
     assert loss == pytest.approx(float((nats * weights).sum() / weights.sum()), rel=1e-10)
     assert lr == train.learning_rate(0, SETTINGS)
 
@@ -517,9 +517,9 @@ def test_a_loss_that_is_no_number_changes_nothing():
         state = fresh()
         state.p["norm_b"][3] = bad
         before = [x.tobytes() for x in (state.parameters, state.m, state.v)]
-        space = tinygpt.workspace(TINY, 4, TINY.seq_len, np.float32)
+        ops = tinygpt.with_buffers(tinygpt.OPS["fast"], TINY, 4, TINY.seq_len)
         with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="at step 1 "):
-            train.update(state, random_batch(), tinygpt.OPS["numba"], space, SETTINGS)
+            train.update(state, random_batch(), ops, SETTINGS)
         assert [x.tobytes() for x in (state.parameters, state.m, state.v)] == before and state.step == 0
 
 
@@ -532,9 +532,9 @@ def test_a_gradient_that_is_infinite_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(tinygpt, "join_tied", overflow)
     before = state.parameters.tobytes()
-    space = tinygpt.workspace(TINY, 4, TINY.seq_len, np.float32)
+    ops = tinygpt.with_buffers(tinygpt.OPS["fast"], TINY, 4, TINY.seq_len)
     with pytest.raises(FloatingPointError, match="grad norm inf"):
-        train.update(state, random_batch(), tinygpt.OPS["numba"], space, SETTINGS)
+        train.update(state, random_batch(), ops, SETTINGS)
     assert state.parameters.tobytes() == before and state.step == 0
 
 
@@ -569,7 +569,7 @@ def test_validation_is_the_mean_nats_of_the_spec(tokenizer):
         if targets.shape[1] == TINY.seq_len:
             total += tinygpt.loss_and_gradients(p, inputs, targets, ones, None, TINY, tinygpt.OPS["numpy"])[0]
     whole = 3 * TINY.seq_len
-    for ops in (tinygpt.OPS["numpy"], tinygpt.OPS["numba"]):
+    for ops in (tinygpt.OPS["numpy"], tinygpt.OPS["fast"]):
         found = train.evaluate(p, TINY, tokens, tokenizer.end, ops, limit=whole)
         assert found == pytest.approx(total / whole, rel=1e-10)
 
@@ -1168,9 +1168,8 @@ def test_recomputed_layers_change_no_byte(table):
     tokens, weights = rng.integers(0, cfg.vocab_size, (3, cfg.seq_len + 1)), np.ones((3, cfg.seq_len), np.float32)
     for recompute in (False, True):
         flat, grads = tinygpt.zero_gradients(cfg)
-        ops = tinygpt.recomputed(tinygpt.OPS[table]) if recompute else tinygpt.OPS[table]
-        space = tinygpt.workspace(cfg, 3, cfg.seq_len, np.float32, recompute) if table == "numba" else None
-        inputs = (tokens[:, :-1], tokens[:, 1:], weights, grads, cfg, ops, space, tinygpt.Dropout(0, 1, 2))
+        ops = tinygpt.with_buffers(tinygpt.OPS[table], cfg, 3, cfg.seq_len, recompute=recompute)
+        inputs = (tokens[:, :-1], tokens[:, 1:], weights, grads, cfg, ops, tinygpt.Dropout(0, 1, 2))
         found.append((tinygpt.loss_and_gradients(p, *inputs)[0], flat.tobytes()))
     assert found[0] == found[1]
     assert any(found[0][1])
