@@ -485,7 +485,7 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
         rows = [window(tokens[:stop], begin, stop, T, end) for begin, stop in zip(begins, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
         if len(rows) not in sized:
-            sized[len(rows)] = tinygpt.for_forward(ops, cfg, len(rows), T, p["embed_w"].dtype)
+            sized[len(rows)] = tinygpt.with_forward_buffers(ops, cfg, len(rows), T, p["embed_w"].dtype)
         _, found = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, sized[len(rows)])
         nats[begins[0] : part[-1]] = found[weights > 0]  # row after row: in the order of the text
         begin = part[-1]

@@ -133,7 +133,7 @@ def trace(p, cfg, tokens):
     """Run the specification -> a `Row` for each op."""
     names = {}
     for layer in [p, *p["layers"]]:
-        names |= {x.ctypes.data: name for name, x in layer.items() if isinstance(x, np.ndarray)}
+        names |= {x.ctypes.data: name for name, x in layer.items() if isinstance(x, np.ndarray)}  # of x.T as well
 
     def run():
         x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS["numpy"])
@@ -147,10 +147,7 @@ def trace(p, cfg, tokens):
         used_names, size, out = [names[x.ctypes.data] for x in used], sum(x.size for x in used), call.result[0]
         work = flops(name, call.arguments, out)
         rows.append(Row(section_of(call.code), name, shapes, out.shape, used_names, size, work, sublayer))
-    N, V = tokens.size, cfg.vocab_size
-    used = ["embed_w" if cfg.tied else "head_w", *["head_b"] * cfg.head_bias]  # tied: counted a second time
-    size, work = sum(p[name].size for name in used), 2 * N * cfg.width * V
-    return [*rows, Row("3", "head", [(N, cfg.width)], (N, V), used, size, work, "head")]
+    return rows
 
 
 # == 3  golden numbers =================================================================================================
@@ -201,7 +198,7 @@ def golden_settings(cfg, B, seed):
 def updates(state, ops, s, T):
     """Ten updates of `state` -> name -> (10,), and parameters and moments by name."""
     rows = [
-        train.update(state, golden_batch(step, s["batch_size"], T, state.cfg.vocab_size), ops, None, s)
+        train.update(state, golden_batch(step, s["batch_size"], T, state.cfg.vocab_size), ops, s)
         for step in range(s["steps"])
     ]
     found = {f"steps.{name}": np.array(column) for name, column in zip(("loss", "norm", "lr"), zip(*rows))}
@@ -271,7 +268,7 @@ def golden(cfg, flat, s, T):
     p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     masks, ops = tinygpt.Dropout(s["seed"], 0, 0), tinygpt.OPS["numpy"]
-    calls = watch(tinygpt.loss_and_gradients, p, *batch, g, cfg, ops, None, masks)
+    calls = watch(tinygpt.loss_and_gradients, p, *batch, g, cfg, ops, masks)
     named = Named(p["layers"], [flat, gradient, g["lookup_w"], *batch])
     named.add_model(calls)
     tinygpt.join_tied(g)
@@ -337,7 +334,7 @@ def draw_row(y, rows, total, largest, bar):
     op, section, work = rows[0].op, rows[0].section, sum(row.flops for row in rows)
     shapes = ", ".join(dict.fromkeys(shape_of(row.out) for row in rows))
     names, size = " ".join(name for row in rows for name in row.names), sum(row.size for row in rows)
-    names += " (tied)" if op == "head" and "embed_w" in names else ""
+    names += " (tied)" if rows[0].sublayer == "head" and "embed_w" in names else ""
     what = f"{op} of q, of k" if len(rows) > 1 else op
     title = f'<tspan font-weight="600">{what}</tspan> <tspan fill="{GREY}" font-size="11">{section}</tspan>'
     title += f'<tspan dx="10" font-family="{MONO}" font-size="12" fill="{bar}">{names}</tspan>'

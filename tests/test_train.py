@@ -545,14 +545,14 @@ def test_a_gradient_that_is_infinite_changes_nothing(monkeypatch):
 def test_validation_scores_each_token_once(monkeypatch, M):
     seen = []
 
-    def score(p, inputs, targets, weights, g, cfg, ops, space=None):
+    def score(p, inputs, targets, weights, g, cfg, ops):
         assert g is None and np.array_equal(inputs, np.where(targets == 0, END, targets - 1))
         seen.extend(targets[weights == 1])
         return 0.0, targets.astype(np.float64)
 
     monkeypatch.setattr(tinygpt, "loss_and_gradients", score)
     cfg = SimpleNamespace(seq_len=T)
-    mean = train.evaluate({}, cfg, np.arange(M), END, tinygpt.OPS["numpy"])
+    mean = train.evaluate({"embed_w": np.empty(0)}, cfg, np.arange(M), END, tinygpt.OPS["numpy"])
     assert sorted(seen) == list(range(M))
     assert mean == pytest.approx((M - 1) / 2, rel=1e-12)
 
