@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -118,9 +119,30 @@ def cache_key(sources, tokenizer_path, detail):
     """A name for what is made of these files: changes when one of them does."""
     parts = [bpe.PATTERN, RESERVED, detail]
     for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
-        status = path.stat()
-        parts += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+        parts += [str(path.resolve()), *file_state(path)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+CTIME_IS_CREATION = os.name == "nt"
+
+
+def file_state(path):
+    """[size, mtime, ctime]: equal only if the file has not been written or replaced in between."""
+    status = os.stat(path)
+    # cp -p, tar and rsync restore mtime, but nothing can set ctime, the time of the last change to the inode. chmod and
+    # copying change it too, which is harmless: the file is read again. Windows has the creation time in its place, so
+    # there the content is read.
+    changed = checksum(path) if CTIME_IS_CREATION else status.st_ctime_ns
+    return [status.st_size, status.st_mtime_ns, changed]
+
+
+def checksum(path):
+    """CRC-32 of a file's content."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def train_tokenizer(sources, folder, vocab_size, explicit):

@@ -216,6 +216,55 @@ def test_a_text_that_changed_is_encoded_again(place):
     assert not after.tokenizer.decode(tokens).startswith(before.tokenizer.decode(before.train[:50]))
 
 
+def replace_in_place(path, data):
+    """Give a file another content; its size and mtime stay the same."""
+    before = os.stat(path)
+    assert len(data) == before.st_size and data != Path(path).read_bytes()
+    Path(path).write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def reordered(path):
+    """The stories of a text file in reverse order: as many bytes."""
+    end = f"\n{bpe.END}\n"
+    told = path.read_text("utf-8").split(end)[:-1]
+    return "".join(story + end for story in reversed(told)).encode()
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("what", ["train", "valid"])
+def test_a_text_replaced_with_its_size_and_mtime_is_encoded_again(place, monkeypatch, what, windows):
+    monkeypatch.setattr(train, "CTIME_IS_CREATION", windows)
+    paths = {"train": write_stories(place / "t.txt", seed=1), "valid": write_stories(place / "v.txt", seed=2)}
+    words = ["--data", paths["train"], "--val-data", paths["valid"]]
+    before = prepare(*words)
+    told = before.tokenizer.decode(getattr(before, what)).split(bpe.END)[:-1]
+    replace_in_place(paths[what], reordered(paths[what]))
+    after = prepare(*words)
+    assert after.tokenizer.decode(getattr(after, what)).split(bpe.END)[:-1] == told[::-1]
+
+
+def test_a_text_replaced_by_renaming_a_file_of_the_same_size_and_mtime_is_encoded_again(place):
+    path, other = write_stories(place / "t.txt"), place / "other.txt"
+    other.write_bytes(reordered(path))
+    shutil.copystat(path, other)
+    before = prepare("--data", path)
+    other.replace(path)
+    after = prepare("--data", path)
+    assert not np.array_equal(after.train, before.train)
+
+
+def test_a_tokenizer_file_replaced_with_its_size_and_mtime_encodes_the_text_again(place, text, tokenizer):
+    tokenizer.save("t.json")
+    merges = tokenizer.merges
+    bpe.Tokenizer.from_merges([merges[1], merges[0], *merges[2:]]).save("other.json")
+    before = prepare("--data", text, "--tokenizer", "t.json")
+    replace_in_place("t.json", Path("other.json").read_bytes())
+    after = prepare("--data", text, "--tokenizer", "t.json")
+    assert not np.array_equal(after.train, before.train)
+    assert after.tokenizer.decode(after.train) == before.tokenizer.decode(before.train)
+
+
 @pytest.mark.parametrize("left", [0, 101, -2])
 def test_an_encoded_text_that_was_cut_short_is_made_again(place, text, left):
     whole = np.array(prepare("--data", text).train)
