@@ -45,6 +45,7 @@ class Data(NamedTuple):
     valid: np.ndarray
     name: str
     files: list  # token files of the two, each a list of paths; none for validation: held out
+    checksums: dict  # path of a token file -> [crc32, file_state of it, file_state of its JSON]
 
 
 def prepare_data(args, s, cfg, vocab_size, tokenizer=None):
@@ -73,9 +74,11 @@ def prepare_data(args, s, cfg, vocab_size, tokenizer=None):
     return read_data(tokenizer, files, name, cfg.seq_len)
 
 
-def read_data(tokenizer, files, name, seq_len):
-    """`Data` of token files; ValueError or OSError if one is missing, damaged, of another tokenizer, or too short."""
-    train, valid = (read_token_files(paths, tokenizer) if paths else None for paths in files)
+def read_data(tokenizer, files, name, seq_len, known=None):
+    """`Data` of token files; ValueError or OSError if one is missing, damaged, of another tokenizer, too short, or not
+    the file whose checksum is in `known`."""
+    checksums = dict(known or {})
+    train, valid = (read_token_files(paths, tokenizer, checksums) if paths else None for paths in files)
     if valid is None:
         train, valid = hold_out(train, tokenizer)
     for what, tokens, least in (("training", train, seq_len), ("validation", valid, 2)):
@@ -84,7 +87,7 @@ def read_data(tokenizer, files, name, seq_len):
                 f"{name}: the {what} text has {len(tokens)} tokens, less than one window of T={seq_len}; "
                 f"use more text or --seq-len {max(1, 1 << (len(tokens) // 2).bit_length())}"
             )
-    return Data(tokenizer, train, valid, name, files)
+    return Data(tokenizer, train, valid, name, files, checksums)
 
 
 def are_token_files(paths):
@@ -194,8 +197,19 @@ def encode(sources, tokenizer, path):
     return [str(path)]
 
 
-def read_token_files(paths, tokenizer):
-    parts = [bpe.read_tokens(path, tokenizer)[0] for path in paths]
+def read_token_files(paths, tokenizer, checksums):
+    """Return the ids of all files, (M,), and update `checksums`, those of `Data`. ValueError if a file no longer has
+    its checksum there. The content is read only if the file's state has changed."""
+    parts = []
+    for path in paths:
+        expected, *seen = checksums.get(path, [None])
+        state = [file_state(name) for name in (path, f"{path}.json") if os.path.exists(name)]
+        ids, info = bpe.read_tokens(path, tokenizer, check=state != seen)
+        if expected not in (None, info["crc32"]):
+            found = f"its checksum is {info['crc32']!r}, expected {expected!r:.20}"
+            raise ValueError(f"{path} has changed since the run began: {found}; restore it or start another run")
+        checksums[path] = [info["crc32"], *state]
+        parts.append(ids)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -1096,7 +1110,7 @@ def evaluate_file(args):
         raise ValueError(f"--stride {stride} is above the window of T={T}: tokens between would not be scored")
     check_vocabulary(args.data, tokenizer, args.eval)
     folder = Path("data", "tokens", cache_key(args.data, None, tokenizer.hash))
-    tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer)
+    tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer, {})
     p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
     with Progress("scoring", len(tokens)) as progress:
         nats = score(p, cfg, tokens, tokenizer.end, OPS[args.kernels], stride, args.batch_size, progress)
@@ -1362,7 +1376,7 @@ def begin_in(folder, log, args, started):
         state = State(cfg, tinygpt.init_parameters(cfg, args.seed))  # any: only the time counts
         steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
-    s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
+    s |= {"data": data.name, "files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
     parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
     run = Run(folder, s, State(cfg, parameters), data, table_of(s), log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
@@ -1438,9 +1452,14 @@ def go_on(folder, log, args):
         more = f"to train its model further, begin another run with it: --init-from {path}"
         raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates; {more}")
     check_asked(args.asked, s.get("asked", {}), folder)
-    data = read_data(bpe.Tokenizer.from_json(checkpoint.tokenizer), s["files"], s["data"], cfg.seq_len)
-    if len(data.train) != s["train_tokens"] or data.tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"the data of {folder} have changed since it began; start another run")
+    tokenizer, known = bpe.Tokenizer.from_json(checkpoint.tokenizer), s.get("checksums")
+    data = read_data(tokenizer, s["files"], s["data"], cfg.seq_len, known)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model V={cfg.vocab_size}")
+    if len(data.train) != s["train_tokens"]:  # the only check for runs that older versions began, without checksums
+        found = f"its files now give {len(data.train):,} training tokens, expected {s['train_tokens']:,}"
+        raise ValueError(f"the data of {folder} have changed since it began: {found}; start another run")
+    s["checksums"] = data.checksums
     state = State(cfg, parameters)
     state.step, state.m[:], state.v[:] = step, *moments
     s.setdefault("recompute", False)  # runs that began before there was a choice
@@ -1457,6 +1476,7 @@ def check_settings(s):
     counts = ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "train_tokens")
     rates = ("lr", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "save_every")
     texts = [s["data"], s["size"], *s["prompts"], *(path for paths in s["files"] for path in paths)]
+    texts += [crc32 for crc32, *_ in s.get("checksums", {}).values()]
     sound = all(type(s[name]) is int and 0 < s[name] < 2**48 for name in counts) and len(s["files"]) == 2
     others = [s["warmup_steps"], s["seed"], s.get("keep", 0)]
     sound &= all(type(number) is int and 0 <= number < 2**63 for number in others)
@@ -1506,7 +1526,7 @@ def open_run(args, started):
     s, cfg, step, evaluated, folder, tokenizer = RANKS.alone(lead)
     if RANKS.rank:
         check_tiles(s, folder)
-        data = read_data(bpe.Tokenizer.from_json(tokenizer), s["files"], s["data"], cfg.seq_len)
+        data = read_data(bpe.Tokenizer.from_json(tokenizer), s["files"], s["data"], cfg.seq_len, s["checksums"])
         state = State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
         run, state.step = Run(folder, s, state, data, table_of(s), None), step
         run.evaluated = evaluated

@@ -879,6 +879,131 @@ def test_resume_says_which_tokens_are_gone(stopped):
     assert str(gone) in refusal(train.main, "train.py", "--resume")
 
 
+def write_token_files(text, tokenizer):
+    """a.bin, b.bin and v.bin, which can be encoded again in another order of their stories: as many tokens."""
+    tokenizer.save("t.json")
+    told = list(bpe.documents([text]))
+    for name, part in (("a", told[:30]), ("b", told[30:]), ("v", told[:20])):
+        bpe.write_tokens(part, tokenizer, f"{name}.bin")
+        bpe.write_tokens(part[::-1], tokenizer, f"{name}-reversed.bin")
+
+
+def exchange(name, other, restore):
+    """Exchange two token files and their descriptions; restore: each name keeps its mtime."""
+    for end in (".bin", ".bin.json"):
+        one, two, stats = Path(name + end), Path(other + end), [os.stat(n + end) for n in (name, other)]
+        shutil.move(one, "aside"), shutil.move(two, one), shutil.move("aside", two)
+        for path, status in zip((one, two), stats if restore else ()):
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+TOKEN_RUN = ("--data", "a.bin", "b.bin", "--val-data", "v.bin", "--tokenizer", "t.json")
+
+
+@pytest.fixture
+def stopped_on_tokens(place, text, tokenizer):
+    """A run in runs/tiny on a.bin and b.bin, validated on v.bin, that was stopped after two updates."""
+    write_token_files(text, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        assert invoke(train.main, "--size", "tiny", *TOKEN_RUN, *PLAIN)[0] == 130
+    return Path("runs", "tiny")
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("name", ["a", "b", "v"])
+def test_resume_refuses_token_files_replaced_by_others_of_as_many_tokens(stopped_on_tokens, name, restore):
+    was, now = (json.loads(Path(f"{n}.bin.json").read_text())["crc32"] for n in (name, f"{name}-reversed"))
+    exchange(name, f"{name}-reversed", restore)
+    message = refusal(train.main, "train.py", "--resume")
+    assert f"{name}.bin has changed since the run began" in message
+    assert f"checksum is '{now}', expected '{was}'" in message and "restore it or start another run" in message
+    exchange(name, f"{name}-reversed", restore)
+    assert invoke(train.main, "--resume")[0] == 0
+
+
+def test_resume_refuses_token_files_that_changed_places(stopped_on_tokens):
+    exchange("a", "b", restore=False)
+    assert "a.bin has changed since the run began" in refusal(train.main, "train.py", "--resume")
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("described", [True, False])
+def test_resume_refuses_tokens_replaced_with_their_size_and_mtime(
+    place, text, tokenizer, monkeypatch, described, windows
+):
+    """Also where another program wrote them, without a checksum in the description."""
+    monkeypatch.setattr(train, "CTIME_IS_CREATION", windows)
+    write_token_files(text, tokenizer)
+    for path in () if described else Path().glob("*.bin.json"):
+        info = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps({name: value for name, value in info.items() if name != "crc32"}), "utf-8")
+    interrupt_at(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert invoke(train.main, "--size", "tiny", *TOKEN_RUN, *PLAIN)[0] == 130
+    replace_in_place("b.bin", Path("b-reversed.bin").read_bytes())
+    message = refusal(train.main, "train.py", "--resume")
+    assert ("b.bin is damaged" if described else "b.bin has changed since the run began") in message
+
+
+def test_token_files_are_read_again_only_where_their_state_has_changed(place, text, tokenizer, monkeypatch):
+    write_token_files(text, tokenizer)
+    real, checked = bpe.read_tokens, []
+
+    def recorded(path, tokenizer=None, check=True):
+        checked.append((path, check))
+        return real(path, tokenizer, check)
+
+    def read(known):
+        checked.clear()
+        return train.read_data(tokenizer, [["a.bin", "b.bin"], ["v.bin"]], "", TINY.seq_len, known)
+
+    monkeypatch.setattr(bpe, "read_tokens", recorded)
+    first = read(None)
+    assert checked == [("a.bin", True), ("b.bin", True), ("v.bin", True)]
+    second = read(first.checksums)
+    assert checked == [("a.bin", False), ("b.bin", False), ("v.bin", False)]
+    assert np.array_equal(first.train, second.train) and second.checksums == first.checksums
+    os.utime("b.bin", ns=(1, 1))
+    third = read(second.checksums)
+    assert checked == [("a.bin", False), ("b.bin", True), ("v.bin", False)]
+    read(third.checksums)
+    assert checked == [("a.bin", False), ("b.bin", False), ("v.bin", False)]
+
+
+def test_resume_goes_on_with_token_files_that_were_copied_back(stopped_on_tokens):
+    for path in [*Path().glob("?.bin"), *Path().glob("?.bin.json")]:
+        path.write_bytes(path.read_bytes())
+    assert invoke(train.main, "--resume")[0] == 0
+    trained(*TOKEN_RUN, *PLAIN)
+    assert model_bytes() == model_bytes("runs/tiny-2")
+
+
+def test_resume_needs_neither_the_tokenizer_file_nor_the_first_model(place, text, tokenizer, finished):
+    tokenizer.save("t.json")
+    shutil.copy(finished.folder / "best.safetensors", "first.safetensors")
+    for begun in (["--size", "tiny", "--tokenizer", "t.json"], ["--init-from", "first.safetensors"]):
+        words = [*begun, "--data", text, *PLAIN]
+        assert invoke(train.main, *words, "--out", "whole")[0] == 0
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+            assert invoke(train.main, *words, "--out", "run")[0] == 130
+        Path(begun[-1]).write_bytes(b"another file")
+        assert invoke(train.main, "--resume", "--out", "run")[0] == 0
+        assert model_bytes("run") == model_bytes("whole")
+        shutil.rmtree("run"), shutil.rmtree("whole")
+
+
+def test_resume_without_checksums_refuses_another_number_of_tokens(stopped_on_tokens):
+    """As a run has it that an older version began."""
+    path = stopped_on_tokens / "last.safetensors"
+    c = tinygpt.load_checkpoint(path)
+    s = json.loads(c.metadata["settings"])
+    s = {name: value for name, value in s.items() if name != "checksums"} | {"train_tokens": s["train_tokens"] + 1}
+    tinygpt.save_checkpoint(path, c.parameters, c.cfg, c.tokenizer, c.extra, c.metadata | {"settings": json.dumps(s)})
+    message = refusal(train.main, "train.py", "--resume")
+    assert f"{s['train_tokens'] - 1:,} training tokens, expected {s['train_tokens']:,}" in message
+
+
 @pytest.mark.parametrize("damage", ["garbage", "empty", "cut", "foreign", "model alone"])
 def test_resume_refuses_what_is_no_checkpoint_of_a_run(stopped, damage):
     path = stopped / "last.safetensors"
