@@ -213,14 +213,43 @@ def read_token_files(paths, tokenizer, checksums):
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+HELD_OUT = 0.02  # share of the stories, or of their bytes, that is validation text where there is no other
+LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # of the bytes: what a cut between two stories may leave for validation
+COUNTED = 1 << 20  # tokens whose bytes are counted at a time: memory only, same result
+
+
 def hold_out(tokens, tokenizer):
-    """(training, validation): the last 2% of the stories, or of the bytes if there is one story."""
-    ends = np.flatnonzero(tokens == tokenizer.end)
-    if len(ends) > 1:
-        cut = ends[-1 - max(1, round(0.02 * len(ends)))] + 1
+    """(training, validation): the last 2% of the stories if they are 1% to 5% of the bytes. Otherwise cut where the
+    story nearest to 98% of the bytes ends, within the same limits; inside a story if none ends there."""
+    lengths, total = byte_lengths(tokenizer), 0
+    stops, read, totals = [], [], []  # of each story: the token after it, bytes up to there; bytes up to each block
+    for first in range(0, len(tokens), COUNTED):
+        block = tokens[first : first + COUNTED]
+        sums, ends = total + np.cumsum(lengths[block]), np.flatnonzero(block == tokenizer.end)
+        stops.append(first + ends + 1)
+        read.append(sums[ends])
+        totals.append(total)
+        total = int(sums[-1])
+    stops, held = np.concatenate(stops), total - np.concatenate(read)
+    fair = np.flatnonzero((LEAST_HELD_OUT * total <= held) & (held <= MOST_HELD_OUT * total))
+    usual = len(stops) - 1 - max(1, round(HELD_OUT * len(stops)))
+    if len(fair):
+        nearest = fair[np.abs(held[fair] - HELD_OUT * total).argmin()]
+        cut = int(stops[usual if usual in fair else nearest])
     else:
-        cut = np.searchsorted(np.cumsum(byte_lengths(tokenizer)[tokens]), 0.98 * count_bytes(tokens, tokenizer))
+        target = (1 - HELD_OUT) * total
+        block = max(1, np.searchsorted(totals, target)) - 1
+        first = block * COUNTED
+        sums = totals[block] + np.cumsum(lengths[tokens[first : first + COUNTED]])
+        cut = first + int(np.searchsorted(sums, target))
     return tokens[:cut], tokens[cut:]
+
+
+def describe_held_out(train, valid, end):
+    """What `hold_out` took from the text, in words."""
+    stories = int(np.count_nonzero(valid == end))
+    what = "cut inside a story" if train[-1] != end else "1 story" if stories == 1 else f"{stories:,} stories"
+    return f"the last {len(valid) / (len(train) + len(valid)):.1%}, {what}"
 
 
 def byte_lengths(tokenizer):
@@ -980,7 +1009,7 @@ def make_parser():
     add = parser.add_argument_group("what").add_argument
     add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
     add("--data", nargs="+", metavar="FILE", help="training text, .jsonl, token files or folders; default TinyStories")
-    add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training stories")
+    add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
     add("--seq-len", type=COUNT, metavar="T", help="tokens in a window (default that of the size)")
@@ -1250,12 +1279,13 @@ def describe(cfg, s, data, folder):
     per_update = s["batch_size"] * cfg.seq_len
     micro = own_rows(s)[1]
     of = f" of each of {RANKS.count} ranks" if RANKS.comm else ""
+    held = "" if data.files[1] else f" ({describe_held_out(data.train, data.valid, data.tokenizer.end)})"
     memory = f", about {memory_needed(cfg, micro, s['recompute']) / 2**20:,.0f} MiB of memory"
     note(
         f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
         f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
         f"          {begun}{', '.join(f'{name} {value}' for name, value in shape.items())}\n"
-        f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation; "
+        f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation{held}; "
         f"ln V = {math.log(cfg.vocab_size):.2f}\n"
         f"training  {s['steps']:,} updates of {s['batch_size']} x {cfg.seq_len} tokens ({s['steps'] * per_update:,}: "
         f"{s['steps'] * per_update / len(data.train):.2f} epochs), {s['micro_batch_size']} sequences at a time"

@@ -169,7 +169,7 @@ def test_count_bytes_counts_bytes_and_not_characters(tokenizer):
     assert train.count_bytes(tokens, tokenizer) == len(story.encode())
 
 
-@pytest.mark.parametrize("count", [2, 3, 49, 50, 100, 149])
+@pytest.mark.parametrize("count", [49, 50, 100, 149])
 def test_hold_out_takes_two_percent_of_the_stories_whole(tokenizer, count):
     told = [tokenizer.encode(story) + [tokenizer.end] for story in islice(stories.generate(1), count)]
     tokens = np.concatenate(told)
@@ -186,6 +186,65 @@ def test_hold_out_cuts_one_document_by_bytes(tokenizer):
     assert np.array_equal(np.concatenate([kept, held]), tokens)
     longest = max(map(len, tokenizer.vocab))
     assert abs(train.count_bytes(kept, tokenizer) - 0.98 * len(story.encode())) <= longest
+
+
+WORDS = " ".join(islice(stories.generate(1), 60)).split(" ")
+
+
+def joined_stories(tokenizer, sizes):
+    """Tokens of stories of these numbers of words, each with its end."""
+    return np.concatenate([[*tokenizer.encode(" ".join(WORDS[:size])), tokenizer.end] for size in sizes])
+
+
+def held_share(tokens, tokenizer):
+    """What hold_out takes: (share of the bytes, stories that end in it, whether it cuts inside a story)."""
+    kept, held = train.hold_out(tokens, tokenizer)
+    assert np.array_equal(np.concatenate([kept, held]), tokens)
+    share = train.count_bytes(held, tokenizer) / train.count_bytes(tokens, tokenizer)
+    return share, np.count_nonzero(held == tokenizer.end), kept[-1] != tokenizer.end
+
+
+@pytest.mark.parametrize("sizes", [[200, 200], [3000, 200, 300], [20] * 9 + [3000], [100] * 5, [10] * 40 + [1000]])
+def test_hold_out_cuts_inside_a_story_where_whole_ones_would_be_too_much(tokenizer, sizes):
+    share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
+    assert 0.01 < share < 0.025 and stories == 1 and inside
+
+
+@pytest.mark.parametrize(
+    "sizes, whole",  # the end of a story that is nearest to 98% of the text
+    [([100] * 20, 1), ([400] * 10 + [20, 40, 20], 3), ([100] * 100 + [1, 1], 4), ([60] * 30 + [3] * 14, 14)],
+)
+def test_hold_out_prefers_whole_stories_of_about_two_percent(tokenizer, sizes, whole):
+    share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
+    assert 0.01 <= share <= 0.05 and stories == whole and not inside
+
+
+@pytest.mark.parametrize("sizes", [[200, 200], [100] * 20, [20] * 9 + [3000], [3000], [50] * 120])
+def test_hold_out_cuts_at_the_same_place_whatever_it_counts_at_a_time(tokenizer, monkeypatch, sizes):
+    tokens = joined_stories(tokenizer, sizes)
+    cut = len(train.hold_out(tokens, tokenizer)[0])
+    for size in (1, 7, 100, len(tokens) - 1, len(tokens)):
+        monkeypatch.setattr(train, "COUNTED", size)
+        assert len(train.hold_out(tokens, tokenizer)[0]) == cut
+
+
+@pytest.mark.parametrize("count, piece", [(1, "cut inside a story"), (2, "cut inside a story"), (50, "1 story")])
+def test_the_first_lines_say_what_is_held_out(place, count, piece):
+    path = write_stories(place / "s.txt", count=count)
+    path.write_text(path.read_text("utf-8").replace(".", ". " + " ".join(WORDS[:9])), "utf-8")
+    _, err = trained("--data", path, "--steps", 1)
+    (line,) = [line for line in err.splitlines() if line.startswith("data ")]
+    total, valid, share, what = re.search(
+        r": ([\d,]+) tokens, ([\d,]+) for validation \(the last (.*)%, (.*)\);", line
+    ).groups()
+    assert what == piece
+    total, valid = (int(number.replace(",", "")) for number in (total, valid))
+    assert float(share) == pytest.approx(100 * valid / (total + valid), abs=0.06)
+
+
+def test_the_first_lines_of_a_run_with_validation_text_hold_nothing_out(place, text):
+    _, err = trained("--data", text, "--val-data", text, "--steps", 1)
+    assert " for validation; ln V" in err
 
 
 def test_bits_per_byte_divides_by_the_bytes_of_the_text(tokenizer):
