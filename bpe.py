@@ -1090,9 +1090,10 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     return info
 
 
-def read_tokens(path, tokenizer=None):
-    """A token file -> (ids, mapped read-only, what its JSON says). ValueError where the two do not belong together,
-    or where it was written with another tokenizer."""
+def read_tokens(path, tokenizer=None, check=True):
+    """A token file -> (ids, mapped read-only, its description from the JSON; crc32 is computed if missing). ValueError
+    where the two do not belong together, or where it was written with another tokenizer. check=False does not read the
+    content: for a file that has not changed since it was checked."""
     path = os.fspath(path)
     try:
         info = json.loads(Path(path + ".json").read_bytes())
@@ -1121,9 +1122,12 @@ def read_tokens(path, tokenizer=None):
     if tokenizer and info["vocab_size"] != tokenizer.vocab_size:  # the ids are read without a look at their range
         got, want = info["vocab_size"], tokenizer.vocab_size
         raise ValueError(f"{path}.json says vocab_size {got}; expected {want}; encode the text again")
-    ids = np.memmap(path, dtype, "r")
-    if (written := info.get("crc32")) and (found := f"{zlib.crc32(ids):08x}") != written:  # another writer's has none
-        want = f"{written!r:.20}"
+    ids, written = np.memmap(path, dtype, "r"), info.get("crc32")  # other writers may leave it out
+    if written and not check:
+        return ids, info
+    info["crc32"] = f"{zlib.crc32(ids):08x}"
+    if written and info["crc32"] != written:
+        found, want = info["crc32"], f"{written!r:.20}"
         raise ValueError(f"{path} is damaged: its checksum is {found!r}, expected {want}; encode the text again")
     if (most := int(ids.max())) >= info["vocab_size"]:
         raise ValueError(f"{path} has id {most}; expected below {info['vocab_size']}; encode the text again")

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Data(NamedTuple):
     valid: np.ndarray
     name: str
     files: list  # token files of the two, each a list of paths; none for validation: held out
+    checksums: dict  # path of a token file -> [crc32, file_state of it, file_state of its JSON]
 
 
 def prepare_data(args, s, cfg, vocab_size, tokenizer=None):
@@ -72,9 +74,11 @@ def prepare_data(args, s, cfg, vocab_size, tokenizer=None):
     return read_data(tokenizer, files, name, cfg.seq_len)
 
 
-def read_data(tokenizer, files, name, seq_len):
-    """`Data` of token files; ValueError or OSError if one is missing, damaged, of another tokenizer, or too short."""
-    train, valid = (read_token_files(paths, tokenizer) if paths else None for paths in files)
+def read_data(tokenizer, files, name, seq_len, known=None):
+    """`Data` of token files; ValueError or OSError if one is missing, damaged, of another tokenizer, too short, or not
+    the file whose checksum is in `known`."""
+    checksums = dict(known or {})
+    train, valid = (read_token_files(paths, tokenizer, checksums) if paths else None for paths in files)
     if valid is None:
         train, valid = hold_out(train, tokenizer)
     for what, tokens, least in (("training", train, seq_len), ("validation", valid, 2)):
@@ -83,7 +87,7 @@ def read_data(tokenizer, files, name, seq_len):
                 f"{name}: the {what} text has {len(tokens)} tokens, less than one window of T={seq_len}; "
                 f"use more text or --seq-len {max(1, 1 << (len(tokens) // 2).bit_length())}"
             )
-    return Data(tokenizer, train, valid, name, files)
+    return Data(tokenizer, train, valid, name, files, checksums)
 
 
 def are_token_files(paths):
@@ -118,9 +122,30 @@ def cache_key(sources, tokenizer_path, detail):
     """A name for what is made of these files: changes when one of them does."""
     parts = [bpe.PATTERN, RESERVED, detail]
     for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
-        status = path.stat()
-        parts += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+        parts += [str(path.resolve()), *file_state(path)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+CTIME_IS_CREATION = os.name == "nt"
+
+
+def file_state(path):
+    """[size, mtime, ctime]: equal only if the file has not been written or replaced in between."""
+    status = os.stat(path)
+    # cp -p, tar and rsync restore mtime, but nothing can set ctime, the time of the last change to the inode. chmod and
+    # copying change it too, which is harmless: the file is read again. Windows has the creation time in its place, so
+    # there the content is read.
+    changed = checksum(path) if CTIME_IS_CREATION else status.st_ctime_ns
+    return [status.st_size, status.st_mtime_ns, changed]
+
+
+def checksum(path):
+    """CRC-32 of a file's content."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def train_tokenizer(sources, folder, vocab_size, explicit):
@@ -172,19 +197,59 @@ def encode(sources, tokenizer, path):
     return [str(path)]
 
 
-def read_token_files(paths, tokenizer):
-    parts = [bpe.read_tokens(path, tokenizer)[0] for path in paths]
+def read_token_files(paths, tokenizer, checksums):
+    """Return the ids of all files, (M,), and update `checksums`, those of `Data`. ValueError if a file no longer has
+    its checksum there. The content is read only if the file's state has changed."""
+    parts = []
+    for path in paths:
+        expected, *seen = checksums.get(path, [None])
+        state = [file_state(name) for name in (path, f"{path}.json") if os.path.exists(name)]
+        ids, info = bpe.read_tokens(path, tokenizer, check=state != seen)
+        if expected not in (None, info["crc32"]):
+            found = f"its checksum is {info['crc32']!r}, expected {expected!r:.20}"
+            raise ValueError(f"{path} has changed since the run began: {found}; restore it or start another run")
+        checksums[path] = [info["crc32"], *state]
+        parts.append(ids)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+HELD_OUT = 0.02  # share of the stories, or of their bytes, that is validation text where there is no other
+LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # of the bytes: what a cut between two stories may leave for validation
+COUNTED = 1 << 20  # tokens whose bytes are counted at a time: memory only, same result
+
+
 def hold_out(tokens, tokenizer):
-    """(training, validation): the last 2% of the stories, or of the bytes if there is one story."""
-    ends = np.flatnonzero(tokens == tokenizer.end)
-    if len(ends) > 1:
-        cut = ends[-1 - max(1, round(0.02 * len(ends)))] + 1
+    """(training, validation): the last 2% of the stories if they are 1% to 5% of the bytes. Otherwise cut where the
+    story nearest to 98% of the bytes ends, within the same limits; inside a story if none ends there."""
+    lengths, total = byte_lengths(tokenizer), 0
+    stops, read, totals = [], [], []  # of each story: the token after it, bytes up to there; bytes up to each block
+    for first in range(0, len(tokens), COUNTED):
+        block = tokens[first : first + COUNTED]
+        sums, ends = total + np.cumsum(lengths[block]), np.flatnonzero(block == tokenizer.end)
+        stops.append(first + ends + 1)
+        read.append(sums[ends])
+        totals.append(total)
+        total = int(sums[-1])
+    stops, held = np.concatenate(stops), total - np.concatenate(read)
+    fair = np.flatnonzero((LEAST_HELD_OUT * total <= held) & (held <= MOST_HELD_OUT * total))
+    usual = len(stops) - 1 - max(1, round(HELD_OUT * len(stops)))
+    if len(fair):
+        nearest = fair[np.abs(held[fair] - HELD_OUT * total).argmin()]
+        cut = int(stops[usual if usual in fair else nearest])
     else:
-        cut = np.searchsorted(np.cumsum(byte_lengths(tokenizer)[tokens]), 0.98 * count_bytes(tokens, tokenizer))
+        target = (1 - HELD_OUT) * total
+        block = max(1, np.searchsorted(totals, target)) - 1
+        first = block * COUNTED
+        sums = totals[block] + np.cumsum(lengths[tokens[first : first + COUNTED]])
+        cut = first + int(np.searchsorted(sums, target))
     return tokens[:cut], tokens[cut:]
+
+
+def describe_held_out(train, valid, end):
+    """What `hold_out` took from the text, in words."""
+    stories = int(np.count_nonzero(valid == end))
+    what = "cut inside a story" if train[-1] != end else "1 story" if stories == 1 else f"{stories:,} stories"
+    return f"the last {len(valid) / (len(train) + len(valid)):.1%}, {what}"
 
 
 def byte_lengths(tokenizer):
@@ -944,7 +1009,7 @@ def make_parser():
     add = parser.add_argument_group("what").add_argument
     add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
     add("--data", nargs="+", metavar="FILE", help="training text, .jsonl, token files or folders; default TinyStories")
-    add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training stories")
+    add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
     add("--seq-len", type=COUNT, metavar="T", help="tokens in a window (default that of the size)")
@@ -1074,7 +1139,7 @@ def evaluate_file(args):
         raise ValueError(f"--stride {stride} is above the window of T={T}: tokens between would not be scored")
     check_vocabulary(args.data, tokenizer, args.eval)
     folder = Path("data", "tokens", cache_key(args.data, None, tokenizer.hash))
-    tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer)
+    tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer, {})
     p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
     with Progress("scoring", len(tokens)) as progress:
         nats = score(p, cfg, tokens, tokenizer.end, OPS[args.kernels], stride, args.batch_size, progress)
@@ -1214,12 +1279,13 @@ def describe(cfg, s, data, folder):
     per_update = s["batch_size"] * cfg.seq_len
     micro = own_rows(s)[1]
     of = f" of each of {RANKS.count} ranks" if RANKS.comm else ""
+    held = "" if data.files[1] else f" ({describe_held_out(data.train, data.valid, data.tokenizer.end)})"
     memory = f", about {memory_needed(cfg, micro, s['recompute']) / 2**20:,.0f} MiB of memory"
     note(
         f"model     {s['size']}: {total:,} parameters ({inner:,} without embeddings), "
         f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
         f"          {begun}{', '.join(f'{name} {value}' for name, value in shape.items())}\n"
-        f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation; "
+        f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation{held}; "
         f"ln V = {math.log(cfg.vocab_size):.2f}\n"
         f"training  {s['steps']:,} updates of {s['batch_size']} x {cfg.seq_len} tokens ({s['steps'] * per_update:,}: "
         f"{s['steps'] * per_update / len(data.train):.2f} epochs), {s['micro_batch_size']} sequences at a time"
@@ -1340,7 +1406,7 @@ def begin_in(folder, log, args, started):
         state = State(cfg, tinygpt.init_parameters(cfg, args.seed))  # any: only the time counts
         steps = plan_steps(args, state, batches, ops, s | {"steps": 1, "warmup_steps": 0}, started)
     plan(args, s, batches, steps)
-    s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
+    s |= {"data": data.name, "files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
     parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
     run = Run(folder, s, State(cfg, parameters), data, table_of(s), log)
     run.write(settings=s, config=asdict(cfg), command=repeat_command(args, s, cfg))
@@ -1416,9 +1482,14 @@ def go_on(folder, log, args):
         more = f"to train its model further, begin another run with it: --init-from {path}"
         raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates; {more}")
     check_asked(args.asked, s.get("asked", {}), folder)
-    data = read_data(bpe.Tokenizer.from_json(checkpoint.tokenizer), s["files"], s["data"], cfg.seq_len)
-    if len(data.train) != s["train_tokens"] or data.tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"the data of {folder} have changed since it began; start another run")
+    tokenizer, known = bpe.Tokenizer.from_json(checkpoint.tokenizer), s.get("checksums")
+    data = read_data(tokenizer, s["files"], s["data"], cfg.seq_len, known)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model V={cfg.vocab_size}")
+    if len(data.train) != s["train_tokens"]:  # the only check for runs that older versions began, without checksums
+        found = f"its files now give {len(data.train):,} training tokens, expected {s['train_tokens']:,}"
+        raise ValueError(f"the data of {folder} have changed since it began: {found}; start another run")
+    s["checksums"] = data.checksums
     state = State(cfg, parameters)
     state.step, state.m[:], state.v[:] = step, *moments
     s.setdefault("recompute", False)  # runs that began before there was a choice
@@ -1435,6 +1506,7 @@ def check_settings(s):
     counts = ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_tokens", "train_tokens")
     rates = ("lr", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "save_every")
     texts = [s["data"], s["size"], *s["prompts"], *(path for paths in s["files"] for path in paths)]
+    texts += [crc32 for crc32, *_ in s.get("checksums", {}).values()]
     sound = all(type(s[name]) is int and 0 < s[name] < 2**48 for name in counts) and len(s["files"]) == 2
     others = [s["warmup_steps"], s["seed"], s.get("keep", 0)]
     sound &= all(type(number) is int and 0 <= number < 2**63 for number in others)
@@ -1478,7 +1550,7 @@ def open_run(args, started):
     s, cfg, step, evaluated, folder, tokenizer = RANKS.alone(lead)
     if RANKS.rank:
         check_tiles(s, folder)
-        data = read_data(bpe.Tokenizer.from_json(tokenizer), s["files"], s["data"], cfg.seq_len)
+        data = read_data(bpe.Tokenizer.from_json(tokenizer), s["files"], s["data"], cfg.seq_len, s["checksums"])
         state = State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
         run, state.step = Run(folder, s, state, data, table_of(s), None), step
         run.evaluated = evaluated

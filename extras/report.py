@@ -438,8 +438,9 @@ def medians(points):
     return [(group[len(group) // 2][0], median(y for _, y in group)) for group in groups]
 
 
-FOLLOWS = ("min_lr", "steps", "warmup_steps", "eval_every", "eval_tokens", "train_tokens", "micro_batch_size", "files")
-FOLLOWS += ("kv_heads", "head_width", "hidden", "position_rows", "prompts")  # from other settings, mostly
+NOT_LISTED = ("files", "checksums", "prompts")  # in no table: too long, or shown elsewhere
+FOLLOWS = ("min_lr", "steps", "warmup_steps", "eval_every", "eval_tokens", "train_tokens", "micro_batch_size")
+FOLLOWS += ("kv_heads", "head_width", "hidden", "position_rows", *NOT_LISTED)  # from other settings, mostly
 
 
 def effect_plots(logs):
@@ -651,7 +652,7 @@ def cards(log):
 
 def runs_table(logs):
     """The runs, the best first, with every setting in which they differ."""
-    names = [name for name in differing(logs) if name not in ("files", "prompts")]
+    names = [name for name in differing(logs) if name not in NOT_LISTED]
     chosen, follow = ([name for name in names if (name in FOLLOWS) == late] for late in (False, True))
 
     def headed(names):
@@ -713,7 +714,7 @@ def settings_list(logs):
     rows = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(setting(value))}</dd></div>"
         for name, value in logs[0].settings.items()
-        if name not in apart and name not in ("files", "prompts")
+        if name not in apart and name not in NOT_LISTED
     ]
     title = "Settings" if len(logs) == 1 else "Settings, the same in all"
     return f'<h2 id="settings">{title}</h2><dl class="settings">{"".join(rows)}</dl>' if rows else ""

@@ -610,6 +610,25 @@ def test_a_token_file_written_again_as_it_was_is_whole_all_the_time(tokenizer, t
     assert seen == [info["tokens"]] * 2
 
 
+def test_read_tokens_computes_a_checksum_that_the_description_leaves_out(tokenizer, tmp_path):
+    path, beside = tmp_path / "t.bin", tmp_path / "t.bin.json"
+    info = bpe.write_tokens(STORIES, tokenizer, path)
+    beside.write_text(json.dumps({name: value for name, value in info.items() if name != "crc32"}), encoding="utf-8")
+    for check in (True, False):
+        assert bpe.read_tokens(path, tokenizer, check)[1] == info
+
+
+def test_read_tokens_without_check_reads_the_description_alone(tokenizer, tmp_path):
+    path = tmp_path / "t.bin"
+    info = bpe.write_tokens(STORIES, tokenizer, path)
+    path.write_bytes(bytes(len(path.read_bytes())))
+    ids, read = bpe.read_tokens(path, tokenizer, check=False)
+    assert read == info and not ids.any()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="has 0 bytes"):
+        bpe.read_tokens(path, tokenizer, check=False)
+
+
 def test_a_token_file_that_does_not_fit_is_refused(tokenizer, tmp_path):
     path, beside = tmp_path / "t.bin", tmp_path / "t.bin.json"
     with pytest.raises(FileNotFoundError, match=r"t\.bin does not exist"):

@@ -225,6 +225,13 @@ def test_a_run_of_settings_alone_has_a_page(tmp_path):
     assert "a text" in page.text("/dd") and page.text("/p").count("Nothing of this in the log.") >= 5
 
 
+def test_checksums_of_data_are_in_no_table(tmp_path):
+    runs = [write_log(tmp_path / f"run{n}", whole(seed=n, checksums={"t.bin": [str(n), [n]]})) for n in (1, 2)]
+    for paths in (runs, runs[:1]):
+        page = report.page(report.read_logs(paths))
+        assert "checksums" not in page and "t.bin" not in page
+
+
 def test_a_folder_of_runs_stands_for_all_of_them_the_best_first(tmp_path):
     for name, bits in (("a", 1.7), ("b", 1.2), ("c", 1.4)):
         write_log(tmp_path / "sweep" / name, whole(bits))
