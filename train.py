@@ -1074,27 +1074,34 @@ def new_folder(args):
     return folder, made
 
 
+BUSY = "another process writes the run"  # extras/sweep.py looks for it
+
+
 def lock_log(folder):
-    """The log of a run, open for writing; locked until it is closed or its process ends, however it ends. ValueError if
-    a run has it."""
-    log = open(folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
+    """The log of a run, open for writing; locked until it is closed. ValueError if a run has it."""
+    return open_locked(folder / "log.jsonl", f"{BUSY} in {folder}")
+
+
+def open_locked(path, busy):
+    """`path`, open for appending and locked until it is closed or its process ends, however it ends. ValueError, with
+    the words of `busy`, if another process has locked it."""
+    file = open(path, "a", encoding="utf-8", newline="\n")
     try:
         if os.name == "nt":
             import msvcrt
 
-            os.lseek(log.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(log.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        log.close()
-        busy = f"another process writes the run in {folder}"
+        file.close()
         raise ValueError(f"{busy}; wait for its end or name another --out") from None
     except OSError as error:  # some network file systems have no locks
-        note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
-    return log
+        note(f"{path.parent} cannot be locked ({error.strerror}): see to it that no second run writes there")
+    return file
 
 
 def load_model(path, tokenizer_path=None):
