@@ -459,13 +459,14 @@ ACTIVATIONS = {  # what Config.mlp may be
 # == 2.4  causal self-attention     o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(scale q_t . k_s - slope (t - s)) ====
 
 
-def attention_forward(q, k, v, scale, slopes=None, window=0, keep=None):
+def attention_forward(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
     """q (B, H, T, D), k and v (B, G, S, D) -> o (B, H, T, D).   Vaswani et al. 2017, arXiv:1706.03762.
 
     The T queries are the last of the S positions: query t sees keys 0 .. S - T + t, of them the last `window` (0: all).
-    Head h reads keys h // (H / G) (Ainslie et al. 2023, arXiv:2305.13245); slopes (H,): ALiBi; keep (B, H, T, S).
+    Head h reads keys h // (H / G) (Ainslie et al. 2023, arXiv:2305.13245); slopes (H,): ALiBi; rate: of dropout of p.
     """
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
+    keep = dropout and dropout.keep(ATTENTION_SITE, rate, (B, H, T, S), q.dtype)
     q_BGRTD, k_BG1SD, v_BG1SD = q.reshape(B, G, H // G, T, D), k[:, :, None], v[:, :, None]
     scores = (q_BGRTD @ k_BG1SD.swapaxes(-1, -2) * scale).reshape(B, H, T, S)
     distance = np.arange(S - T, S)[:, None] - np.arange(S)  # (T, S)
@@ -652,9 +653,9 @@ def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
         kv[:, start : start + T] = np.stack([k, v]).transpose(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
         k, v = kv[:, : start + T].transpose(2, 0, 3, 1, 4)  # 2 of (B, G, S, D)
     slopes = alibi_slopes(H) if cfg.positions == "alibi" else None
-    keep = dropout and dropout.keep(ATTENTION_SITE, cfg.attention_dropout, (B, H, T, k.shape[2]), x.dtype)
     scale = 1 / math.sqrt(D) if cfg.attention_scale else 1.0
-    o_BHTD, attention = ops.attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), keep)
+    drop = (dropout, cfg.attention_dropout)
+    o_BHTD, attention = ops.attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), *drop)
     o = o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D)
     y, out_linear = ops.linear_forward(o, p["out_w"], p["out_b"])
     keep = dropout and dropout.keep(OUT_SITE, cfg.out_dropout, y.shape, y.dtype)

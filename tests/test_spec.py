@@ -55,11 +55,6 @@ TARGETS = np.array([0, 10, 3, 3, 7, 1, 2, 9, 10, 5])
 WEIGHTS = np.array([1.0, 0.25, 0.0, 2.0, 1.0, 0.5, 0.0, 3.0, 0.125, 1.0])
 
 
-def masks(n, shape):
-    """Of dropout at a rate of 1/3: 0 or 1.5."""
-    return (1.5 * (n.rng.random(shape) > 1 / 3)).astype(n.dtype)
-
-
 def qkv(n, G=3, S=5):
     """H=3, or 6 where they share G=2 heads of keys and values."""
     return n((2, 6 if G == 2 else 3, 5, 4)), n((2, G, S, 4)), n((2, G, S, 4))
@@ -71,6 +66,7 @@ def angles(n):
 
 
 SLOPES = np.array([0.5, 0.25, 1.5])
+DROPPED = tinygpt.Dropout(seed=3, step=5, sequence=0), 1 / 3  # and the rate
 
 CASES = {
     "linear": Case("linear", lambda n: (n((2, 5, 4)), n((4, 7)), n(7)), (0,), (1, 2)),
@@ -97,12 +93,10 @@ CASES = {
     "attention with slopes": Case("attention", lambda n: (*qkv(n, S=9), 0.5, SLOPES), (0, 1, 2), ()),
     "attention with a window": Case("attention", lambda n: (*qkv(n, S=9), 0.5, None, 3), (0, 1, 2), ()),
     "attention of grouped heads": Case("attention", lambda n: (*qkv(n, G=2), 0.5), (0, 1, 2), ()),
-    "attention with dropout": Case(
-        "attention", lambda n: (*qkv(n), 0.5, None, 0, masks(n, (2, 3, 5, 5))), (0, 1, 2), ()
-    ),
+    "attention with dropout": Case("attention", lambda n: (*qkv(n), 0.5, None, 0, *DROPPED), (0, 1, 2), ()),
     "attention with everything": Case(
         "attention",
-        lambda n: (*qkv(n, G=2, S=9), 1.0, np.tile(SLOPES, 2), 4, masks(n, (2, 6, 5, 9))),
+        lambda n: (*qkv(n, G=2, S=9), 1.0, np.tile(SLOPES, 2), 4, *DROPPED),
         (0, 1, 2),
         (),
     ),
@@ -165,9 +159,10 @@ def slow_rotate(x, cos, sin, half):
     return y
 
 
-def slow_attention(q, k, v, scale, slopes=None, window=0, keep=None):
+def slow_attention(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     o = np.zeros((B, H, T, D))
+    keep = dropout and dropout.keep(tinygpt.ATTENTION_SITE, rate, (B, H, T, S), np.float64)
     for b, h, t in np.ndindex(B, H, T):
         now, g, slope = S - T + t, h // (H // G), 0.0 if slopes is None else slopes[h]
         seen = range(max(0, now - window + 1) if window else 0, now + 1)
