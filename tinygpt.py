@@ -3756,10 +3756,8 @@ def read_llama2c(path):
     return Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
 
 
-def load_checkpoint(path):
-    """A `Checkpoint`, ours or of llama2.c; ValueError if the file is not one, OSError if it cannot be read."""
-    if (found := read_llama2c(path)) is not None:
-        return found
+def read_checkpoint(path):
+    """A `Checkpoint` from a file that `save_checkpoint` wrote, NaN and infinity included; ValueError for any other."""
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
         found, version = (" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
@@ -3783,6 +3781,21 @@ def load_checkpoint(path):
             raise ValueError(f"{path}: tensor {t.name} is {found}; expected {dtype or 'float32'} {t.shape}")
         parts.append(x.reshape(-1))
     return Checkpoint(np.concatenate(parts), cfg, tokenizer, tensors, metadata)
+
+
+def first_non_finite(parameters, cfg, extra=None):
+    """The name of the first tensor, of the model or of `extra`, that holds NaN or infinity; None if all are finite."""
+    named = {t.name: parameters[t.offset : t.offset + math.prod(t.shape)] for t in layout(cfg)} | (extra or {})
+    return next((name for name, x in named.items() if not np.isfinite(x).all()), None)
+
+
+def load_checkpoint(path):
+    """A `Checkpoint`, ours or of llama2.c. ValueError if the file is not one or holds a number that is not finite,
+    OSError if it cannot be read."""
+    checkpoint = read_llama2c(path) or read_checkpoint(path)
+    if bad := first_non_finite(checkpoint.parameters, checkpoint.cfg, checkpoint.extra):
+        raise ValueError(f"{path}: tensor {bad} holds NaN or infinity; take an earlier checkpoint, or train again")
+    return checkpoint
 
 
 # == 12  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
