@@ -29,6 +29,7 @@ import numpy as np
 
 import bpe
 import tinygpt
+from sample import Parser, error_line, load_model, never_drawn, newest_run
 from tinygpt import OPS, POOL, SIZES, Config, count_cores, kernel
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
@@ -536,7 +537,7 @@ def figures(sums):
 
 def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
     """A story from the model as it is."""
-    banned = [i for i in tokenizer.specials.values() if i != tokenizer.end]
+    banned = never_drawn(state.cfg, tokenizer)
     decoding = tinygpt.Decoding(state.p, state.cfg, ops)
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-state.cfg.seq_len :]
     story = tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, temperature=0.8, banned=banned)
@@ -934,11 +935,6 @@ def size_in_bytes(text):
     return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add = parser.add_argument_group("what").add_argument
@@ -1030,21 +1026,6 @@ def lock_log(folder):
     except OSError as error:  # some network file systems have no locks
         note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
     return log
-
-
-def load_model(path, tokenizer_path=None):
-    """(`Checkpoint`, its tokenizer); ValueError if they do not fit together or the tokenizer named is another."""
-    checkpoint = tinygpt.load_checkpoint(path)
-    V = checkpoint.cfg.vocab_size
-    if not checkpoint.tokenizer and not tokenizer_path:
-        raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
-    tokenizer = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None
-    named = bpe.Tokenizer.load(tokenizer_path) if tokenizer_path else tokenizer
-    if tokenizer and named.hash != tokenizer.hash:
-        raise ValueError(f"{path} has a tokenizer of its own, {tokenizer_path} is another; leave out --tokenizer")
-    if named.vocab_size > V:
-        raise ValueError(f"{path}: its tokenizer has {named.vocab_size} tokens, its model V={V}")
-    return checkpoint, named
 
 
 def with_seq_len(cfg, seq_len):
@@ -1258,12 +1239,6 @@ def repeat_command(args, s, cfg):
     return prefix + command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
-def newest_run():
-    """The folder in runs/ whose checkpoint is the newest; None if there is none."""
-    found = sorted(Path("runs").glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else None
-
-
 def begin(args, started):
     """A fresh run, ready to train: (Run, Batches, workspace). If it cannot begin it leaves no folder behind."""
     args.size = args.size or (None if args.init_from else "1m")
@@ -1397,7 +1372,7 @@ def resume(args, started):
 def go_on(folder, log, args):
     """The run in `folder` as it was at its last checkpoint; ValueError where that cannot be."""
     path = folder / "last.safetensors"
-    checkpoint = tinygpt.load_checkpoint(path)
+    checkpoint, tokenizer = load_model(path)
     cfg, parameters = checkpoint.cfg, checkpoint.parameters
     try:
         s, place = json.loads(checkpoint.metadata["settings"]), checkpoint.metadata
@@ -1416,8 +1391,8 @@ def go_on(folder, log, args):
         more = f"to train its model further, begin another run with it: --init-from {path}"
         raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates; {more}")
     check_asked(args.asked, s.get("asked", {}), folder)
-    data = read_data(bpe.Tokenizer.from_json(checkpoint.tokenizer), s["files"], s["data"], cfg.seq_len)
-    if len(data.train) != s["train_tokens"] or data.tokenizer.vocab_size > cfg.vocab_size:
+    data = read_data(tokenizer, s["files"], s["data"], cfg.seq_len)
+    if len(data.train) != s["train_tokens"]:
         raise ValueError(f"the data of {folder} have changed since it began; start another run")
     state = State(cfg, parameters)
     state.step, state.m[:], state.v[:] = step, *moments
@@ -1542,9 +1517,8 @@ def run_command(parser, args, started):
             parser.error(f"{error}, while the speed was measured; try a lower --lr")
         parser.error(f"{error}; {run.last_good()}")
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         again = f"; {run.last_good()}; then {command('train.py', '--resume', '--out', run.folder)}" if run else ""
-        parser.error(what + again)
+        parser.error(error_line(error) + again)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@
 A family is a function from its configuration to ours and a table from our tensors to its names (section 2).
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
+import sample
 import tinygpt
 
 # == 1  files ==========================================================================================================
@@ -167,7 +167,7 @@ def from_transformers(config, tensors):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="convert.py", description="A model of transformers as one of ours.")
+    parser = sample.Parser(prog="convert.py", description="A model of transformers as one of ours.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     args = parser.parse_args(argv)
@@ -175,9 +175,13 @@ def main(argv=None):
         config = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))
         tokenizer = bpe.Tokenizer.load(args.folder / "tokenizer.json").to_json()
         parameters, cfg = from_transformers(config, read_tensors(args.folder))
-        tinygpt.save_checkpoint(args.out, parameters.astype(np.float32), cfg, tokenizer)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+            parameters = parameters.astype(np.float32)
+        if bad := tinygpt.first_non_finite(parameters, cfg):
+            raise ValueError(f"tensor {bad} holds NaN or infinity as float32; download or convert the model again")
+        tinygpt.save_checkpoint(args.out, parameters, cfg, tokenizer)
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        parser.error(error)
     except (ValueError, KeyError) as error:
         parser.error(f"{args.folder}: {error}")
     print(f"{args.out}: {len(parameters):,} parameters; python sample.py --checkpoint {args.out}", file=sys.stderr)

@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
+import sample
 import tinygpt
 import train
 
@@ -446,10 +447,11 @@ def config_of(args):
 
 
 def command_trace(args):
+    if args.tokenizer and not args.checkpoint:
+        raise ValueError("--tokenizer is that of a --checkpoint; name both, or leave it out")
     if args.checkpoint:
-        checkpoint = tinygpt.load_checkpoint(args.checkpoint)
+        checkpoint, tokenizer = sample.load_model(args.checkpoint, args.tokenizer)
         cfg, flat = checkpoint.cfg, checkpoint.parameters
-        tokenizer = bpe.Tokenizer.from_json(checkpoint.tokenizer)
     else:
         cfg = config_of(args)
         flat, tokenizer = tinygpt.init_parameters(cfg, 0), bpe.Tokenizer.from_merges([])
@@ -489,7 +491,7 @@ def command_picture(args):
 
 
 def main(argv=None):
-    parser = train.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
+    parser = sample.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, run, what):
@@ -502,6 +504,7 @@ def main(argv=None):
     command = add("trace", command_trace, "one line for each op of the forward")
     command.add_argument("text", help="what the model reads, byte by byte or by its checkpoint's tokenizer")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
+    command.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that holds none, as llama2.c's")
     command = add("golden", command_golden, "every number of a forward, a backward and ten updates, for a port")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
     command.add_argument("--scaled-down", action="store_true", help="the same architecture with short axes")
@@ -516,10 +519,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(error)
     return 0
 
 

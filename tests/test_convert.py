@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import relative
 
+import bpe
 import tinygpt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
@@ -73,6 +74,22 @@ def test_logits_are_those_of_transformers(family, shape, limit, table):
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
     assert relative(our_logits(parameters, cfg, tokens, table), theirs) < limit
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_a_weight_that_is_not_finite_as_float32_is_refused(tmp_path, value, capsys):
+    model = random_model("GPT2", MODELS["GPT2"][0][0])
+    tensors = {name: x.detach().numpy() for name, x in model.state_dict().items()}
+    tensors["transformer.h.1.ln_2.bias"][3] = value
+    config = model.config.to_json_string(use_diff=False)
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    bpe.Tokenizer.from_merges([]).save(tmp_path / "tokenizer.json")
+    tinygpt.write_safetensors(tmp_path / "model.safetensors", tensors, {})
+    with pytest.raises(SystemExit) as left:
+        convert.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and err.count("\n") == 1 and "tensor norm2_b holds NaN or infinity" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_family_and_a_missing_tensor_are_refused():
