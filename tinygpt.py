@@ -55,9 +55,9 @@ from numba.np.arrayobj import populate_array
 # == 1.1  configuration ================================================================================================
 
 CHOICES = {  # what the fields of Config that are names may be
-    "norm": ("layernorm", "rmsnorm"),
+    "norm": ("layernorm", "rmsnorm"),  # the keys of NORMS, section 2.2
     "positions": ("learned", "rope", "rope-half", "alibi", "none"),
-    "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),
+    "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),  # the keys of ACTIVATIONS, section 2.3
     "init": ("fan-in", "gpt2", "normal", "torch", "lillm"),
 }
 
@@ -251,8 +251,8 @@ def init_parameters(cfg, seed, dtype=np.float32):
 
 
 def zero_gradients(cfg, dtype=np.float32):
-    """(flat (count,), views). Two sums reach embed_w, from the head and from the lookup. They are kept apart until
-    `join_tied` so that neither depends on how an update is cut into micro-batches; "lookup_w" is the second."""
+    """(flat (count,), views). The lookup of the tokens adds into "lookup_w", tied or not, until `add_lookup_gradient`:
+    a tied head adds into "embed_w", and one sum of both would depend on how an update is cut into micro-batches."""
     count = count_parameters(cfg)[0]
     flat = aligned(count + cfg.vocab_size * cfg.width, dtype)
     grads = views(layout(cfg), flat, cfg.layers)
@@ -260,8 +260,8 @@ def zero_gradients(cfg, dtype=np.float32):
     return flat[:count], grads
 
 
-def join_tied(grads):
-    """Once at the end of an update: embed_w's gradient becomes the whole, and the lookup's share is zero again."""
+def add_lookup_gradient(grads):
+    """Add the lookup's gradient into that of embed_w, once at the end of an update, tied or not; zero the former."""
     grads["embed_w"] += grads["lookup_w"]
     grads["lookup_w"][:] = 0
 
@@ -332,7 +332,7 @@ def rmsnorm_backward(dy, cache, dw, db):
     return rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
 
 
-NORMS = {
+NORMS = {  # name -> (forward, backward); the names stand in CHOICES["norm"] too
     "layernorm": (layernorm_forward, layernorm_backward),
     "rmsnorm": (rmsnorm_forward, rmsnorm_backward),
 }
@@ -412,7 +412,7 @@ def swiglu_backward(da, cache):
     return np.concatenate([silu_backward(da * value, silu), da * a], -1)
 
 
-ACTIVATIONS = {
+ACTIVATIONS = {  # name -> (forward, backward); the names stand in CHOICES["mlp"] too
     "gelu-tanh": (gelu_tanh_forward, gelu_tanh_backward),
     "gelu": (gelu_forward, gelu_backward),
     "silu": (silu_forward, silu_backward),
@@ -685,10 +685,8 @@ def head_logits(x, p, cfg, space=None):
 
 def head_loss(x, targets, weights, p, g, cfg, space=None):
     """x (B, T, C), targets and weights (B, T) -> loss = sum of weights * nats, nats (B, T), dx (B, T, C); adds into g.
-
-    Forward and backward in one, a sequence at a time, so that logits of (B, T, V) never exist. g=None: no gradients.
-    """
-    nats, dx, loss = np.empty(targets.shape, x.dtype), np.empty_like(x), 0.0
+    Forward and backward in one, a sequence at a time: logits of (B, T, V) never exist. Without g, dx is None."""
+    nats, dx, loss = np.empty(targets.shape, x.dtype), None if g is None else np.empty_like(x), 0.0
     for b in range(x.shape[0]):
         logits, head = head_forward(x[b], p, cfg)  # (T, V)
         loss_b, nats[b], cross_entropy = cross_entropy_forward(logits, targets[b], weights[b])
@@ -730,7 +728,9 @@ def backward(dx, caches, p, g, cfg, ops, space=None):
 
 
 def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, space=None, dropout=None):
-    """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients)."""
+    """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients).
+    Loss and gradients are sums over targets: micro-batches add up. `update` of train.py divides once, by the sum of the
+    weights (the number of targets) of the whole update, after `add_lookup_gradient`."""
     check_tokens(targets, 0, cfg)
     x, caches = forward(p, tokens, cfg, ops, space=space, dropout=dropout)
     loss, nats, dx = ops["head_loss"](x, targets, weights, p, g, cfg, space)
@@ -2582,7 +2582,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, space=None):
             POOL.run(head_gradient_kernel, blocks(V, words), *inputs, *gradients, scratch)
     if g is not None:
         add_sums(sums, g["norm_w"], g["norm_b"])
-    return float((weights * nats).sum()), nats, dx
+    return float((weights * nats).sum()), nats, None if g is None else dx
 
 
 # == 7.5  one token: the whole model in one launch =====================================================================
@@ -3834,7 +3834,7 @@ def check_model(cfg, ops, seed=0, B=2, h=1e-5):
         return loss_and_gradients(p, tokens[:, :-1], tokens[:, 1:], weights, g, cfg, ops, dropout=dropout)[0]
 
     loss(grads)
-    join_tied(grads)
+    add_lookup_gradient(grads)
     errors = []
     for t in layout(cfg):
         here = slice(t.offset, t.offset + math.prod(t.shape))

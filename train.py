@@ -452,7 +452,7 @@ def update(state, batch, ops, space, s, stopped=lambda: False):
     total, nats_sum, halted = RANKS.sum(tally).tolist()
     if halted:
         return None
-    tinygpt.join_tied(state.grads)
+    tinygpt.add_lookup_gradient(state.grads)
     RANKS.sum(state.gradient)
     loss, norm, lr = nats_sum / max(1, total), state.norm() / max(1, total), learning_rate(state.step, s)
     if not math.isfinite(loss) or not math.isfinite(norm):

@@ -275,7 +275,7 @@ def golden(cfg, flat, s, T):
     calls = watch(tinygpt.loss_and_gradients, p, *batch, g, cfg, ops, None, masks)
     named = Named(p["layers"], [flat, gradient, g["lookup_w"], *batch])
     named.add_model(calls)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     tensors = dict(zip(("tokens", "targets", "weights"), batch)) | by_name(cfg, "parameters", flat)
     for name, parts in named.arrays.items():  # of the head: one part for each sequence
         tensors[name] = np.stack(parts) if name.startswith("head_loss.") and name.count(".") > 1 else parts[0]
@@ -288,7 +288,7 @@ def write_golden(path, cfg, flat, s, T):
     tensors, legend = golden(cfg, flat, s, T)
     where = {
         "parameters": "layout, section 1.2",
-        "gradients": "loss_and_gradients and join_tied, sections 4 and 1.2",
+        "gradients": "loss_and_gradients and add_lookup_gradient, sections 4 and 1.2",
         "steps": "update, section 3 of train.py",
         **dict.fromkeys(("after", "moment1", "moment2"), "adamw_spec, section 3 of train.py"),
         "loss": "loss_and_gradients, section 4",

@@ -335,6 +335,6 @@ def test_the_gradient_of_an_update_is_that_of_the_mean_over_its_targets():
     gradient, g = tinygpt.zero_gradients(TINY, np.float64)
     share = weights.astype(np.float64) / weights.sum()
     tinygpt.loss_and_gradients(state.p, inputs, targets, share, g, TINY, tinygpt.OPS["numpy"])
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     found, _ = gradient_of_an_update("numpy", np.float64, 2, TINY)
     assert np.abs(found - gradient).max() <= 1e-12 * np.abs(gradient).max()

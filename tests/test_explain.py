@@ -150,7 +150,7 @@ def distances(golden, ops, State):
 
     watched = {name: kept(name, op) for name, op in ops.items()}
     loss, _ = tinygpt.loss_and_gradients(p, *batch, g, cfg, watched)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     x = tensors[f"layers.{cfg.layers - 1}.mlp_layer.out"].reshape(-1, cfg.width)
     logits = ops["head_logits"](x, p, cfg).reshape(*batch[0].shape, cfg.vocab_size)
     found |= {"loss": np.array(loss), "head_loss.head.logits": logits} | explain.by_name(cfg, "gradients", gradient)
