@@ -54,10 +54,10 @@ from numba.np.arrayobj import populate_array
 
 # == 1.1  configuration ================================================================================================
 
-CHOICES = {  # what the fields of Config that are names may be
-    "norm": ("layernorm", "rmsnorm"),  # the keys of NORMS, section 2.2
+CHOICES = {  # names that fields of Config may have; of norm and mlp, the keys of NORMS (2.2) and ACTIVATIONS (2.3)
+    "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope", "rope-half", "alibi", "none"),
-    "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),  # the keys of ACTIVATIONS, section 2.3
+    "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),
     "init": ("fan-in", "gpt2", "normal", "torch", "lillm"),
 }
 
@@ -332,7 +332,7 @@ def rmsnorm_backward(dy, cache, dw, db):
     return rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
 
 
-NORMS = {  # name -> (forward, backward); the names stand in CHOICES["norm"] too
+NORMS = {
     "layernorm": (layernorm_forward, layernorm_backward),
     "rmsnorm": (rmsnorm_forward, rmsnorm_backward),
 }
@@ -412,7 +412,7 @@ def swiglu_backward(da, cache):
     return np.concatenate([silu_backward(da * value, silu), da * a], -1)
 
 
-ACTIVATIONS = {  # name -> (forward, backward); the names stand in CHOICES["mlp"] too
+ACTIVATIONS = {
     "gelu-tanh": (gelu_tanh_forward, gelu_tanh_backward),
     "gelu": (gelu_forward, gelu_backward),
     "silu": (silu_forward, silu_backward),

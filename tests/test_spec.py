@@ -946,7 +946,7 @@ def test_embed_w_has_no_gradient_of_the_lookup_before_it_is_added(tied, table):
 
 
 def test_a_config_takes_the_names_of_the_tables_and_no_others():
-    assert tinygpt.CHOICES["norm"] == tuple(tinygpt.NORMS) and set(tinygpt.NORMS) == set(tinygpt.KERNEL_NORMS)
+    assert tinygpt.CHOICES["norm"] == tuple(tinygpt.NORMS) and set(tinygpt.KERNEL_NORMS) <= set(tinygpt.NORMS)
     assert tinygpt.CHOICES["mlp"] == tuple(tinygpt.ACTIVATIONS) == tuple(tinygpt.ACTIVATION)
 
 
