@@ -634,21 +634,62 @@ def compile_ahead(cfg, s):
     return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]
 
 
-def plan_steps(args, state, batches, ops, space, s, started):
-    """How many updates fit --minutes: some are timed (the caller then starts afresh), evaluations and saves allowed."""
-    note("measuring the speed of this machine; the first time, kernels are compiled ...")
-    update(state, batches.get(0, own_rows(s)[0]), ops, space, s)
-    times, begin = [], time.monotonic()
-    while len(times) < 3 or time.monotonic() - begin < min(4.0, 0.6 * args.minutes):
-        start = time.monotonic()
-        update(state, batches.get(0, own_rows(s)[0]), ops, space, s)
-        times.append(time.monotonic() - start)
-    left = 60 * args.minutes - (time.monotonic() - started)
-    return max(1, int(left * (1 - OVERHEAD) / (sum(times) / len(times))))
-
-
 OVERHEAD = 0.03  # share of a timed run that evaluations, stories and checkpoints may take
+MEASURED, MEASURED_MOST = 0.03, 30.0  # share of --minutes in which updates are timed; seconds of it at most
 EVALUATED = 0.05  # tokens of a validation while training, for each token trained since the one before: 1/3 of the work
+
+
+def plan_steps(args, cfg, batches, ops, space, s, started, valid_tokens):
+    """The number of updates that fit --minutes, which starts at `started`; says when training and validation will end.
+    Times updates of a model that is thrown away."""
+    note("measuring the speed of this machine; the first time, kernels are compiled ...")
+    state, rows = State(cfg, tinygpt.init_parameters(cfg, args.seed)), own_rows(s)[0]
+
+    def run_update(number):
+        update(state, batches.get(number * s["batch_size"], rows), ops, space, s)
+
+    pace = measure_pace(run_update, 60 * args.minutes)
+    passed = time.monotonic() - started
+    steps = max(1, int((60 * args.minutes - passed) * (1 - OVERHEAD) / pace))
+    scoring = scoring_seconds(valid_tokens, s["batch_size"] * cfg.seq_len / pace)
+    note(
+        f"planned: {steps:,} updates, training ends {clock(passed + seconds_left(steps, pace))} after the start; "
+        f"then all {valid_tokens:,} validation tokens are scored, about {clock(scoring)} more"
+    )
+    return steps
+
+
+def measure_pace(run_update, seconds):
+    """Seconds that an update takes, from run_update(number) in MEASURED of so many `seconds`; number 0, which compiles
+    kernels, does not count.
+
+    A processor that has rested may be faster at first than it stays: the mean of the slower half counts.
+    """
+    run_update(0)
+    ends = [time.monotonic()]
+    while len(ends) < 5 or ends[-1] - ends[0] < min(MEASURED * seconds, MEASURED_MOST):
+        run_update(len(ends))
+        ends.append(time.monotonic())
+    middle = len(ends) // 2
+    halves = ends[: middle + 1], ends[middle:]
+    return max((half[-1] - half[0]) / (len(half) - 1) for half in halves)
+
+
+def recent_pace(pace, seconds, count):
+    """Seconds of an update lately: `pace` after the last one of this process, number `count` from 1, took `seconds`. Of
+    some 20 updates; the first, which may compile kernels, counts for itself alone."""
+    return seconds if count <= 2 else 0.95 * pace + 0.05 * seconds
+
+
+def seconds_left(updates, pace):
+    """Seconds until these updates are made, with what stands between them."""
+    return updates * pace / (1 - OVERHEAD)
+
+
+def scoring_seconds(tokens, speed):
+    """Seconds to score so many tokens on rank 0, where all ranks together train `speed` tokens a second: there is no
+    backward, which takes about 2/3 of an update, and no other rank helps."""
+    return tokens * RANKS.count / (2.5 * speed)
 
 
 class Run:
@@ -748,7 +789,7 @@ class Run:
     def finish(self):
         """The last figures: every validation token once, the loss curve, what to type next."""
         valid, tokenizer, state = self.data.valid, self.data.tokenizer, self.state
-        about = f", about {clock(len(valid) / (2.5 * self.speed))}" if self.speed else ""
+        about = f", about {clock(scoring_seconds(len(valid), self.speed))}" if self.speed else ""
         note(f"scoring all {len(valid):,} validation tokens{about} ...")
         with Progress("validation", len(valid)) as progress:
             nats = self.finite(evaluate(state.p, state.cfg, valid, tokenizer.end, self.ops, progress=progress))
@@ -817,7 +858,7 @@ def train(run, batches, space, peak):
     s, state, ops = run.s, run.state, ops_of(run.s)
     flops, tokens_per_update = tinygpt.flops_per_token(state.cfg), s["batch_size"] * state.cfg.seq_len
     rows = own_rows(s)[0]
-    started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
+    started, first, shown, pace, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0, 0.0
     note("first update; a kernel that is used for the first time on this machine is compiled ...")
     with stop_signals() as stopped:
         while not RANKS.any(stopped()):
@@ -845,18 +886,17 @@ def train(run, batches, space, peak):
                 break
             loss, norm, lr = result
             now = time.monotonic()
-            speed = tokens_per_update / (now - before)  # of the first update it says how long compiling took
-            run.speed = speed if state.step <= first + 2 else 0.95 * run.speed + 0.05 * speed
+            pace = recent_pace(pace, now - before, state.step - first)
+            run.speed = tokens_per_update / pace  # of the first update it says how long compiling took
             seconds = round(now - started, 3)
             run.write(
                 step=state.step, loss=loss, lr=lr, norm=norm, tokens=state.step * tokens_per_update, seconds=seconds
             )
             if now - shown > 2 or state.step in (first + 1, s["steps"]):
-                shown, left = now, (now - started) / (state.step - first) * (s["steps"] - state.step)
-                share = f"{run.speed * flops / peak:.0%} of peak"
+                shown, left = now, clock(seconds_left(s["steps"] - state.step, pace))
                 note(
                     f"step {state.step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {run.speed:,.0f} tok/s | "
-                    f"{share} | {clock(left)} left"
+                    f"{run.speed * flops / peak:.0%} of peak" + (f" | {left} left" if state.step > first + 1 else "")
                 )
         done = state.step == s["steps"] and not run.due()
         if not done:
@@ -952,7 +992,10 @@ def make_parser():
     add = parser.add_argument_group("how long (default --minutes 5)").add_mutually_exclusive_group().add_argument
     add("--steps", type=COUNT, metavar="N", help="updates")
     add("--epochs", type=in_range(float, 0, 1e6, True), metavar="E", help="passes over the training text")
-    add("--minutes", type=in_range(float, 0, 1e6, True), metavar="M", help="from the start to the end of training")
+    add(
+        "--minutes", type=in_range(float, 0, 1e6, True), metavar="M",
+        help="from the start to the end of training; how long the last validation takes is announced",
+    )  # fmt: skip
     add = parser.add_argument_group("how (defaults are those of --recipe)").add_argument
     add("--batch-size", type=SOME, metavar="N", help="sequences per update (default that of the size)")
     add(
@@ -1312,8 +1355,8 @@ def begin_in(folder, log, args, started):
     ops, space = ops_of(s), make_space(cfg, s)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
-        state = State(cfg, tinygpt.init_parameters(cfg, args.seed))  # any: only the time counts
-        steps = plan_steps(args, state, batches, ops, space, s | {"steps": 1, "warmup_steps": 0}, started)
+        trial = s | {"steps": 1, "warmup_steps": 0}
+        steps = plan_steps(args, cfg, batches, ops, space, trial, started, len(data.valid))
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "train_tokens": len(data.train)}
     parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
