@@ -761,7 +761,8 @@ class Decoder:
 # == 5  tokenizers in files ========================================================================================
 #
 # tokenizer.json of Hugging Face `tokenizers`, the only one that holds everything; GPT-2's vocab.json with merges.txt;
-# tiktoken's ranks, a line "base64 id" for each token; llama2.c's tokenizer.bin, which is only read.
+# tiktoken's ranks, a line "base64 id" for each token; llama2.c's tokenizer.bin, which is only read. Of byte-level
+# tokenizers only those are read whose texts GPT-2's PATTERN splits: section 7 knows no other.
 
 BOS, UNKNOWN, EOS = "<s>", "<unk>", "</s>"  # of SentencePiece, as Llama has it; llama2.c puts <s> between stories
 BLANK_MARK = "\u2581"  # stands for a space in SentencePiece's files, not in llama2.c's
@@ -851,7 +852,7 @@ def from_json(text):
     spaced = _setting(data, "model.byte_fallback") is True
     for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
         if (value := _setting(data, name)) not in neutral:
-            kind = "byte-level BPE, and that of llama2.c, are read"
+            kind = "byte-level BPE with GPT-2's split pattern, and that of llama2.c, are read"
             raise ValueError(f"{name} is {value!r:.60}; expected {json.dumps(neutral[0])}: only {kind}")
     try:
         strings, added = data["model"]["vocab"], data.get("added_tokens") or []
@@ -901,7 +902,8 @@ def to_vocab_and_merges(tokenizer):
 
 
 def from_vocab_and_merges(vocab, merges):
-    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it."""
+    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it.
+    ValueError where another split pattern than GPT-2's made them."""
     vocab = json.loads(vocab)
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     pairs = [line.split(" ") for line in lines]
@@ -910,6 +912,7 @@ def from_vocab_and_merges(vocab, merges):
             f"merges.txt has a line {next(' '.join(p) for p in pairs if len(p) != 2)!r}; expected two tokens"
         )
     made = {*CHARACTER, *(left + right for left, right in pairs)}
+    _check_pattern(_bytes(left + right) for left, right in pairs)
     return _byte_level(_in_order(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
 
 
@@ -921,13 +924,14 @@ def to_ranks(tokenizer):
 
 def from_ranks(data):
     """A token's rank is its id and the place of its merge: of the two parts that lower ranks join its bytes to. END
-    gets the first id behind them, as it has in GPT-2's."""
+    gets the first id behind them, as it has in GPT-2's. ValueError where another split pattern made the tokens."""
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:
         raise ValueError("a damaged rank file: expected lines of a token in base64 and its rank") from None
     vocab = _in_order(ids)
+    _check_pattern(vocab)
     byte_ids = {token[0]: i for i, token in enumerate(vocab) if len(token) == 1}
     ranks, merges = {}, []
     for i, token in enumerate(vocab):
@@ -963,6 +967,25 @@ def from_llama2c(data):
     specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
     vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
     return Tokenizer(vocab, merges, specials, range(3, 259), ranks)
+
+
+# A token that merges made inside a pre-token: a part of a run is a run itself; parts of 'll, 've and 're are not.
+MADE_BY_PATTERN = regex.compile(rf"{PATTERN}|'[lvr]")
+
+
+def _check_pattern(tokens):
+    """ValueError if GPT-2's pattern would cut one of these tokens, in bytes: then merges of another one made them.
+
+    Rank files, and vocab.json with merges.txt, do not name their pattern. gpt2, r50k_base and p50k_base have GPT-2's.
+    """
+    for token in tokens:
+        try:
+            text = token.decode()
+        except UnicodeDecodeError:  # part of a character
+            continue
+        if not MADE_BY_PATTERN.fullmatch(text):
+            cut = f"token {text!r:.60} is cut by GPT-2's split pattern, so the file is of another (cl100k_base has one)"
+            raise ValueError(f"{cut}; take a vocabulary of GPT-2's pattern, or train one: python bpe.py train")
 
 
 EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"

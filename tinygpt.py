@@ -55,7 +55,7 @@ from numba.np.arrayobj import populate_array
 
 # == 1.1  configuration ================================================================================================
 
-CHOICES = {  # what the fields of Config that are names may be
+CHOICES = {  # names that fields of Config may have; of norm and mlp, the keys of NORMS (2.2) and ACTIVATIONS (2.3)
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope", "rope-half", "alibi", "none"),
     "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),
@@ -282,8 +282,8 @@ def aligned(count, dtype):
 
 
 def zero_gradients(cfg, dtype=np.float32):
-    """(flat (count,), views). Two sums reach embed_w, from the head and from the lookup. They are kept apart until
-    `join_tied` so that neither depends on how an update is cut into micro-batches; "lookup_w" is the second."""
+    """(flat (count,), views). The lookup of the tokens adds into "lookup_w", tied or not, until `add_lookup_gradient`:
+    a tied head adds into "embed_w", and one sum of both would depend on how an update is cut into micro-batches."""
     count = count_parameters(cfg)[0]
     flat = aligned(count + cfg.vocab_size * cfg.width, dtype)
     grads = views(layout(cfg), flat, cfg.layers)
@@ -291,8 +291,8 @@ def zero_gradients(cfg, dtype=np.float32):
     return flat[:count], grads
 
 
-def join_tied(grads):
-    """Once at the end of an update: embed_w's gradient becomes the whole, and the lookup's share is zero again."""
+def add_lookup_gradient(grads):
+    """Add the lookup's gradient into that of embed_w, once at the end of an update, tied or not; zero the former."""
     grads["embed_w"] += grads["lookup_w"]
     grads["lookup_w"][:] = 0
 
@@ -368,7 +368,7 @@ def rmsnorm_backward(dy, cache, dw, db):
     return rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
 
 
-NORMS = {  # what Config.norm may be
+NORMS = {
     "layernorm": Pair(layernorm_forward, layernorm_backward),
     "rmsnorm": Pair(rmsnorm_forward, rmsnorm_backward),
 }
@@ -448,7 +448,7 @@ def swiglu_backward(da, cache):
     return np.concatenate([silu_backward(da * value, silu), da * a], -1)
 
 
-ACTIVATIONS = {  # what Config.mlp may be
+ACTIVATIONS = {
     "gelu-tanh": Pair(gelu_tanh_forward, gelu_tanh_backward),
     "gelu": Pair(gelu_forward, gelu_backward),
     "silu": Pair(silu_forward, silu_backward),
@@ -769,8 +769,8 @@ def backward(dx, caches, p, g, cfg, ops):
 def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, dropout=None):
     """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients).
 
-    A sum and not a mean: whoever trains adds up the micro-batches of an update, then divides the gradient once, by the
-    sum of all their weights. So an update does not depend on how it is cut.
+    Loss and gradients are sums over targets, so micro-batches add up. `update` of train.py divides once, by the sum of
+    the weights (the number of targets) of the whole update, after `add_lookup_gradient`.
     """
     check_tokens(targets, 0, cfg)
     x, caches = forward(p, tokens, cfg, ops, dropout=dropout)
@@ -3814,10 +3814,8 @@ def read_llama2c(path):
     return Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
 
 
-def load_checkpoint(path):
-    """A `Checkpoint`, ours or of llama2.c; ValueError if the file is not one, OSError if it cannot be read."""
-    if (found := read_llama2c(path)) is not None:
-        return found
+def read_checkpoint(path):
+    """A `Checkpoint` from a file that `save_checkpoint` wrote, NaN and infinity included; ValueError for any other."""
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
         found, version = (" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
@@ -3841,6 +3839,21 @@ def load_checkpoint(path):
             raise ValueError(f"{path}: tensor {t.name} is {found}; expected {dtype or 'float32'} {t.shape}")
         parts.append(x.reshape(-1))
     return Checkpoint(np.concatenate(parts), cfg, tokenizer, tensors, metadata)
+
+
+def first_non_finite(parameters, cfg, extra=None):
+    """The name of the first tensor, of the model or of `extra`, that holds NaN or infinity; None if all are finite."""
+    named = {t.name: parameters[t.offset : t.offset + math.prod(t.shape)] for t in layout(cfg)} | (extra or {})
+    return next((name for name, x in named.items() if not np.isfinite(x).all()), None)
+
+
+def load_checkpoint(path):
+    """A `Checkpoint`, ours or of llama2.c. ValueError if the file is not one or holds a number that is not finite,
+    OSError if it cannot be read."""
+    checkpoint = read_llama2c(path) or read_checkpoint(path)
+    if bad := first_non_finite(checkpoint.parameters, checkpoint.cfg, checkpoint.extra):
+        raise ValueError(f"{path}: tensor {bad} holds NaN or infinity; take an earlier checkpoint, or train again")
+    return checkpoint
 
 
 # == 12  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
@@ -3879,7 +3892,7 @@ def check_model(cfg, ops, seed=0, B=2, h=1e-5):
         return loss_and_gradients(p, tokens[:, :-1], tokens[:, 1:], weights, g, cfg, ops, dropout=dropout)[0]
 
     loss(grads)
-    join_tied(grads)
+    add_lookup_gradient(grads)
     errors = []
     for t in layout(cfg):
         here = slice(t.offset, t.offset + math.prod(t.shape))

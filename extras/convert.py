@@ -19,8 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
+import sample
 import tinygpt
-import train
 
 # == 1  tensors ========================================================================================================
 
@@ -275,7 +275,7 @@ def both_names(name, prefix, layer):
 
 
 def main(argv=None):
-    parser = train.Parser(prog="convert.py", description="A model of transformers as one of ours.")
+    parser = sample.Parser(prog="convert.py", description="A model of transformers as one of ours.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     args = parser.parse_args(argv)
@@ -291,7 +291,7 @@ def main(argv=None):
             raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens; expected at most V={cfg.vocab_size}")
         tinygpt.save_checkpoint(args.out, parameters.astype(np.float32), cfg, tokenizer.to_json())
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        parser.error(error)
     except (ValueError, RecursionError) as error:
         parser.error(f"{args.folder}: {error}")
     print(f"{args.out}: {len(parameters):,} parameters; python sample.py --checkpoint {args.out}", file=sys.stderr)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 
+import sample
 import tinygpt
 import train
 
@@ -370,7 +371,7 @@ def claim(folder, trials):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = train.Parser(
+    parser = sample.Parser(
         prog="sweep.py",
         usage="sweep.py FIELD=A,B,C [FIELD=...] [--out FOLDER] [--list] [flags of train.py]",
         description="Runs of train.py over every combination of values; size='graphcore-*' stands for all that fit.",
@@ -395,10 +396,8 @@ def main(argv=None):
             train.note(f"{len(trials)} trials in {folder}")
             failed, stopped = run_all(trials, folder)
             finish(trials, folder, failed)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(error)
     if stopped:
         train.note(f"stopped; to go on:  {train.command('extras/sweep.py', *argv)}")
         return 130

@@ -114,7 +114,7 @@ def run_model(cfg, table, B, T, dtype, space=False, seed=0, dropout=None):
     batch = (tokens, targets, weights.astype(dtype))
     loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, ops, dropout)
     results = {"loss": np.array(loss), "nats": nats.copy()}
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     results["x"] = tinygpt.forward(p, tokens, cfg, ops, dropout=dropout)[0].copy()
     for t in tinygpt.layout(cfg):
         results[t.name] = gradient[t.offset : t.offset + math.prod(t.shape)]

@@ -419,6 +419,8 @@ def changed(dotted, value):
         (changed("model.type", "WordPiece"), "model.type is 'WordPiece'; expected \"BPE\""),
         (changed("pre_tokenizer", None), "pre_tokenizer.type is None"),
         (changed("pre_tokenizer.type", "Metaspace"), "pre_tokenizer.type is 'Metaspace'"),
+        (changed("pre_tokenizer", {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}"}}), "GPT-2's split pattern"),
+        (changed("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}), "GPT-2's split pattern"),
         (changed("pre_tokenizer.add_prefix_space", True), "add_prefix_space is True; expected false"),
         (changed("pre_tokenizer.use_regex", False), "use_regex is False; expected true"),
         (changed("normalizer", {"type": "NFC"}), "normalizer is"),

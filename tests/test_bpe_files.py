@@ -139,6 +139,56 @@ def test_reserve_0_leaves_the_reserved_specials_out(tmp_path, capsys):
     assert bpe.Tokenizer.load(tmp_path / "t.json").specials == {END: 257}
 
 
+# -- split patterns
+
+
+def rank_file(*tokens):
+    """A rank file of the 256 bytes, then these tokens."""
+    ranks = [*(bytes([b]) for b in range(256)), *tokens]
+    return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks))
+
+
+OTHERS = ["(t", ".\n", "\n\nT", " \n(", "_t", "1a", "a1", "  a", "'S", "\u2019s", "e\u0301", "a b", "'tis"]
+GPT2S = [" t", "the", "  ", "\n\n", " \n", "12345", " 1", "!?", " (", "'s", "'ll", "'l", "'v", "'r", "\u65e5\u672c"]
+
+
+def made(text):
+    """The bytes of a token and before them those of every shorter beginning, so that each is made of two."""
+    token = text.encode()
+    return [token[:n] for n in range(2, len(token) + 1)]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_a_vocabulary_of_another_split_pattern_is_refused_and_says_what_to_do(text, tmp_path):
+    tokens, message = made(text), r"is cut by GPT-2's split pattern.*python bpe\.py train$"
+    (tmp_path / "x.tiktoken").write_bytes(rank_file(*tokens))
+    merges = [(token[:-1], token[-1:]) for token in tokens]
+    vocab, lines = bpe.to_vocab_and_merges(bpe.Tokenizer.from_merges(merges, reserve=0))
+    (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(lines, encoding="utf-8")
+    for name in ("x.tiktoken", "vocab.json", "merges.txt"):
+        with pytest.raises(ValueError, match=message) as error:
+            bpe.Tokenizer.load(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot hold it .*save a tokenizer.json"):
+        bpe.Tokenizer.from_merges(merges, reserve=0).save(tmp_path / "y.tiktoken")
+
+
+@pytest.mark.parametrize("text", GPT2S)
+def test_every_token_that_gpt2s_pattern_leaves_whole_is_read(text, tmp_path):
+    (tmp_path / "x.tiktoken").write_bytes(rank_file(*made(text)))
+    tokenizer = bpe.Tokenizer.load(tmp_path / "x.tiktoken")
+    assert text.encode() in tokenizer.vocab
+
+
+def test_whatever_the_trainer_makes_of_any_text_is_read_again(tmp_path):
+    for seed in range(5):
+        texts = [*random_texts(30 + seed, 60), "they'll we've you're " * 5]
+        trained = bpe.Tokenizer.from_merges(bpe.train(texts, 400), reserve=0)
+        trained.save(tmp_path / "x.tiktoken")
+        assert bpe.Tokenizer.load(tmp_path / "x.tiktoken").hash == trained.hash
+
+
 # -- the ids of others
 
 

@@ -458,7 +458,7 @@ def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
     flat, p, x, dout = sublayer_inputs(name, cfg)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     _, dx, _ = run_sublayer(ops, name, x, p, cfg, dout, g)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
 
     def loss():
         out = run_sublayer(ops, name, x, p, cfg, dout)[0]
@@ -525,6 +525,17 @@ def test_a_sublayer_of_float32_is_float32_throughout(name, family, table):
 
 
 @every_table
+@pytest.mark.parametrize("changes", [{}, dict(tied=False, head_bias=True)], ids=["tied", "untied"])
+def test_a_head_without_gradients_has_the_same_nats_and_no_dx(changes, table):
+    cfg, ops = tiny_config(**changes), OPS[table]
+    _, p, x, dout = sublayer_inputs("head", cfg)
+    loss, nats, dx = ops.head_loss(x, *dout, p, tinygpt.zero_gradients(cfg, np.float64)[1], cfg, ops)
+    assert dx.shape == x.shape
+    again, same, dx = ops.head_loss(x, *dout, p, None, cfg, ops)
+    assert again == loss and same.tobytes() == nats.tobytes() and dx is None
+
+
+@every_table
 def test_the_head_gives_the_logits_that_its_loss_is_of(table):
     cfg, ops = tiny_config(), OPS[table]
     _, p, x, (targets, weights) = sublayer_inputs("head", cfg)
@@ -563,7 +574,7 @@ def distance_from_golden(golden, ops):
     x, _ = tinygpt.forward(p, tokens, cfg, ops)
     logits = ops.head_logits(x.reshape(-1, cfg.width), p, cfg, ops)
     loss, nats = tinygpt.loss_and_gradients(p, tokens, targets, weights, g, cfg, ops)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     found = {"loss": loss, "nats": nats, "logits": logits.reshape(*tokens.shape, -1)}
     distances = [relative(found[name], golden[name]) for name in found]
     assert [t.name for t in tinygpt.layout(cfg)] == list(golden["gradients"])
@@ -907,13 +918,32 @@ def test_the_same_seed_gives_the_same_parameters():
     assert tinygpt.init_parameters(cfg, 3).tobytes() != tinygpt.init_parameters(cfg, 4).tobytes()
 
 
-def test_join_tied_adds_the_lookups_gradient_once():
-    cfg = tiny_config()
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lookups_gradient_is_added_once(tied):
+    cfg = tiny_config(tied=tied)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     g["embed_w"][:], g["lookup_w"][:] = 1, 2
     for _ in range(2):
-        tinygpt.join_tied(g)
+        tinygpt.add_lookup_gradient(g)
         assert (gradient[: 11 * 12] == 3).all() and not gradient[11 * 12 :].any() and not g["lookup_w"].any()
+
+
+@every_table
+@pytest.mark.parametrize("tied", [True, False])
+def test_embed_w_has_no_gradient_of_the_lookup_before_it_is_added(tied, table):
+    cfg = tiny_config(tied=tied)
+    _, p = random_parameters(cfg)
+    _, g = tinygpt.zero_gradients(cfg, np.float64)
+    tinygpt.loss_and_gradients(p, *random_batch(cfg, 2, 5), g, cfg, OPS[table])
+    before, lookup = g["embed_w"].copy(), g["lookup_w"].copy()
+    assert before.any() == tied and lookup.any()
+    tinygpt.add_lookup_gradient(g)
+    assert np.array_equal(g["embed_w"], before + lookup) and not g["lookup_w"].any()
+
+
+def test_a_config_takes_the_names_of_the_tables_and_no_others():
+    assert tinygpt.CHOICES["norm"] == tuple(tinygpt.NORMS) and set(tinygpt.KERNEL_NORMS) <= set(tinygpt.NORMS)
+    assert tinygpt.CHOICES["mlp"] == tuple(tinygpt.ACTIVATIONS) == tuple(tinygpt.ACTIVATION)
 
 
 # -- python tinygpt.py check
