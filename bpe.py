@@ -14,6 +14,7 @@ import base64
 import codecs
 import contextlib
 import functools
+import glob
 import hashlib
 import heapq
 import json
@@ -1002,8 +1003,8 @@ def save(tokenizer, path):
         files = dict(zip((path, _beside(path, "vocab.json", "merges.txt")), to_vocab_and_merges(tokenizer)))
         _check_same(tokenizer, path, from_vocab_and_merges, *files.values())
     for name, data in files.items():
-        with _aside(name) as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        _check_out(name)
+        write_aside(name, [data.encode() if isinstance(data, str) else data])
 
 
 def _beside(path, name, other):
@@ -1068,10 +1069,11 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     path = os.fspath(path)
     info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
-    crc = 0
-    with _aside(path) as file:
+
+    def chunks():
+        crc = 0
         for ids, stories, size in _encoded(documents, tokenizer, threads):
-            file.write(ids.data)
+            yield ids.data
             crc = zlib.crc32(ids.data, crc)
             info["tokens"] += len(ids)
             info["stories"] += stories
@@ -1081,12 +1083,16 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
         if not info["stories"]:
             raise ValueError("no stories to encode; expected at least one")
         info["crc32"] = f"{crc:08x}"
-        described = json.dumps(info, indent=1).encode() + b"\n"
         with contextlib.suppress(FileNotFoundError):
-            if Path(path + ".json").read_bytes() != described:  # as it is where another process wrote the same
+            if Path(path + ".json").read_bytes() != described():  # as it is where another process wrote the same
                 os.remove(path + ".json")  # never the description of an older file beside this one
-    with _aside(path + ".json") as file:
-        file.write(described)
+
+    def described():
+        return json.dumps(info, indent=1).encode() + b"\n"
+
+    _check_out(path)
+    write_aside(path, chunks())
+    write_aside(path + ".json", [described()])
     return info
 
 
@@ -1160,20 +1166,67 @@ def _check_out(path):
         raise PermissionError(f"{folder} is not writable; choose another place for {path}")
 
 
-@contextlib.contextmanager
-def _aside(path):
-    """A binary file that takes the name path only when it is whole and on the disk."""
-    _check_out(path)
-    aside = f"{os.fspath(path)}.{os.getpid()}.tmp"
+def lock_file(file):
+    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
+    it; OSError where the file system has no locks."""
     try:
-        with open(aside, "wb") as file:
-            yield file
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def open_aside(path):
+    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
+    the files of processes that were killed; Windows keeps them."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            if lock_file(file):
+                os.remove(left)
+    while True:
+        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
+        try:
+            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
+                return file
+        except OSError:  # no locks: nobody removes leftovers
+            return file
+        file.close()
+
+
+def write_aside(path, chunks):
+    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
+    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
+    path, aside = Path(path), None
+    try:
+        with open_aside(path) as file:
+            aside = file.name
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(aside)
+            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
+                file.close()
+            os.replace(aside, path)
+        if os.name == "posix":  # the folder's entry as well
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException as error:
+        if aside:
+            with contextlib.suppress(OSError):
+                os.remove(aside)  # a full disk is not kept full
+        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
+            error.filename = str(path)
         raise
 
 

@@ -1014,19 +1014,9 @@ def lock_log(folder):
     a run has it."""
     log = open(folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(log.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(log.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        log.close()
-        busy = f"another process writes the run in {folder}"
-        raise ValueError(f"{busy}; wait for its end or name another --out") from None
+        if not bpe.lock_file(log):
+            log.close()
+            raise ValueError(f"another process writes the run in {folder}; wait for its end or name another --out")
     except OSError as error:  # some network file systems have no locks
         note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
     return log
