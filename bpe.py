@@ -5,8 +5,8 @@
 
 Read sections 1 and 2 to know what is computed: documents, pre-tokens, and the trainer that rescans everything for
 each merge. Section 3 computes the same merges fast, 4 turns text into ids and back, 5 reads and writes tokenizers, 6
-keeps ids in files, 7 does to long texts in Numba what 1 and 4 do to short ones, 8 is the command line. Merges are
-ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
+keeps ids in files and reads stories in JSON, 7 does to long texts in Numba what 1 and 4 do to short ones, 8 is the
+command line. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import json
 import os
+import shlex
 import struct
 import sys
 import time
@@ -47,10 +48,11 @@ def reserved(n):
 
 
 def documents(paths, progress=None):
-    """Yield the stories of text files (split at END), .jsonl files (field "text") and folders of both.
+    """Yield the stories of text files (split at END), of JSON (a value a line, or one array; a value is a string or an
+    object with a field "text" or "story"), and of folders of these.
 
     Stories are stripped, empty ones dropped; a text without END is one document. Calls progress(bytes_done) after a
-    story. ValueError: a file that is not UTF-8 text, has no story, or has a bad line.
+    story. ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
     """
     held = []
     for piece, ends in pieces(paths, progress):
@@ -67,8 +69,7 @@ def pieces(paths, progress=None):
     for path in text_files(paths):
         with open(path, "rb") as file:
             empty = begins = True
-            texts = _jsonl_texts if path.suffix.lower() == ".jsonl" else _txt_texts
-            for text, ends in texts(file, path):
+            for text, ends in _reader(file, path)(file, path):
                 text = text.strip() if begins else text.rstrip() if ends else text
                 if text or not begins:
                     empty = False
@@ -82,14 +83,19 @@ def pieces(paths, progress=None):
 
 
 def text_files(paths):
-    """The files that paths name, as Path; a folder stands for its *.txt and *.jsonl, sorted."""
+    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
+    ValueError for a file that is compressed by its name, and for a folder without text."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in (".txt", ".jsonl") and p.is_file())
-            if not inside:
-                raise ValueError(f"{path} is a folder without .txt or .jsonl files")
-            yield from inside
+            inside = sorted(p for p in path.iterdir() if p.is_file())
+            texts = [p for p in inside if p.suffix.lower() in (".txt", ".jsonl") or _is_json_array(p)]
+            if not texts:
+                for p in inside:
+                    _refuse_packed(p)
+                raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
+            yield from texts
         elif path.exists():
+            _refuse_packed(path)
             yield path
         else:
             raise FileNotFoundError(f"{path} does not exist")
@@ -126,21 +132,6 @@ def _txt_texts(file, path, size=1 << 20):
         held.append(last[:cut])
         tail = last[cut:]
     yield "".join(held) + tail + _utf8(decoder.decode, b"", path, True), True
-
-
-def _jsonl_texts(file, path):
-    for number, line in enumerate(file, 1):
-        line = _utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8")
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()  # refuses what is no string, and an escaped half of a surrogate pair
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(
-                f'{path}, line {number}: expected {{"text": "a story"}}, got {line.strip()[:60]!r}'
-            ) from None
-        yield from ((story, True) for story in text.split(END))
 
 
 def _text(data):
@@ -1166,6 +1157,9 @@ def _check_out(path):
         raise PermissionError(f"{folder} is not writable; choose another place for {path}")
 
 
+# The next three stand in tinygpt.py, too: neither file imports the other, and a test compares them.
+
+
 def lock_file(file):
     """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
     it; OSError where the file system has no locks."""
@@ -1228,6 +1222,90 @@ def write_aside(path, chunks):
         if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
             error.filename = str(path)
         raise
+
+
+# -- text in other layouts: JSON, which is read, and compressed files, which are refused
+
+LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
+STORY = 'a string, {"text": "a story"} or {"story": "a story"}'
+JSON_MOST = 1 << 30  # bytes of an array, which has to fit into memory several times
+JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
+
+
+def _reader(file, path):
+    """The function that reads the stories of an open file; its first bytes decide, and its name where they do not."""
+    head = file.peek(1024)[:1024].removeprefix(codecs.BOM_UTF8)
+    _refuse_packed(path, head)
+    suffix, start = path.suffix.lower(), JSON_START.match(head)
+    if (start and start[1]) or (suffix == ".json" and head.lstrip().startswith(b"[")):
+        return _json_texts
+    return _jsonl_texts if start or suffix in (".json", ".jsonl") else _txt_texts
+
+
+def _is_json_array(path):
+    if path.suffix.lower() != ".json":
+        return False
+    with open(path, "rb") as file:
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _jsonl_texts(file, path):
+    for number, line in enumerate(file, 1):
+        line = _utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8")
+        if line.strip():
+            try:
+                text = _story_of(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise ValueError(f"{path}, line {number}: expected {STORY}, got {line.strip()[:60]!r}") from None
+            yield from ((story, True) for story in text.split(END))
+
+
+def _json_texts(file, path):
+    if (size := os.path.getsize(path)) > JSON_MOST:
+        raise ValueError(f"{path} is a JSON array of {size:,} bytes, above {JSON_MOST:,}; write it as .jsonl")
+    text = _utf8(codecs.decode, file.read(), path, "utf-8-sig")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} begins like a JSON array but is none: {error}") from None
+    for number, value in enumerate(values, 1):
+        try:
+            text = _story_of(value)
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}, item {number}: expected {STORY}, got {json.dumps(value)[:60]!r}") from None
+        yield from ((story, True) for story in text.split(END))
+
+
+def _story_of(value):
+    """The text in a value of JSON; TypeError or ValueError if there is none."""
+    if isinstance(value, dict):
+        value = value.get("text", value.get("story"))
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # UnicodeEncodeError: an escaped half of a surrogate pair
+    return value
+
+
+TO_JSONL = "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
+PACKED = [  # suffixes; first bytes and where they stand; what the unpacked file ends in; the command that unpacks it
+    ((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), b"ustar", 257, "", "tar -xf {file}"),
+    ((".gz",), b"\x1f\x8b", 0, "", "gunzip -c {file} > {out}"),
+    ((".bz2",), b"BZh", 0, "", "bunzip2 -c {file} > {out}"),
+    ((".xz",), b"\xfd7zXZ\0", 0, "", "xz -dc {file} > {out}"),
+    ((".zst",), b"\x28\xb5\x2f\xfd", 0, "", "zstd -dc {file} > {out}"),
+    ((".zip",), b"PK\3\4", 0, "", "unzip {file}"),
+    ((".parquet",), b"PAR1", 0, ".jsonl", f'python -c "{TO_JSONL}" {{file}} {{out}}'),
+]
+
+
+def _refuse_packed(path, head=b""):
+    """ValueError, with the command that helps, for a file that is compressed by its name or its first bytes."""
+    for suffixes, magic, place, ending, command in PACKED:
+        suffix = next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
+        if suffix or head[place:].startswith(magic):
+            out = str(path)[: -len(suffix)] + ending if suffix else f"{path}{ending or '.txt'}"
+            command = command.format(file=shlex.quote(str(path)), out=shlex.quote(out))
+            raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")
 
 
 # == 7  long texts: the scanner, and a table of words, in Numba ======================================================
@@ -1829,7 +1907,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories, decode them again.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats|explain")
-    text = "text file with stories that end in " + END + ", .jsonl file with a field `text`, or a folder of them"
+    text = f"text with stories that end in {END}; .jsonl or a .json array with a field `text` or `story`; or a folder"
 
     command = commands.add_parser("train", help="learn the merges of a tokenizer from text")
     command.set_defaults(run=_train)

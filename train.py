@@ -116,7 +116,7 @@ def find_stories(args, s, cfg):
 
 def cache_key(sources, tokenizer_path, detail):
     """A name for what is made of these files: changes when one of them does."""
-    parts = [bpe.PATTERN, RESERVED, detail]
+    parts = [bpe.PATTERN, bpe.LAYOUTS, RESERVED, detail]
     for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
         status = path.stat()
         parts += [str(path.resolve()), status.st_size, status.st_mtime_ns]
@@ -943,7 +943,7 @@ def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add = parser.add_argument_group("what").add_argument
     add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
-    add("--data", nargs="+", metavar="FILE", help="training text, .jsonl, token files or folders; default TinyStories")
+    add("--data", nargs="+", metavar="FILE", help="text, .jsonl, .json, token files or folders; default TinyStories")
     add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training stories")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
