@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
@@ -3661,18 +3662,58 @@ DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
 
 
-def write_aside(path, chunks):
-    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed.
-    OSError, which names `path`, if it cannot."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
+# The next three stand in bpe.py, too: neither file imports the other, and a test compares them.
+
+
+def lock_file(file):
+    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
+    it; OSError where the file system has no locks."""
     try:
-        with open(aside, "wb") as f:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def open_aside(path):
+    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
+    the files of processes that were killed; Windows keeps them."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            if lock_file(file):
+                os.remove(left)
+    while True:
+        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
+        try:
+            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
+                return file
+        except OSError:  # no locks: nobody removes leftovers
+            return file
+        file.close()
+
+
+def write_aside(path, chunks):
+    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
+    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
+    path, aside = Path(path), None
+    try:
+        with open_aside(path) as file:
+            aside = file.name
             for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
+                file.close()
+            os.replace(aside, path)
         if os.name == "posix":  # the folder's entry as well
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -3680,9 +3721,10 @@ def write_aside(path, chunks):
             finally:
                 os.close(folder)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)  # a full disk is not kept full
-        if isinstance(error, OSError) and error.strerror and not error.filename:
+        if aside:
+            with contextlib.suppress(OSError):
+                os.remove(aside)  # a full disk is not kept full
+        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
             error.filename = str(path)
         raise
 

@@ -121,7 +121,7 @@ def find_stories(args, s, cfg):
 
 def cache_key(sources, tokenizer_path, detail):
     """A name for what is made of these files: changes when one of them does."""
-    parts = [bpe.PATTERN, RESERVED, detail]
+    parts = [bpe.PATTERN, bpe.LAYOUTS, RESERVED, detail]
     for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
         parts += [str(path.resolve()), *file_state(path)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -1044,7 +1044,7 @@ def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add = parser.add_argument_group("what").add_argument
     add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
-    add("--data", nargs="+", metavar="FILE", help="training text, .jsonl, token files or folders; default TinyStories")
+    add("--data", nargs="+", metavar="FILE", help="text, .jsonl, .json, token files or folders; default TinyStories")
     add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
@@ -1126,18 +1126,9 @@ def open_locked(path, busy):
     the words of `busy`, if another process has locked it."""
     file = open(path, "a", encoding="utf-8", newline="\n")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise ValueError(f"{busy}; wait for its end or name another --out") from None
+        if not bpe.lock_file(file):
+            file.close()
+            raise ValueError(f"{busy}; wait for its end or name another --out")
     except OSError as error:  # some network file systems have no locks
         note(f"{path.parent} cannot be locked ({error.strerror}): see to it that no second run writes there")
     return file

@@ -312,10 +312,8 @@ def results(trials, folder, failed):
 
 def write_results(trials, folder, failed):
     """results.jsonl, whole at any moment."""
-    aside = folder / "results.jsonl.new"
-    lines = [json.dumps(row) + "\n" for row in results(trials, folder, failed)]
-    aside.write_text("".join(lines), encoding="utf-8", newline="\n")
-    aside.replace(folder / "results.jsonl")
+    lines = (json.dumps(row).encode() + b"\n" for row in results(trials, folder, failed))
+    tinygpt.write_aside(folder / "results.jsonl", lines)
 
 
 def table(rows):

@@ -502,7 +502,7 @@ BAD_DATA = [
     ("a.txt", b"caf\xe9 ol\xe9", "not text: byte 0xe9"),
     ("a.txt", b"cut \xe2\x82", "not text: byte 0xe2"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl, line 2: expected"),
-    ("a.jsonl", b'{"story": "a"}', "line 1"),
+    ("a.jsonl", b'{"title": "a"}', "line 1"),
     ("a.jsonl", b'\n["text"]', "line 2"),
     ("a.jsonl", b'{"text": 5}', "line 1"),
     ("a.jsonl", b'{"text": "\\ud800"}', "line 1"),
