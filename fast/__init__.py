@@ -43,7 +43,7 @@ from fast.embed import embed_backward_kernels, embed_forward_kernels
 from fast.head import head_kernel, head_logits_kernels, head_loss_kernels
 from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
 from fast.threads import POOL, kernel, serve
-from fast.workspace import workspace, workspace_layout
+from fast.workspace import make_workspace, workspace_layout
 from tinygpt import Ops, init_parameters, layout, loss_and_gradients, scaled_down, views, with_buffers, zero_gradients
 
 __all__ = [
@@ -69,7 +69,7 @@ FLOAT32 = Ops(
     head_logits=head_logits_kernels,
     head_loss=head_loss_kernels,
     steps=Steps,
-    make_space=workspace,
+    make_space=make_workspace,
 )
 BFLOAT16 = dataclasses.replace(  # what reads or writes no large matrix, and decoding, stay as they are
     FLOAT32,

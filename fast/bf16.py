@@ -58,7 +58,7 @@ from fast.pack import (
     store,
 )
 from fast.products import HEADER
-from fast.workspace import scratch_of, workspace
+from fast.workspace import make_workspace, scratch_of
 
 LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
 BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed at a time: 160 KiB, of a core's 2 MiB
@@ -552,5 +552,5 @@ def with_space(ops, cfg, x, index=0):
     """A table that has buffers for x (B, T, C) in layer `index`."""
     if ops.space:
         return ops
-    space = workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)
+    space = make_workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)
     return dataclasses.replace(ops, space=space | {"layers": space["layers"] * (index + 1)})

@@ -21,10 +21,10 @@ from fast.workspace import (
     block_rows,
     blocks,
     laid_size,
+    make_workspace,
     norm_of,
     scratch_of,
     whole_vectors,
-    workspace,
 )
 from tinygpt import NORMS
 
@@ -156,7 +156,7 @@ def head_logits_kernels(x, p, cfg, ops):
 
 def head_loss_kernels(x, targets, weights, p, g, cfg, ops):
     (B, T, C), V, name = x.shape, cfg.vocab_size, "embed_w" if cfg.tied else "head_w"
-    s = ops.space or workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
+    s = ops.space or make_workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
     laid = asks_others(scratch)

@@ -113,7 +113,7 @@ def workspace_layout(cfg, B, T, recompute=False):
     return table
 
 
-def workspace(cfg, B, T, dtype, recompute=False):
+def make_workspace(cfg, B, T, dtype, recompute=False):
     """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones."""
     provide_product(np.dtype(dtype).name)
     table = workspace_layout(cfg, B, T, recompute)
@@ -170,7 +170,7 @@ def layer_space(ops, cfg, x, index):
     """The buffers of layer `index`; new ones for a table without."""
     if ops.space:
         return ops.space["layers"][index]
-    return workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
+    return make_workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
 
 
 @kernel

@@ -300,7 +300,7 @@ def test_a_driver_that_does_nothing_is_noticed_and_one_that_lays_nothing_ready(m
 def test_an_op_leaves_nothing_behind(blocks):
     cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
     _, p = random_parameters(cfg, dtype=np.float32)
-    batch, space = random_batch(cfg, 2, 50, dtype=np.float32), workspace.workspace(cfg, 2, 50, np.float32)
+    batch, space = random_batch(cfg, 2, 50, dtype=np.float32), workspace.make_workspace(cfg, 2, 50, np.float32)
     tables = {name: dataclasses.replace(ops_of(name), space=space) for name in ("fast", "fast-bf16")}
     results = []
     for table in ("fast", "fast-bf16", "fast"):
