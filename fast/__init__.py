@@ -24,7 +24,6 @@ Read in this order:
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ from fast.bf16 import (
 from fast.decode import Steps
 from fast.embed import embed_backward_kernels, embed_forward_kernels
 from fast.head import head_kernel, head_logits_kernels, head_loss_kernels
+from fast.jit import STAMP, remove_old_kernels
 from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
 from fast.threads import POOL, kernel, serve
 from fast.workspace import make_workspace, workspace_layout
@@ -94,9 +94,8 @@ def table(dtype="float32"):
 
 
 def is_compiled():
-    """Whether Numba's cache has kernels of this file as it is."""
-    compiled = Path(head_kernel.stats.cache_path).glob("*.head_kernel*.nbc")
-    return max((path.stat().st_mtime for path in compiled), default=0) > os.path.getmtime(__file__)
+    """True if Numba's cache has kernels of this package as it is."""
+    return any(Path(head_kernel.stats.cache_path).glob(f"*.head_kernel-{STAMP}-*.nbc"))
 
 
 FIRST_HALF = {"qkv", "attention", "attention_backward", "linear_residual", "linear_backward", "linear_norm_backward"}
@@ -113,3 +112,6 @@ def compile_half(cfg, half):
     loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, ops)
     if half == 1:
         serve(POOL.words.ctypes.data, 1, 0, 0)  # for no time
+
+
+remove_old_kernels(serve.stats.cache_path)

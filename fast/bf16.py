@@ -35,7 +35,7 @@ from numba.extending import intrinsic
 
 from fast.attention import attention_layer_backward_kernels, attention_layer_forward_kernels
 from fast.head import head_loss_kernels
-from fast.jit import compiles_for, plain_part
+from fast.jit import compiles_for, plain_part, stamped
 from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
 from fast.pack import (
     I8,
@@ -370,7 +370,8 @@ def dtype_of(kind):
 
 
 def addressed(function, count, result=types.void):
-    return numba.cfunc(result(*[types.intp] * count), cache=True, error_model="numpy", _nrt=False)(function)
+    kind = result(*[types.intp] * count)
+    return numba.cfunc(kind, cache=True, error_model="numpy", _nrt=False)(stamped(function))
 
 
 @functools.cache

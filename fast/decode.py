@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fast.attention import attention_arguments, first_seen, norm_columns
-from fast.jit import COMPILE, ordered_part, part
+from fast.jit import COMPILE, ordered_part, part, stamped
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
 from fast.rows import ACTIVATION, NO_NORM, activation_rows, exp, maximum, norm_rows
@@ -371,7 +371,7 @@ def provide_step(dtype):
                     activation_rows(m.activation, h, 0, 0, width, matrix(m.a + low * m.size, 1, m.panel, zero))
         return over
 
-    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE)(step_of_dtype)
+    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE)(stamped(step_of_dtype))
 
 
 @kernel

@@ -13,10 +13,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import COMPILE, compiles_for, part
+from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, part, stamped
 from fast.memory import peek, poke, word_at
 from fast.threads import POOL
-from tinygpt import CACHE_LINE
 
 # == 5  matrix products     c = a b, or c += a b, for any strides of a =================================================
 #
@@ -227,6 +226,7 @@ move_wide, move_one = move_vectors(TILE_VECTORS), move_vectors(1)
 
 
 @part
+@stamped
 def copy_at(source, step, to, to_step, rows, width, size, zero):
     """`rows` rows of `width` elements from one address and row stride to another."""
     whole = width * size - width * size % VECTOR_BYTES
@@ -240,6 +240,7 @@ def copy_at(source, step, to, to_step, rows, width, size, zero):
                 poke(to + r * to_step + at, peek(source + r * step + at, zero))
 
 
+@stamped
 def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
     if panel != 0 and elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
@@ -296,6 +297,7 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
     return types.void(*[types.intp] * 4, zero), build
 
 
+@stamped
 def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
     """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses, row strides and `size` in bytes."""
     lanes = VECTOR_BYTES // size
@@ -344,7 +346,7 @@ def elsewhere(typing_context, panel, arguments):
 
 
 def symbol(function, dtype):
-    return f"tinygpt_{function.__name__}_{dtype}"
+    return f"tinygpt_{function.__name__}_{dtype}_{STAMP}"
 
 
 @functools.cache

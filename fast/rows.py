@@ -11,8 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from fast.jit import COMPILE, part
-from tinygpt import CHOICES, GELU_CUBE, GELU_SCALE
+from fast.jit import COMPILE, GELU_CUBE, GELU_SCALE, MLPS, part
 
 # == 6  rows: exponential, norm, activation ============================================================================
 
@@ -142,7 +141,7 @@ def erf_of_by_type(x):
     return erf32 if x == types.float32 else lambda x: math.erf(x)
 
 
-ACTIVATION = {name: kind for kind, name in enumerate(CHOICES["mlp"])}
+ACTIVATION = {name: kind for kind, name in enumerate(MLPS)}
 GELU_TANH, GELU, SILU, RELU2, SWIGLU = ACTIVATION.values()
 
 

@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.core import cgutils, compiler
 from numba.extending import intrinsic
 
-from fast.jit import COMPILE
+from fast.jit import COMPILE, stamped
 from fast.memory import word_at
 from tinygpt import aligned, count_cores
 
@@ -23,7 +23,6 @@ from tinygpt import aligned, count_cores
 LAUNCH, GATE, NEXT, TASKS = 0, 8, 16, 24  # launches so far; threads at work, + CLOSED; the next task; their number
 FUNCTION, ARGUMENTS, FAILED, WORDS = 25, 26, 27, 32  # what to call, with what, whether it failed; words in all
 CLOSED = 1 << 32
-PROTOCOL = 1  # one more whenever compiled kernels use the words in another way: it is part of their name in the cache
 SPINS = 1 << 20  # looks at a word, some 0.5 ms, before a thread goes to sleep
 
 
@@ -147,11 +146,12 @@ def kernel(function):
     code = code.replace(co_firstlineno=function.__code__.co_firstlineno)
     body = njit(**COMPILE, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     copy = type(launch)(code, {"open_gate": open_gate, "body": body, "__name__": function.__module__})
-    copy.__qualname__ = f"{function.__qualname__}-{PROTOCOL}"
-    return njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(copy)
+    copy.__qualname__ = function.__qualname__
+    return njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(stamped(copy))
 
 
 @njit(**COMPILE, nogil=True, cache=True)
+@stamped
 def serve(at, slot, seen, spins):
     """Take part in every launch after number `seen`, until none has come for `spins` looks; the last one's number."""
     idle = 0

@@ -4,6 +4,8 @@ threads or micro-batches, and the parts that kernels are made of."""
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,7 +32,7 @@ from llvmlite import binding
 import fast
 import tinygpt
 from fast import POOL, panels, products, workspace
-from fast.jit import COMPILE
+from fast.jit import COMPILE, STAMP, remove_old_kernels
 from fast.rows import erf_of, exp, maximum
 from fast.threads import Pool
 from tinygpt import OPS
@@ -695,3 +697,65 @@ def test_kernels_from_the_cache_give_the_bytes_of_kernels_compiled_anew(tmp_path
     anew, cached = (subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2))
     assert anew.returncode == 0, anew.stderr
     assert cached.stdout == anew.stdout
+
+
+NORM_ROWS = """
+import numpy as np
+from fast.embed import norm_kernel
+from fast.jit import STAMP
+from fast.rows import RMSNORM
+from fast.threads import POOL
+x, ones, stats = np.full((3, 16), 2.0, np.float32), np.ones(16, np.float32), np.empty((2, 3), np.float32)
+POOL.run(norm_kernel, 1, x, RMSNORM, ones, ones, 0.0, 3, stats, x)
+print(x[0, 0], sum(norm_kernel.stats.cache_hits.values()), STAMP)
+"""
+
+
+def replace_in(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{path.name} no longer says {old!r} once"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_an_edited_part_is_seen_by_kernels_of_other_files_though_the_cache_is_warm(tmp_path):
+    root, package, cache = Path(tinygpt.__file__).parent, tmp_path / "fast", tmp_path / "cache"
+    shutil.copy2(root / "tinygpt.py", tmp_path)
+    shutil.copytree(root / "fast", package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run():
+        """What NORM_ROWS prints: a number, whether its kernel came from the cache, the stamp."""
+        words, environment = [sys.executable, "-c", NORM_ROWS], os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=True)
+        number, hits, stamp = done.stdout.split()
+        return float(number), int(hits), stamp
+
+    def stamps():
+        """Of the files in the cache."""
+        return {re.search(r"-([0-9a-f]{10})-\d+\.py", path.name)[1] for path in cache.rglob("*.nb[ci]")}
+
+    (number, hits, first), again = run(), run()
+    assert (number, hits) == (2, 0) and again == (2, 1, first) and stamps() == {first}
+    replace_in(package / "rows.py", "y[i, c] = (x[i, c] - m) * r * w[c] + b[c]", "y[i, c] = (x[i, c] - m) * r * w[c]")
+    number, hits, second = run()
+    assert (number, hits) == (1, 0) and second != first and stamps() == {second}
+    # what compiled code takes from tinygpt.py counts as well
+    replace_in(tmp_path / "tinygpt.py", "0.044715  # the tanh form", "0.044716  # the tanh form")
+    assert run()[1:] != (1, second)
+    # negative control: with one stamp for all sources, the machine code would be the old one
+    replace_in(package / "jit.py", "STAMP = stamp()", "STAMP = 'f' * 10")
+    assert run()[:2] == (1, 0)
+    replace_in(package / "rows.py", "y[i, c] = (x[i, c] - m) * r * w[c]\n", "y[i, c] = 7\n")
+    assert run()[:2] == (1, 1)
+
+
+def test_old_kernels_are_removed_as_far_as_others_allow(tmp_path, monkeypatch):
+    names = [f"rows.f-{stamp}-12.py311.{end}" for stamp in (STAMP, "0123456789") for end in ("nbi", "1.nbc")]
+    others = ["rows.py", "rows.f-12.py311.nbi", "notes-0123456789-1.py"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path: (_ for _ in ()).throw(PermissionError(13, "read-only")))
+        remove_old_kernels(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *others}
+    remove_old_kernels(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names[:2], *others}
