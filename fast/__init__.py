@@ -28,15 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fast import bf16
 from fast.attention import attention_layer_backward_kernels, attention_layer_forward_kernels
-from fast.bf16 import (
-    attention_layer_backward_tiles,
-    attention_layer_forward_tiles,
-    head_loss_tiles,
-    mlp_layer_backward_tiles,
-    mlp_layer_forward_tiles,
-    why_not,
-)
 from fast.decode import Steps
 from fast.embed import embed_backward_kernels, embed_forward_kernels
 from fast.head import head_kernel, head_logits_kernels, head_loss_kernels
@@ -71,19 +64,13 @@ FLOAT32 = Ops(
     steps=Steps,
     make_space=make_workspace,
 )
-BFLOAT16 = dataclasses.replace(  # what reads or writes no large matrix, and decoding, stay as they are
-    FLOAT32,
-    attention_layer_forward=attention_layer_forward_tiles,
-    attention_layer_backward=attention_layer_backward_tiles,
-    mlp_layer_forward=mlp_layer_forward_tiles,
-    mlp_layer_backward=mlp_layer_backward_tiles,
-    head_loss=head_loss_tiles,
-)
+# what reads or writes no large matrix stays in float32: the embedding, `head_logits`, decoding
+BFLOAT16 = dataclasses.replace(FLOAT32, make_space=bf16.make_bf16_workspace)
 
 
 def why_no_bf16():
     """None where float32 can be multiplied in bf16 tiles, else why not, in a sentence."""
-    return why_not()
+    return bf16.why_not()
 
 
 def table(dtype="float32"):

@@ -5,8 +5,8 @@
 `train.py --dtype bfloat16` multiplies through this file. Operands are rounded to bf16, 8 bits of mantissa, as they are
 packed; what they add up to is float32.
 
-Read in order: 1 what this machine has, 3 the innermost block, 4 the driver, 5 how it is called, 7.6 the sublayers;
-2 packing is in pack.py.
+Read in order: 1 what this machine has, 3 the innermost block, 4 the driver, 5 how it is called, 6 the buffers of the
+sublayers; 2 packing is in pack.py.
 
 The driver blocks, packs and handles edges, once for all; the innermost block is called by its address, and there are
 three. "amx" is the matrix unit. "stand-in" reads the same packed operands and adds up in the same order with ordinary
@@ -17,9 +17,7 @@ Tiles: a is 16 rows of 32 columns; b is 32 rows of 16 columns, two rows interlea
 Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18, volume 2 under TDPBF16PS.
 """
 
-import contextlib
 import ctypes
-import dataclasses
 import functools
 import os
 import platform
@@ -33,10 +31,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.attention import attention_layer_backward_kernels, attention_layer_forward_kernels
-from fast.head import head_loss_kernels
 from fast.jit import compiles_for, plain_part, stamped
-from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
 from fast.pack import (
     I8,
     I32,
@@ -58,7 +53,7 @@ from fast.pack import (
     store,
 )
 from fast.products import HEADER
-from fast.workspace import make_workspace, scratch_of
+from fast.workspace import make_workspace
 
 LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
 BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed at a time: 160 KiB, of a core's 2 MiB
@@ -499,59 +494,20 @@ def main():
     return 0
 
 
-# == 7.6  products through tiles =======================================================================================
+# == 6  buffers whose products are in bf16 =============================================================================
 #
-# The same kernels. A thread finds in the header of its panel whom to ask for each product: the driver,
-# which leaves a few to the register tiles; and who lays ready what it reads more than once, between n_T and the end of
-# panels in the space. The header is written before an op and erased after it.
+# The kernels are those of float32. A thread finds in the header of its panel the addresses of `drive`, which makes each
+# product but a few small ones, and of `lay`, which packs what is read more than once: it lies between `n_T` and the end
+# of `panels`.
 
 
-@contextlib.contextmanager
-def tiles_in(space):
-    """Meanwhile, products of kernels in this space are those of the driver. ValueError where it has none."""
-    scratch = scratch_of(space)
+def make_bf16_workspace(cfg, B, T, dtype, recompute=False):
+    """`make_workspace`, with headers that send products to the driver; ValueError where it cannot run."""
+    space = make_workspace(cfg, B, T, dtype, recompute)
+    scratch = space["scratch"]
     words = headers(len(scratch), KINDS[scratch.dtype.name])
     header = scratch[:, :HEADER].view(np.int64)[:, : words.shape[1]]
     header[:] = words
     header[:, FIRST] = space["n_T"].ctypes.data
     header[:, END] = space["panels"].ctypes.data + space["panels"].nbytes
-    try:
-        yield
-    finally:
-        header[:] = 0
-
-
-def attention_layer_forward_tiles(x, p, cfg, ops, index=0, past=None, dropout=None):
-    ops = with_space(ops, cfg, x, index)
-    with tiles_in(ops.space["layers"][index]):
-        return attention_layer_forward_kernels(x, p, cfg, ops, index, past, dropout)
-
-
-def attention_layer_backward_tiles(dy, cache, p, g, cfg, ops, index=0):
-    with tiles_in(cache[1]):
-        return attention_layer_backward_kernels(dy, cache, p, g, cfg, ops, index)
-
-
-def mlp_layer_forward_tiles(x, p, cfg, ops, index=0, dropout=None):
-    ops = with_space(ops, cfg, x, index)
-    with tiles_in(ops.space["layers"][index]):
-        return mlp_layer_forward_kernels(x, p, cfg, ops, index, dropout)
-
-
-def mlp_layer_backward_tiles(dy, cache, p, g, cfg, ops, index=0):
-    with tiles_in(cache[1]):
-        return mlp_layer_backward_kernels(dy, cache, p, g, cfg, ops, index)
-
-
-def head_loss_tiles(x, targets, weights, p, g, cfg, ops):
-    ops = with_space(ops, cfg, x)
-    with tiles_in(ops.space):
-        return head_loss_kernels(x, targets, weights, p, g, cfg, ops)
-
-
-def with_space(ops, cfg, x, index=0):
-    """A table that has buffers for x (B, T, C) in layer `index`."""
-    if ops.space:
-        return ops
-    space = make_workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)
-    return dataclasses.replace(ops, space=space | {"layers": space["layers"] * (index + 1)})
+    return space

@@ -4,13 +4,11 @@ The idea: forward a task is a sequence; backward a task owns some columns of the
 that repeated tokens need neither atomics nor an order that depends on threads. Order: kernels, then the two sublayers.
 """
 
-import dataclasses
-
 import numpy as np
 
 from fast.rows import drop_row, norm_rows, norm_rows_backward
 from fast.threads import POOL, kernel
-from fast.workspace import ROW_BLOCK, add_sums, block_rows, blocks, make_workspace, mask_of, norm_of
+from fast.workspace import ROW_BLOCK, add_sums, block_rows, blocks, mask_of, norm_of, space_of
 from tinygpt import EMBED_SITE
 
 # == 7.1  embed ========================================================================================================
@@ -72,7 +70,7 @@ def norm_backward_kernel(task, slot, dy, x, kind, w, b, T, stats, dx, n, sums):
 
 def embed_forward_kernels(tokens, p, cfg, ops, start=0, dropout=None):
     (B, T), C, dtype = tokens.shape, cfg.width, p["embed_w"].dtype
-    s, count = ops.space or make_workspace(dataclasses.replace(cfg, layers=1), B, T, dtype), B * blocks(T, ROW_BLOCK)
+    s, count = space_of(ops, cfg, B, T, dtype), B * blocks(T, ROW_BLOCK)
     positions = np.empty((0, C), dtype) if p["position_w"] is None else p["position_w"][start : start + T]
     x = s["looked_up" if cfg.embedding_norm else "embedded"]
     tokens = np.ascontiguousarray(tokens, np.int64)

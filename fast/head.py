@@ -4,7 +4,6 @@ The idea: the logits of a block of rows are never written to a buffer of all row
 follow while they are in the cache. Order: `head_kernel`, `head_gradient_kernel`, then `head_loss_kernels`.
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -21,9 +20,9 @@ from fast.workspace import (
     block_rows,
     blocks,
     laid_size,
-    make_workspace,
     norm_of,
     scratch_of,
+    space_of,
     whole_vectors,
 )
 from tinygpt import NORMS
@@ -148,7 +147,7 @@ def head_logits_kernels(x, p, cfg, ops):
     n = NORMS[cfg.norm][0](x, p["norm_w"], p["norm_b"], cfg.norm_eps)[0] if cfg.final_norm else x  # a row or a few
     logits_T = np.empty((cfg.vocab_size, len(x)), x.dtype)
     provide_product(x.dtype.name)
-    scratch = scratch_of(ops.space) if ops.space else np.zeros((POOL.threads, PANEL_SIZE), x.dtype)
+    scratch = np.zeros((POOL.threads, PANEL_SIZE), x.dtype)  # its own: in float32, whatever the dtype of products
     tasks, head_w = blocks(cfg.vocab_size, 960), p["embed_w" if cfg.tied else "head_w"]
     POOL.run(head_logits_kernel, tasks, np.ascontiguousarray(n.T), head_w, logits_T, scratch)
     return logits_T.T if p["head_b"] is None else logits_T.T + p["head_b"]
@@ -156,7 +155,7 @@ def head_logits_kernels(x, p, cfg, ops):
 
 def head_loss_kernels(x, targets, weights, p, g, cfg, ops):
     (B, T, C), V, name = x.shape, cfg.vocab_size, "embed_w" if cfg.tied else "head_w"
-    s = ops.space or make_workspace(dataclasses.replace(cfg, layers=1), B, T, x.dtype)
+    s = space_of(ops, cfg, B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
     laid = asks_others(scratch)

@@ -99,7 +99,7 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("sums", (tasks, 2, C), False),
         ("qk_sums", (B * cfg.kv_heads, 2, D), False),
         ("head_sums", (head_tasks, 2, C), False),
-        ("n_T", (tasks, laid_size(C), ROW_BLOCK), False),  # these three may lie as tiles.py has them
+        ("n_T", (tasks, laid_size(C), ROW_BLOCK), False),  # these three may be packed for bf16.py
         ("a_T", (tasks, laid_size(F), ROW_BLOCK), False),
         ("panels", (panels,), False),  # of the weights at work
         ("scratch", (POOL.threads, scratch), False),
@@ -166,11 +166,14 @@ def scratch_of(space):
     return space["scratch"]
 
 
+def space_of(ops, cfg, B, T, dtype):
+    """The table's buffers; if it has none, new ones, of one layer."""
+    return ops.space or ops.make_space(dataclasses.replace(cfg, layers=1), B, T, dtype)
+
+
 def layer_space(ops, cfg, x, index):
-    """The buffers of layer `index`; new ones for a table without."""
-    if ops.space:
-        return ops.space["layers"][index]
-    return make_workspace(dataclasses.replace(cfg, layers=1), *x.shape[:2], x.dtype)["layers"][0]
+    """Those of layer `index`."""
+    return space_of(ops, cfg, *x.shape[:2], x.dtype)["layers"][index if ops.space else 0]
 
 
 @kernel
