@@ -31,29 +31,23 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import compiles_for, plain_part, stamped
+from fast.jit import CACHE_LINE, compiles_for, plain_part, stamped
+from fast.memory import I8, I32, I64, load, multiply_add, peek, poke, splat, store
 from fast.pack import (
-    I8,
-    I32,
-    I64,
     SQUARE,
     STEP,
     TILE,
     copy_padded,
     element_vector,
     instruction,
-    load,
     pack_a,
     pack_b,
     packed_size,
-    peek,
-    poke,
     sizes_of,
-    splat,
-    store,
 )
 from fast.products import HEADER
 from fast.workspace import make_workspace
+from tinygpt import aligned
 
 LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
 BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed at a time: 160 KiB, of a core's 2 MiB
@@ -165,9 +159,6 @@ def plain_block(context, builder, zero, top, bottom, left, right, c, c_row, step
     vector, size = element_vector(context, zero)
     line, scalar = TILE * 2 * packed_size(size), vector.element
     word = ir.IntType(16 * packed_size(size))
-    name = f"llvm.fma.v{TILE}f{8 * size}"
-    fma = builder.module.globals.get(name)
-    fma = fma or ir.Function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
     resume = builder.icmp_signed("!=", add, I64(0))
 
     def rows_of_tile(a, b, corner):
@@ -191,7 +182,7 @@ def plain_block(context, builder, zero, top, bottom, left, right, c, c_row, step
                     pair = load(builder, place, ir.VectorType(word, 1), line // TILE)
                     for side, x in enumerate(widen(builder, pair, scalar)):
                         every = builder.shuffle_vector(x, x, splat(ir.VectorType(I32, TILE), 0))
-                        chains[r][side] = builder.call(fma, [every, b_sides[side], chains[r][side]])
+                        chains[r][side] = multiply_add(builder, every, b_sides[side], chains[r][side])
             for at, chain in zip(sums, chains):
                 builder.store(builder.fadd(builder.load(at), builder.fadd(*chain)), at)
         for place, at in zip(places, sums):
@@ -417,10 +408,8 @@ def shapes_of_tiles():
 @functools.cache
 def workplaces(threads, size):
     """Memory (threads, size), each from the beginning of a cache line on."""
-    size = -(-size // 64) * 64
-    flat = np.zeros(threads * size + 64, np.uint8)
-    first = -flat.ctypes.data % 64
-    places = flat[first : first + threads * size].reshape(threads, size)
+    size = -(-size // CACHE_LINE) * CACHE_LINE
+    places = aligned(threads * size, np.uint8).reshape(threads, size)
     places[:, :64] = shapes_of_tiles()
     return places
 

@@ -165,12 +165,12 @@ def step_attention(m, t, first, last, position, scratch, zero):
     k_gains = t.gains + D * size if t.gains != 0 else t.gains
     step_place(m, key, last - first, k_gains, position, scratch, zero)
     for i in range((last - first) * D):
-        k, v, g, d = peek(key + i * size, zero), peek(key + value + i * size, zero), first + i // D, i % D
+        k, v, g, d = peek(key + i * size, 0, zero), peek(key + value + i * size, 0, zero), first + i // D, i % D
         kept = m.kv + (((t.layer * m.P + position) * 2 * m.G + first) * D + i) * size
-        poke(kept, k)
-        poke(kept + value, v)
-        poke(keys + g * k_next + (d * m.Ps + position) * size, k)
-        poke(values + g * v_next + (position * m.Ds + d) * size, v)
+        poke(kept, 0, k)
+        poke(kept + value, 0, v)
+        poke(keys + g * k_next + (d * m.Ps + position) * size, 0, k)
+        poke(values + g * v_next + (position * m.Ds + d) * size, 0, v)
     q = vector(queries, (last - first) * R * D, zero)
     for i in range(q.size):
         q[i] *= q.dtype.type(m.scale)

@@ -10,13 +10,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from fast.jit import compiles_for, plain_part
+from fast.memory import I32, I64, load, peek, poke, splat, store, transpose
 
 TILE = 16  # rows of a tile of a and of c, columns of c, pairs in a row of a tile
 STEP = 2 * TILE  # columns of a that a tile holds
 SQUARE = 2 * TILE  # rows and columns of the block of c that stays in four tiles
-
-
-I8, I32, I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 
 
 # == 2  packing ========================================================================================================
@@ -29,22 +27,10 @@ def packed_size(size):
     return 2 if size == 4 else 8
 
 
-def load(builder, address, kind, align):
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
-
-
-def store(builder, value, address, align):
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
-
-
 def instruction(builder, name, result, *values):
     """Call LLVM's intrinsic for an instruction of x86."""
     name, kind = f"llvm.x86.{name}", ir.FunctionType(result, [x.type for x in values])
     return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
-
-
-def splat(kind, value):
-    return ir.Constant(kind, [value] * kind.count)
 
 
 class BF16(ir.Type):
@@ -151,41 +137,11 @@ def turn_words(typing_context, at, zero):
         words = ir.VectorType(ir.IntType(16 * packed_size(size)), TILE)
         places = [builder.add(args[0], I64(i * TILE * 2 * packed_size(size))) for i in range(TILE)]
         rows = [load(builder, place, words, 64) for place in places]
-        order = [lane for i in range(TILE) for lane in (i, TILE + i)]
-        masks = [ir.Constant(ir.VectorType(I32, TILE), half) for half in (order[:TILE], order[TILE:])]
-        for _ in range(TILE.bit_length() - 1):  # each round takes the first bit of (row, column) to its end
-            halves = zip(rows[: TILE // 2], rows[TILE // 2 :])
-            rows = [builder.shuffle_vector(*two, mask) for two in halves for mask in masks]
-        for row, place in zip(rows, places):
+        for row, place in zip(transpose(builder, rows), places):
             store(builder, row, place, 64)
         return context.get_dummy_value()
 
     return types.void(types.intp, zero), build
-
-
-@intrinsic
-def peek(typing_context, address, index, zero):
-    """Element `index` of those at an address, of the type of zero."""
-
-    def build(context, builder, signature, args):
-        scalar = context.get_value_type(zero)
-        pointer = builder.gep(builder.inttoptr(args[0], scalar.as_pointer()), [args[1]])
-        return builder.load(pointer, align=context.get_abi_sizeof(scalar))
-
-    return zero(types.intp, types.intp, zero), build
-
-
-@intrinsic
-def poke(typing_context, address, index, value):
-    """Put a value at the place of element `index` of those at an address."""
-
-    def build(context, builder, signature, args):
-        scalar = args[2].type
-        pointer = builder.gep(builder.inttoptr(args[0], scalar.as_pointer()), [args[1]])
-        builder.store(args[2], pointer, align=context.get_abi_sizeof(scalar))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, value), build
 
 
 @plain_part

@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, part, stamped
-from fast.memory import peek, poke, word_at
+from fast.memory import I8, I32, I64, broadcast, load, multiply_add, peek, poke, splat, store, transpose, word_at
 from fast.threads import POOL
 
 # == 5  matrix products     c = a b, or c += a b, for any strides of a =================================================
@@ -34,65 +34,59 @@ HEADER = HEADER_BYTES // 4  # in elements of float32; room enough where they are
 PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
 
 
+def add_products(builder, count, loop, starts, pairs):
+    """LLVM code of a tile: sums[i] = start[i] + sum_k x_i[k] w_i[k], each a chain of fused multiply-adds; -> the sums.
+
+    starts: (block that branches to `loop`, the sums' values there), one or more; pairs(k) yields (x, w), two vectors,
+    for each sum. The loop runs for k from 0 up to count - 1, at least once, and the builder goes on behind it."""
+    done = builder.append_basic_block("done")
+    builder.position_at_end(loop)
+    k, sums = builder.phi(I64), [builder.phi(start.type) for start in starts[0][1]]
+    grown = [multiply_add(builder, x, w, total) for (x, w), total in zip(pairs(k), sums)]
+    k_next = builder.add(k, I64(1))
+    builder.cbranch(builder.icmp_signed("<", k_next, count), loop, done)
+    for block, values, at in (*((block, values, I64(0)) for block, values in starts), (loop, grown, k_next)):
+        k.add_incoming(at, block)
+        for total, value in zip(sums, values):
+            total.add_incoming(value, block)
+    builder.position_at_end(done)
+    return grown
+
+
 def register_tile(rows, vectors):
     """Numba function (a, a_row, a_k, b, b_k, c, c_row, k, add, zero): `rows` rows of `vectors` vectors of c from k
     columns of a and k rows of b; addresses and strides in bytes, the element type is that of zero, k >= 1.
 
     for r in rows: c[r] = (c[r] if add else 0) + sum_k a[r, k] * b[k], one fused multiply-add after the other.
     """
-    i32, i64 = ir.IntType(32), ir.IntType(64)
 
     def build(context, builder, signature, args):
         a, a_row, a_k, b, b_k, c, c_row, k_end, add, _ = args
         scalar = context.get_value_type(signature.args[-1])
         size = context.get_abi_sizeof(scalar)
-        lanes = VECTOR_BYTES // size
-        vector = ir.VectorType(scalar, lanes)
-        zeros, undefined = ir.Constant(vector, [0.0] * lanes), ir.Constant(vector, ir.Undefined)
-        first_lane = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-        name = f"llvm.fma.v{lanes}f{8 * size}"
-        fma = builder.module.globals.get(name)
-        fma = fma or ir.Function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
-
-        def load(address, kind):
-            value = builder.load(builder.inttoptr(address, kind.as_pointer()))
-            value.align = size
-            return value
+        vector = ir.VectorType(scalar, VECTOR_BYTES // size)
 
         def vector_addresses(row):
-            return [builder.add(row, i64(v * VECTOR_BYTES)) for v in range(vectors)]
+            return [builder.add(row, I64(v * VECTOR_BYTES)) for v in range(vectors)]
 
-        c_at = [vector_addresses(builder.add(c, builder.mul(c_row, i64(r)))) for r in range(rows)]
-        a_at = [builder.add(a, builder.mul(a_row, i64(r))) for r in range(rows)]
-        start = builder.block
-        resume, loop, store = (builder.append_basic_block(label) for label in ("resume", "loop", "store"))
-        builder.cbranch(builder.icmp_signed("!=", add, i64(0)), resume, loop)
+        def pairs(k):
+            b_at = vector_addresses(builder.add(b, builder.mul(k, b_k)))
+            b_row = [load(builder, address, vector, size) for address in b_at]
+            for row in a_at:
+                x = broadcast(builder, load(builder, builder.add(row, builder.mul(k, a_k)), scalar, size), vector)
+                yield from ((x, w) for w in b_row)
+
+        c_rows = [builder.add(c, builder.mul(c_row, I64(r))) for r in range(rows)]
+        c_at = [address for row in c_rows for address in vector_addresses(row)]
+        a_at = [builder.add(a, builder.mul(a_row, I64(r))) for r in range(rows)]
+        zeros = builder.block, [splat(vector, 0.0)] * len(c_at)
+        resume, loop = builder.append_basic_block("resume"), builder.append_basic_block("loop")
+        builder.cbranch(builder.icmp_signed("!=", add, I64(0)), resume, loop)
         builder.position_at_end(resume)
-        before = [[load(address, vector) for address in row] for row in c_at]
+        before = resume, [load(builder, address, vector, size) for address in c_at]
         builder.branch(loop)
-
-        builder.position_at_end(loop)
-        k = builder.phi(i64)
-        sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-        b_row = [load(address, vector) for address in vector_addresses(builder.add(b, builder.mul(k, b_k)))]
-        grown = []
-        for r in range(rows):
-            one = load(builder.add(a_at[r], builder.mul(k, a_k)), scalar)
-            all_lanes = builder.shuffle_vector(builder.insert_element(undefined, one, i32(0)), undefined, first_lane)
-            grown.append([builder.call(fma, [all_lanes, b_row[v], sums[r][v]]) for v in range(vectors)])
-        k_next = builder.add(k, i64(1))
-        builder.cbranch(builder.icmp_signed("<", k_next, k_end), loop, store)
-        for block, value in ((start, i64(0)), (resume, i64(0)), (loop, k_next)):
-            k.add_incoming(value, block)
-        for r in range(rows):
-            for v in range(vectors):
-                for block, value in ((start, zeros), (resume, before[r][v]), (loop, grown[r][v])):
-                    sums[r][v].add_incoming(value, block)
-
-        builder.position_at_end(store)
-        for r in range(rows):
-            for v in range(vectors):
-                builder.store(grown[r][v], builder.inttoptr(c_at[r][v], vector.as_pointer())).align = size
+        for total, address in zip(add_products(builder, k_end, loop, (zeros, before), pairs), c_at):
+            store(builder, total, address, size)
         return context.get_dummy_value()
 
     @intrinsic
@@ -149,53 +143,35 @@ def row_tile(rows, vectors, ahead=0, narrow=False):
     """Numba function (x, x_next, w, w_next, w_row, start, y, y_next, K, zero): `rows` rows, each with its matrix,
     of `vectors` vectors: y = start + sum_k x[k] w[k], one fused multiply-add after the other as in `register_tile`.
     Addresses and distances in bytes, K >= 1. It asks for weights `ahead` bytes ahead; w is of 8 bits if narrow."""
-    i32, i64 = ir.IntType(32), ir.IntType(64)
 
     def build(context, builder, signature, args):
         x, x_next, w, w_next, w_row, start, y, y_next, K, _ = args
         scalar = context.get_value_type(signature.args[-1])
         size = context.get_abi_sizeof(scalar)
-        lanes, first = VECTOR_BYTES // size, builder.block
-        vector = ir.VectorType(scalar, lanes)
-        kept, step = (ir.VectorType(ir.IntType(8), lanes), lanes) if narrow else (vector, VECTOR_BYTES)
-        undefined, first_lane = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-        name = f"llvm.fma.v{lanes}f{8 * size}"
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
-        pointer = ir.IntType(8).as_pointer()
-        prefetch = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        prefetch = cgutils.get_or_insert_function(builder.module, prefetch, "llvm.prefetch.p0")
-
-        def place(address, distance, count, kind, more=0):
-            address = builder.add(address, builder.mul(distance, count))
-            return builder.inttoptr(builder.add(address, i64(more)), kind.as_pointer())
-
+        vector = ir.VectorType(scalar, VECTOR_BYTES // size)
+        kept, step = (ir.VectorType(I8, vector.count), vector.count) if narrow else (vector, VECTOR_BYTES)
         each = [(r, v) for r in range(rows) for v in range(vectors)]
-        before = [builder.load(place(start, i64(v), i64(VECTOR_BYTES), vector), align=size) for _, v in each]
-        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+
+        def place(address, distance, count, more=0):
+            return builder.add(builder.add(address, builder.mul(distance, count)), I64(more))
+
+        def pairs(k):
+            x_k = []
+            for r in range(rows):
+                address = place(builder.add(x, builder.mul(x_next, I64(r))), k, I64(size))
+                x_k.append(broadcast(builder, load(builder, address, scalar, size), vector))
+            w_k = builder.add(w, builder.mul(w_row, k))
+            for low in range(0, vectors * step, CACHE_LINE) if ahead else ():
+                prefetch(builder, builder.add(w_k, I64(ahead + low)))
+            for r, v in each:
+                weights = load(builder, place(w_k, w_next, I64(r), v * step), kept, 1 if narrow else size)
+                yield x_k[r], builder.sitofp(weights, vector) if narrow else weights
+
+        before = [load(builder, place(start, I64(v), I64(VECTOR_BYTES)), vector, size) for _, v in each]
+        starts, loop = [(builder.block, before)], builder.append_basic_block("loop")
         builder.branch(loop)
-        builder.position_at_end(loop)
-        k, sums = builder.phi(i64), [builder.phi(vector) for _ in each]
-        one, grown = [], []
-        for r in range(rows):
-            x_k = builder.load(place(builder.add(x, builder.mul(x_next, i64(r))), k, i64(size), scalar))
-            x_k = builder.insert_element(undefined, x_k, i32(0))
-            one.append(builder.shuffle_vector(x_k, undefined, first_lane))
-        w_k = builder.add(w, builder.mul(w_row, k))
-        for low in range(0, vectors * step, CACHE_LINE) if ahead else ():
-            line = place(w_k, i64(0), i64(0), ir.IntType(8), ahead + low)
-            builder.call(prefetch, [line, i32(0), i32(3), i32(1)])  # to read, keep near, data
-        for (r, v), total in zip(each, sums):
-            weights = builder.load(place(w_k, w_next, i64(r), kept, v * step), align=1 if narrow else size)
-            weights = builder.sitofp(weights, vector) if narrow else weights
-            grown.append(builder.call(fma, [one[r], weights, total]))
-        k_next = builder.add(k, i64(1))
-        builder.cbranch(builder.icmp_signed("<", k_next, K), loop, done)
-        for phi, *values in ((k, i64(0), k_next), *zip(sums, before, grown)):
-            phi.add_incoming(values[0], first)
-            phi.add_incoming(values[1], loop)
-        builder.position_at_end(done)
-        for (r, v), total in zip(each, grown):
-            builder.store(total, place(y, y_next, i64(r), vector, v * VECTOR_BYTES), align=size)
+        for (r, v), total in zip(each, add_products(builder, K, loop, starts, pairs)):
+            store(builder, total, place(y, y_next, I64(r), v * VECTOR_BYTES), size)
         return context.get_dummy_value()
 
     @intrinsic
@@ -205,14 +181,20 @@ def row_tile(rows, vectors, ahead=0, narrow=False):
     return tile
 
 
+def prefetch(builder, address):
+    """Ask for the cache line at an address, to read it and to keep it near."""
+    pointer = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
+
 def move_vectors(vectors):
     """Numba function (to, source): copy `vectors` vectors from one address to another."""
 
     def build(context, builder, signature, args):
-        pointer = ir.VectorType(ir.IntType(8), VECTOR_BYTES * vectors).as_pointer()
-        value = builder.load(builder.inttoptr(args[1], pointer))
-        value.align = 1
-        builder.store(value, builder.inttoptr(args[0], pointer)).align = 1
+        value = load(builder, args[1], ir.VectorType(I8, VECTOR_BYTES * vectors), 1)
+        store(builder, value, args[0], 1)
         return context.get_dummy_value()
 
     @intrinsic
@@ -237,7 +219,7 @@ def copy_at(source, step, to, to_step, rows, width, size, zero):
             for at in range(0, whole, VECTOR_BYTES):
                 move_one(to + r * to_step + at, source + r * step + at)
             for at in range(whole, width * size, size):
-                poke(to + r * to_step + at, peek(source + r * step + at, zero))
+                poke(to + r * to_step + at, 0, peek(source + r * step + at, 0, zero))
 
 
 @stamped
@@ -278,20 +260,11 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
         source, step, to, to_step, _ = args
         scalar = context.get_value_type(signature.args[-1])
         size = context.get_abi_sizeof(scalar)
-        n, i64 = VECTOR_BYTES // size, ir.IntType(64)
-        pointer = ir.VectorType(scalar, n).as_pointer()
-
-        def place(address, step, i):
-            return builder.inttoptr(builder.add(address, builder.mul(step, i64(i))), pointer)
-
-        rows = [builder.load(place(source, step, i), align=size) for i in range(n)]
-        order = [lane for i in range(n) for lane in (i, n + i)]  # of two rows, element by element
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), n), half) for half in (order[:n], order[n:])]
-        while n > 1:  # a round moves the first bit of (row, column) to its end: log2 n rounds change places
-            pairs = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :])
-            rows, n = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks], n // 2
-        for i, row in enumerate(rows):
-            builder.store(row, place(to, to_step, i), align=size)
+        n = VECTOR_BYTES // size
+        rows = [builder.add(source, builder.mul(step, I64(i))) for i in range(n)]
+        rows = [load(builder, row, ir.VectorType(scalar, n), size) for row in rows]
+        for i, column in enumerate(transpose(builder, rows)):
+            store(builder, column, builder.add(to, builder.mul(to_step, I64(i))), size)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4, zero), build
@@ -308,21 +281,20 @@ def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
             else:
                 for i in range(k, min(k + lanes, K)):
                     for j in range(m, min(m + lanes, M)):
-                        poke(out + j * out_row + i * size, peek(x + i * x_row + j * size, zero))
+                        poke(out + j * out_row + i * size, 0, peek(x + i * x_row + j * size, 0, zero))
     for j in range(M):
         for i in range(K, width):
-            poke(out + j * out_row + i * size, zero)
+            poke(out + j * out_row + i * size, 0, zero)
 
 
 def ask(builder, place, operands):
     """Call the function whose address stands at a place: whether there is one and it did what was asked."""
-    i64 = ir.IntType(64)
     address = builder.load(place, align=4)
     start, there, done = builder.block, builder.append_basic_block("there"), builder.append_basic_block("done")
-    builder.cbranch(builder.icmp_signed("!=", address, i64(0)), there, done)
+    builder.cbranch(builder.icmp_signed("!=", address, I64(0)), there, done)
     builder.position_at_end(there)
-    kind = ir.FunctionType(i64, [i64] * len(operands)).as_pointer()
-    answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), i64(0))
+    kind = ir.FunctionType(I64, [I64] * len(operands)).as_pointer()
+    answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), I64(0))
     builder.branch(done)
     builder.position_at_end(done)
     found = builder.phi(ir.IntType(1))
@@ -364,7 +336,7 @@ def provide_product(dtype):
 
 def call_symbol(context, builder, function, dtype, arguments):
     """function(*arguments, size of an element, zero), in the code that an intrinsic builds."""
-    arguments = (*arguments, ir.IntType(64)(dtype.bitwidth // 8), context.get_constant(dtype, 0))
+    arguments = (*arguments, I64(dtype.bitwidth // 8), context.get_constant(dtype, 0))
     name = symbol(function, dtype)
     kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
@@ -374,7 +346,7 @@ def parts_of(context, builder, kinds, arrays):
     """Addresses, row strides, element strides and shapes of arrays of two axes."""
     views = [context.make_array(kind)(context, builder, x) for kind, x in zip(kinds, arrays)]
     down, right = zip(*(cgutils.unpack_tuple(builder, view.strides, 2) for view in views))
-    at = [builder.ptrtoint(view.data, ir.IntType(64)) for view in views]
+    at = [builder.ptrtoint(view.data, I64) for view in views]
     return at, down, right, [cgutils.unpack_tuple(builder, view.shape, 2) for view in views]
 
 
@@ -385,9 +357,9 @@ def product(typing_context, a, b, c, add, panel):
 
     def build(context, builder, signature, args):
         at, down, right, ((M, K), _, (_, N)) = parts_of(context, builder, (a, b, c), args[:3])
-        scratch = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, ir.IntType(64))
+        scratch = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, I64)
         matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
-        more = builder.zext(args[3], ir.IntType(64))
+        more = builder.zext(args[3], I64)
         call_symbol(context, builder, product_at, c.dtype, (*matrices, M, N, K, more, scratch))
         return context.get_dummy_value()
 
