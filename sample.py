@@ -72,7 +72,7 @@ def note(line):
 
 def tell(p, cfg, tokenizer, args, number):
     """Print one story as it is drawn; returns (tokens, seconds to the first, seconds from the first to the last)."""
-    decoding = tinygpt.Decoding(p, cfg, tinygpt.OPS[args.kernels])
+    decoding = tinygpt.Decoding(p, cfg, tinygpt.find_ops(args.kernels))
     filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     filters["banned"] = never_drawn(cfg, tokenizer)
     ids = prompt_ids(args.prompt, cfg, tokenizer)
@@ -132,7 +132,7 @@ def make_parser():
     add("--max-new-tokens", type=int, default=400, metavar="N", help="longest story, in tokens (default %(default)s)")
     add("--num-samples", type=int, default=1, metavar="N", help="number of stories (default %(default)s)")
     add("--seed", type=int, default=0, help="of the first story; each next one has the next (default %(default)s)")
-    add("--kernels", choices=list(tinygpt.OPS), default="fast", help="numpy is the specification (default %(default)s)")
+    add("--kernels", choices=tinygpt.KERNELS, default="fast", help="numpy is the specification (default %(default)s)")
     add("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     return parser
 
@@ -157,8 +157,11 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character still gets the story
     try:
         check(args)
-        if args.threads:
-            tinygpt.POOL.resize(args.threads)
+        tinygpt.find_ops(args.kernels)  # says at once if they are not here
+        if args.threads and args.kernels == "fast":
+            from fast import POOL
+
+            POOL.resize(args.threads)
         path = args.checkpoint or newest_checkpoint()
         checkpoint, tokenizer = load_model(path, args.tokenizer)
         cfg = checkpoint.cfg

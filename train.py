@@ -29,9 +29,11 @@ from typing import NamedTuple
 import numpy as np
 
 import bpe
+import fast
 import tinygpt
+from fast.threads import POOL, kernel
 from sample import Parser, error_line, load_model, never_drawn, newest_run
-from tinygpt import OPS, POOL, SIZES, Config, count_cores, kernel
+from tinygpt import SIZES, Config, count_cores
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
 TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
@@ -690,11 +692,11 @@ def measure_peak():
 
 def compile_ahead(cfg, s):
     """Processes that fill Numba's cache while this one reads the text; none where there is nothing to gain."""
-    if s["kernels"] == "numpy" or tinygpt.is_compiled() or count_cores() == 1:
+    if s["kernels"] == "numpy" or fast.is_compiled() or count_cores() == 1:
         return []
     note("compiling kernels, once on this machine ...")
-    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import tinygpt; "
-    code += "tinygpt.compile_half(tinygpt.Config(**json.loads(sys.argv[2])), int(sys.argv[3]))"
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import fast, tinygpt; "
+    code += "fast.compile_half(tinygpt.Config(**json.loads(sys.argv[2])), int(sys.argv[3]))"
     words = [sys.executable, "-c", code, str(Path(tinygpt.__file__).parent), json.dumps(asdict(cfg))]
     return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]
 
@@ -841,7 +843,7 @@ class Run:
         stories = []
         for prompt in self.s["prompts"]:
             look()
-            stories.append(tell(self.state, tokenizer, OPS[self.s["kernels"]], prompt, self.s["seed"]))
+            stories.append(tell(self.state, tokenizer, tinygpt.find_ops(self.s["kernels"]), prompt, self.s["seed"]))
         self.write(step=self.state.step, val_nats=nats, val_bits_per_byte=bits, stories=stories)
         note(f"step {self.state.step} | validation {nats:.4f} nats/token, {bits:.4f} bits/byte (first {len(tokens):,})")
         for story in stories:
@@ -1164,7 +1166,7 @@ def evaluate_file(args):
     tokens = read_token_files(encode(args.data, tokenizer, folder / "text.bin"), tokenizer, {})
     p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
     with Progress("scoring", len(tokens)) as progress:
-        nats = score(p, cfg, tokens, tokenizer.end, OPS[args.kernels], stride, args.batch_size, progress)
+        nats = score(p, cfg, tokens, tokenizer.end, tinygpt.find_ops(args.kernels), stride, args.batch_size, progress)
     if not np.isfinite(nats).all():
         raise ValueError(f"{args.eval} gives nats that are not finite; it is no model that can be used")
     stories = by_story(nats, tokens, tokenizer)
@@ -1201,7 +1203,7 @@ def resolve(args, cfg):
         raise ValueError("--max-memory is about the buffers of kernels; leave it out with --kernels numpy")
     if args.dtype == "bfloat16" and args.kernels == "numpy":
         raise ValueError("--dtype bfloat16 is about the products of kernels; leave it out with --kernels numpy")
-    tiles = args.kernels != "numpy" and args.dtype != "float32" and not tinygpt.without_tiles()
+    tiles = args.kernels != "numpy" and args.dtype != "float32" and not fast.why_no_bf16()
     s["dtype"] = "bfloat16" if tiles else "float32"
     s["min_lr"] = s["lr"] / 10 if s["min_lr"] is None else s["min_lr"]
     if s["min_lr"] > s["lr"]:
@@ -1231,7 +1233,7 @@ def memory_needed(cfg, micro_batch_size, recompute=False):
     """Bytes of the process at its peak: parameters, gradients, both moments, buffers of training and of evaluation."""
 
     def buffers(cfg, *shape):
-        last = tinygpt.workspace_layout(cfg, *shape)[-1]
+        last = fast.workspace_layout(cfg, *shape)[-1]
         return 4 * (last.offset + math.prod(last.shape))
 
     count = tinygpt.count_parameters(cfg)[0]
@@ -1326,7 +1328,7 @@ def precision(s):
     if s.get("dtype") == "bfloat16":
         return "bfloat16 tiles multiply; float32 for all else"
     free = s["kernels"] != "numpy" and s.get("asked", {}).get("dtype") != "float32"
-    reason = tinygpt.without_tiles() if free else None
+    reason = fast.why_no_bf16() if free else None
     return "float32" + (f": {reason}" if reason else "")
 
 
@@ -1534,7 +1536,7 @@ def check_settings(s):
 
 
 def table_of(s):
-    return OPS["tiles"] if s.get("dtype") == "bfloat16" else OPS[s["kernels"]]
+    return tinygpt.find_ops(s["kernels"], s.get("dtype", "float32"))
 
 
 def ops_of(s, cfg):
@@ -1544,7 +1546,7 @@ def ops_of(s, cfg):
 
 def check_tiles(s, folder):
     """ValueError where this machine cannot go on with the products that a run began with: other bytes would follow."""
-    if s["dtype"] == "bfloat16" and (reason := tinygpt.without_tiles()):
+    if s["dtype"] == "bfloat16" and (reason := fast.why_no_bf16()):
         other = f"begin another run with its model: --init-from {folder / 'last.safetensors'}"
         raise ValueError(
             f"the run in {folder} multiplies in bfloat16, but {reason}; resume it where it began, or {other}"

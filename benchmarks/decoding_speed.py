@@ -25,7 +25,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import fast
 import tinygpt
+from fast import decode
 
 MEMORY = 1 << 28  # bytes of the array that is read: more than caches hold
 BLOCKS = 16  # it is read in
@@ -33,18 +35,18 @@ BLOCKS = 16  # it is read in
 # == 1  the machine ====================================================================================================
 
 
-@tinygpt.kernel
+@fast.kernel
 def read_kernel(task, slot, x, per_task, sums):
     """Block number `task` of x, as a product reads its weights."""
     at, zero = x[task * per_task :].ctypes.data, x.dtype.type(0)
     row, one = 64 * x.itemsize, sums[task]
-    tinygpt.times(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, one.ctypes.data, row, zero)
+    decode.times(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, one.ctypes.data, row, zero)
 
 
 def bandwidth(x, sums):
     """GB/s of one reading of x."""
     start = time.perf_counter()
-    tinygpt.POOL.run(read_kernel, BLOCKS, x, x.size // BLOCKS, sums)
+    fast.POOL.run(read_kernel, BLOCKS, x, x.size // BLOCKS, sums)
     return x.nbytes / (time.perf_counter() - start) / 1e9
 
 
@@ -128,7 +130,7 @@ def measure(size, args, folder):
     steps, speeds, same = min(args.steps, cfg.seq_len), {}, []
     head = 4 * cfg.vocab_size * cfg.width
     bytes_read = 4 * tinygpt.count_parameters(cfg)[2] + (head if cfg.tied else 0)
-    bytes_read -= 3 * head // 4 if head > tinygpt.SCREEN_BYTES else 0  # a large head is read in 8 bits
+    bytes_read -= 3 * head // 4 if head > decode.SCREEN_BYTES else 0  # a large head is read in 8 bits
     theirs, pieces = args.llama2c and cfg.positions == "rope" and cfg.mlp == "swiglu" and not cfg.qkv_bias, None
     checkpoint = args.checkpoint or Path(folder) / f"{size}.bin"
     if theirs:
@@ -140,8 +142,8 @@ def measure(size, args, folder):
     sums = np.zeros((BLOCKS, 64 + MEMORY // 4 // BLOCKS // 64), np.float32)
     for turn in range(args.rounds + 1):
         for threads in args.threads:
-            tinygpt.POOL.resize(threads)
-            decoding = tinygpt.Decoding(p, cfg, tinygpt.OPS["fast"])
+            fast.POOL.resize(threads)
+            decoding = tinygpt.Decoding(p, cfg, fast.FLOAT32)
             stop = first if theirs else -1  # where llama2.c stops; random weights alone may as well go on
             our_turn(decoding, first, stop, min(steps, 3))  # what is made when it is first needed
             speed, ids = our_turn(decoding, first, stop, steps)

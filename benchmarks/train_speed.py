@@ -60,12 +60,13 @@ def shape_of(size):
 
 def our_step(size, threads, dtype):
     """A function that takes one step, products in `dtype`, and the number of parameters."""
+    import fast
     import tinygpt
     import train
 
     if threads:
-        tinygpt.POOL.resize(threads)
-    (cfg, batch), ops = shape_of(size), tinygpt.OPS["tiles" if dtype == "bfloat16" else "fast"]
+        fast.POOL.resize(threads)
+    (cfg, batch), ops = shape_of(size), tinygpt.find_ops("fast", dtype)
     micro = train.usual_micro_batch(batch, cfg.seq_len)
     s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
     s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "seed": 0}
@@ -247,27 +248,27 @@ FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of
 
 
 def rows_of_head(tasks, earlier, x, *_):
-    import tinygpt
+    from fast.workspace import HEAD_BLOCK
 
-    return min(tasks * tinygpt.HEAD_BLOCK, len(x) - earlier * tinygpt.HEAD_BLOCK)
+    return min(tasks * HEAD_BLOCK, len(x) - earlier * HEAD_BLOCK)
 
 
 def bytes_of(name, tasks, args):
     """Of the arrays that a launch gets: what it reads or writes at least once, without the threads' scratch."""
-    import tinygpt
+    import fast
 
-    arrays = [x for x in args if isinstance(x, np.ndarray) and not (x.ndim == 2 and len(x) == tinygpt.POOL.threads)]
+    arrays = [x for x in args if isinstance(x, np.ndarray) and not (x.ndim == 2 and len(x) == fast.POOL.threads)]
     share = rows_of_head(tasks, *args) / len(args[1]) if name == "head_kernel" else 1
     return sum(x.nbytes * (share if name == "head_kernel" and len(x) == len(args[1]) else 1) for x in arrays)
 
 
 def profile(size, threads, dtype, steps):
     """Print what each kernel of a training step takes: medians of the sums over a step."""
-    import tinygpt
+    import fast
     import train
 
     step, _ = our_step(size, threads, dtype)
-    run, calls, rows = tinygpt.POOL.run, [], []
+    run, calls, rows = fast.POOL.run, [], []
 
     def timed(kernel, tasks, *args):
         start = time.perf_counter()
@@ -275,7 +276,7 @@ def profile(size, threads, dtype, steps):
         calls.append((kernel.__name__, time.perf_counter() - start, tasks, args))
 
     step()
-    tinygpt.POOL.run = timed
+    fast.POOL.run = timed
     for _ in range(steps):
         calls.clear()
         start = time.perf_counter()
@@ -285,7 +286,7 @@ def profile(size, threads, dtype, steps):
             cells = (seconds, 1, FLOPS.get(name, lambda *_: 0)(tasks, *args), bytes_of(name, tasks, args))
             sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 4), cells)]
         rows.append(sums)
-    tinygpt.POOL.run, peak = run, train.measure_peak() / 1e9
+    fast.POOL.run, peak = run, train.measure_peak() / 1e9
     whole = statistics.median(row["all"][0] for row in rows)
     print(f"{size}: {whole * 1e3:.1f} ms a step; peak of a product of {peak:.0f} GFLOP/s, measured now")
     print(f"{'kernel':30s} | calls |      ms | share | GFLOP/s | of peak | GB/s")
@@ -304,6 +305,7 @@ def profile(size, threads, dtype, steps):
 
 
 def main():
+    import fast
     import tinygpt
 
     parser = argparse.ArgumentParser(description="Tokens per second of a training step, ours beside PyTorch's.")
@@ -327,7 +329,7 @@ def main():
         parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.SIZES])}")
     if args.serve:
         return serve(args.serve, args.size[0], args.threads, args.dtype)
-    reason = "--avx2" if args.avx2 else tinygpt.without_tiles()
+    reason = "--avx2" if args.avx2 else fast.why_no_bf16()
     if args.dtype == "bfloat16" and reason:
         parser.error(f"--dtype bfloat16: {reason}")
     if args.dtype == "auto":

@@ -9,8 +9,9 @@ import signal
 import numpy as np
 import pytest
 
-import tiles
+import fast
 import tinygpt
+from fast import bf16
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a shell: there is Ctrl-C to test
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -104,13 +105,21 @@ def random_batch(cfg, B, T, seed=0, dtype=np.float64):
     return tokens[:, :-1], tokens[:, 1:], weights.astype(dtype)
 
 
+TABLES = ("numpy", "numba", "fast", "fast-bf16")
+
+
+def ops_of(name):
+    """The table of a name in TABLES; what multiplies float32 in "fast-bf16" is said in the fixture `stand_in`."""
+    return {**tinygpt.OPS, "fast": fast.FLOAT32, "fast-bf16": fast.BFLOAT16}[name]
+
+
 def run_model(cfg, table, B, T, dtype, space=False, seed=0, dropout=None):
     """name -> array: the loss, the nats, what the head reads, and the gradient of every parameter tensor."""
     flat, _ = random_parameters(cfg, seed, np.float32)  # values that float32 has, whatever the dtype
     p = tinygpt.views(tinygpt.layout(cfg), flat.astype(dtype), cfg.layers)
     tokens, targets, weights = random_batch(cfg, B, T, seed, np.float32)
     gradient, g = tinygpt.zero_gradients(cfg, dtype)
-    ops = tinygpt.with_buffers(tinygpt.OPS[table], cfg, B, T, np.dtype(dtype)) if space else tinygpt.OPS[table]
+    ops = tinygpt.with_buffers(ops_of(table), cfg, B, T, np.dtype(dtype)) if space else ops_of(table)
     batch = (tokens, targets, weights.astype(dtype))
     loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, ops, dropout)
     results = {"loss": np.array(loss), "nats": nats.copy()}
@@ -162,13 +171,13 @@ def mutant(function, old, new):
 
 @pytest.fixture(scope="session", autouse=True)
 def stand_in():
-    """OPS["tiles"] multiplies float32 with the stand-in where there is no matrix unit; train.py knows nothing of it."""
-    tiles.KINDS["float32"] = "stand-in" if tiles.why_not() else "amx"
+    """The table "fast-bf16" multiplies float32 with the stand-in where there is no matrix unit; train.py does not."""
+    bf16.KINDS["float32"] = "stand-in" if bf16.why_not() else "amx"
 
 
 @pytest.fixture
 def pool():
-    """tinygpt's pool, as many threads as before when the test is over. Buffers made before a resize are too small."""
-    threads = tinygpt.POOL.threads
-    yield tinygpt.POOL
-    tinygpt.POOL.resize(threads)
+    """The pool of threads, as many as before when the test is over. Buffers made before a resize are too small."""
+    threads = fast.POOL.threads
+    yield fast.POOL
+    fast.POOL.resize(threads)

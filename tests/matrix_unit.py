@@ -169,15 +169,15 @@ def on_illegal_instruction(number, information, context):
 
 
 def pretend():
-    """From now on this process has the unit, and Linux grants it."""
-    import tiles
+    """From now on this process has the unit, and Linux grants it -> fast.bf16."""
+    from fast import bf16
 
     libc = ctypes.CDLL(None, use_errno=True)
     action = Action(on_illegal_instruction, (ctypes.c_ulong * 16)(), SA_SIGINFO | SA_NODEFER, None)
     if libc.sigaction(signal.SIGILL, ctypes.byref(action), None):
         raise OSError(ctypes.get_errno(), "sigaction")
-    tiles.ask_linux = lambda: 0
-    return tiles
+    bf16.ask_linux = lambda: 0
+    return bf16
 
 
 def pytest_configure(config):

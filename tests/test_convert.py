@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import relative
+from conftest import TABLES, ops_of, relative
 
 import tinygpt
 
@@ -73,11 +73,11 @@ def random_model(family, shape):
 
 def our_logits(parameters, cfg, tokens, table):
     p = tinygpt.views(tinygpt.layout(cfg), parameters, cfg.layers)
-    x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS[table])
-    return np.stack([tinygpt.OPS[table].head_logits(row, p, cfg, tinygpt.OPS[table]) for row in x])
+    x, _ = tinygpt.forward(p, tokens, cfg, ops_of(table))
+    return np.stack([ops_of(table).head_logits(row, p, cfg, ops_of(table)) for row in x])
 
 
-@pytest.mark.parametrize("table", tinygpt.OPS)
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("family, shape, limit", CASES)
 def test_logits_are_those_of_transformers(family, shape, limit, table):
     torch, model = pytest.importorskip("torch"), random_model(family, shape)

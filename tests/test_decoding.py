@@ -5,20 +5,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import FAMILIES, random_parameters, relative, tiny_config
+from conftest import FAMILIES, TABLES, ops_of, random_parameters, relative, tiny_config
 
 import tinygpt
 from tinygpt import OPS, Decoding, generate, probabilities
 
-every_table = pytest.mark.parametrize("table", OPS)
+every_table = pytest.mark.parametrize("table", TABLES)
 CFG = tiny_config(seq_len=23, position_rows=24)  # its newer half: 11
 TEXT = np.random.default_rng(7).integers(0, CFG.vocab_size, 200).tolist()
 
 
 def fresh_logits(p, ids, table="numpy"):
     """(T, V): what a forward of all ids at once says follows each of them."""
-    x, _ = tinygpt.forward(p, np.array([ids]), CFG, OPS[table])
-    return OPS[table].head_logits(x[0], p, CFG, OPS[table])
+    x, _ = tinygpt.forward(p, np.array([ids]), CFG, ops_of(table))
+    return ops_of(table).head_logits(x[0], p, CFG, ops_of(table))
 
 
 def pieces(ids, *sizes):
@@ -35,7 +35,7 @@ def pieces(ids, *sizes):
 @pytest.mark.parametrize("sizes", [[1] * 23, [23], [5, 1, 1, 9, 1, 6], [1, 22], [22, 1]], ids=str)
 def test_cached_logits_are_those_of_a_full_forward(sizes, table):
     _, p = random_parameters(CFG)
-    expected, decoding, fed = fresh_logits(p, TEXT[:23]), Decoding(p, CFG, OPS[table]), 0
+    expected, decoding, fed = fresh_logits(p, TEXT[:23]), Decoding(p, CFG, ops_of(table)), 0
     for ids in pieces(TEXT, *sizes):
         logits = decoding.feed(ids)
         fed += len(ids)
@@ -47,7 +47,7 @@ def test_cached_logits_are_those_of_a_full_forward(sizes, table):
 @every_table
 def test_a_text_goes_on_past_the_window_with_its_newer_half(table):
     _, p = random_parameters(CFG)
-    decoding, window = Decoding(p, CFG, OPS[table]), []
+    decoding, window = Decoding(p, CFG, ops_of(table)), []
     for ids in pieces(TEXT, *[1] * 60, 7, 5, 11, 12, 1, 23, 1, 1, 3):
         logits = decoding.feed(ids)
         window += ids
@@ -61,7 +61,7 @@ def test_a_text_goes_on_past_the_window_with_its_newer_half(table):
 @pytest.mark.parametrize("length", [24, 46, 150])
 def test_a_text_longer_than_the_window_keeps_its_end(length, table):
     _, p = random_parameters(CFG)
-    decoding = Decoding(p, CFG, OPS[table])
+    decoding = Decoding(p, CFG, ops_of(table))
     logits = decoding.feed(TEXT[:length])
     assert decoding.window == TEXT[length - 11 : length]
     assert relative(logits, fresh_logits(p, decoding.window)[-1]) < 1e-12
@@ -71,7 +71,7 @@ def test_a_text_longer_than_the_window_keeps_its_end(length, table):
 def test_a_window_of_one_token_goes_on(table):
     cfg = tiny_config(seq_len=1)
     _, p = random_parameters(cfg)
-    decoding = Decoding(p, cfg, OPS[table])
+    decoding = Decoding(p, cfg, ops_of(table))
     once = [decoding.feed([token]).copy() for token in (3, 5, 3)]
     assert np.array_equal(once[0], once[2]) and not np.array_equal(once[0], once[1])
 
@@ -79,7 +79,7 @@ def test_a_window_of_one_token_goes_on(table):
 @every_table
 def test_logits_have_the_models_dtype_and_are_the_callers_to_keep(table):
     _, p = random_parameters(CFG, dtype=np.float32)
-    decoding = Decoding(p, CFG, OPS[table])
+    decoding = Decoding(p, CFG, ops_of(table))
     first = decoding.feed(TEXT[:3])
     kept = first.copy()
     decoding.feed(TEXT[3:4])
@@ -89,7 +89,7 @@ def test_logits_have_the_models_dtype_and_are_the_callers_to_keep(table):
 @every_table
 def test_a_token_that_is_refused_leaves_the_text_as_it_was(table):
     _, p = random_parameters(CFG)
-    decoding = Decoding(p, CFG, OPS[table])
+    decoding = Decoding(p, CFG, ops_of(table))
     decoding.feed(TEXT[:3])
     with pytest.raises(ValueError, match="token id 11"):
         decoding.feed([11])
@@ -113,10 +113,10 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch):
-    monkeypatch.setattr(tinygpt, "FAR_BYTES", 0 if "width" in shape else 1 << 40)
+    monkeypatch.setattr("fast.decode.FAR_BYTES", 0 if "width" in shape else 1 << 40)
     cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
     _, p = random_parameters(cfg, dtype=np.float32)
-    once, single = (Decoding(p, cfg, OPS["fast"]) for _ in range(2))
+    once, single = (Decoding(p, cfg, ops_of("fast")) for _ in range(2))
     for token in TEXT[:100]:
         logits = single.feed([token])
     assert logits.tobytes() == once.feed(TEXT[:100]).tobytes()
@@ -126,8 +126,8 @@ def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch
 @pytest.mark.parametrize("temperature", [0, 0.9])
 @pytest.mark.parametrize("screen_bytes", [0, 1 << 40])
 def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monkeypatch):
-    monkeypatch.setattr(tinygpt, "ALONE_BYTES", 0)
-    monkeypatch.setattr(tinygpt, "SCREEN_BYTES", screen_bytes)
+    monkeypatch.setattr("fast.decode.ALONE_BYTES", 0)
+    monkeypatch.setattr("fast.decode.SCREEN_BYTES", screen_bytes)
     cfg = tinygpt.Config(
         **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
     )
@@ -135,7 +135,7 @@ def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monke
     found = set()
     for threads in (1, 2, 3):
         pool.resize(threads)
-        decoding = Decoding(p, cfg, OPS["fast"])
+        decoding = Decoding(p, cfg, ops_of("fast"))
         ids = text_of(decoding, [5], 100, temperature=temperature)
         found.add((tuple(ids), decoding.kv[:, :, : len(decoding.window)].tobytes()))
     assert len(found) == 1
@@ -149,8 +149,8 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
     p["head_w"][350:] = p["head_w"][:350]  # each logit twice
     texts = []
     for screen_bytes in (0, 1 << 40):
-        monkeypatch.setattr(tinygpt, "SCREEN_BYTES", screen_bytes)
-        decoding = Decoding(p, cfg, OPS["fast"])
+        monkeypatch.setattr("fast.decode.SCREEN_BYTES", screen_bytes)
+        decoding = Decoding(p, cfg, ops_of("fast"))
         texts.append(text_of(decoding, [5], 150, temperature=0, banned=(17, 401)))
         assert ("screen" in decoding.steps.arrays) == (screen_bytes == 0)
     assert texts[0] == texts[1] and max(texts[0]) < 350 + 350 * (17 in texts[0]) and 17 not in texts[0]
@@ -161,7 +161,7 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
 def test_the_step_draws_what_probabilities_say(filters, temperature):
     _, p = random_parameters(CFG)
-    decoding, rng = Decoding(p, CFG, OPS["fast"]), np.random.default_rng(1)
+    decoding, rng = Decoding(p, CFG, ops_of("fast")), np.random.default_rng(1)
     odds = probabilities(decoding.feed(TEXT[:3]), temperature, banned=(4,), **filters)
     for uniform in [0.0, *rng.random(200), 1 - 1e-9]:
         x = decoding.steps.arrays["x"].copy()
@@ -174,7 +174,7 @@ def test_turns_of_any_length_tell_one_text(monkeypatch):
     texts = []
     for turn in (0.0, 1e9):  # one token at a time; as many as the window takes
         monkeypatch.setattr(tinygpt, "TURN", turn)
-        texts.append(text_of(Decoding(p, CFG, OPS["fast"]), TEXT[:3], 80, temperature=0.9))
+        texts.append(text_of(Decoding(p, CFG, ops_of("fast")), TEXT[:3], 80, temperature=0.9))
     assert texts[0] == texts[1]
 
 
@@ -282,7 +282,7 @@ def test_the_chi_square_above_notices_a_temperature_that_is_slightly_off():
 @every_table
 def test_generate_repeats_itself_for_a_seed_and_differs_between_seeds(table):
     _, p = random_parameters(CFG, dtype=np.float32)
-    told = [tuple(generate(Decoding(p, CFG, OPS[table]), TEXT[:3], seed, -1, 50)) for seed in (0, 0, 1, 2)]
+    told = [tuple(generate(Decoding(p, CFG, ops_of(table)), TEXT[:3], seed, -1, 50)) for seed in (0, 0, 1, 2)]
     assert told[0] == told[1]
     assert len(set(told)) == 3
     assert all(len(ids) == 50 and set(ids) <= set(range(11)) and type(ids[0]) is int for ids in told)
@@ -290,7 +290,7 @@ def test_generate_repeats_itself_for_a_seed_and_differs_between_seeds(table):
 
 def test_both_tables_tell_the_same_story():
     _, p = random_parameters(CFG)
-    told = [list(generate(Decoding(p, CFG, ops), TEXT[:3], 3, -1, 60, temperature=0.8)) for ops in OPS.values()]
+    told = [list(generate(Decoding(p, CFG, ops), TEXT[:3], 3, -1, 60, temperature=0.8)) for ops in map(ops_of, TABLES)]
     assert told[0] == told[1]
 
 

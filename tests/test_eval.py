@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ops_of
 from test_train import (
     PLAIN,
     SETTINGS,
@@ -72,7 +73,7 @@ def evaluated(*words):
 @pytest.mark.parametrize("M, stride", [(2, 1), (T - 1, 5), (T, T), (2 * T + 3, T), (2 * T + 3, 5), (T + 9, 1)])
 def test_scores_are_those_of_a_slow_loop(M, stride, table):
     p, tokens = parameters(), random_tokens(M)
-    found = train.score(p, TINY, tokens, END, tinygpt.OPS[table], stride)
+    found = train.score(p, TINY, tokens, END, ops_of(table), stride)
     np.testing.assert_allclose(found, slow_score(p, tokens, stride), rtol=1e-11)
 
 
@@ -97,7 +98,7 @@ def test_each_token_is_scored_once_and_sees_what_the_stride_promises(monkeypatch
 @pytest.mark.parametrize("table", ["numpy", "fast"])
 def test_how_many_windows_are_scored_at_once_changes_no_byte(table):
     p, tokens = parameters(dtype=np.float32), random_tokens(9 * T + 5)
-    found = {train.score(p, TINY, tokens, END, tinygpt.OPS[table], 20, n).tobytes() for n in (1, 2, 3, 7, 100)}
+    found = {train.score(p, TINY, tokens, END, ops_of(table), 20, n).tobytes() for n in (1, 2, 3, 7, 100)}
     assert len(found) == 1
 
 
@@ -168,7 +169,7 @@ def test_windows_end_to_end_give_the_trainers_last_validation(place, text):
     tokens = np.concatenate([[*tokenizer.encode(one), tokenizer.end] for one in stories_of(valid)])
     expected = train.evaluate(p, TINY, tokens, tokenizer.end, tinygpt.OPS["numpy"])
     assert last["final_val_nats"] == pytest.approx(expected, rel=1e-5)
-    beginning = train.evaluate(p, model.cfg, tokens, tokenizer.end, tinygpt.OPS["fast"], 3 * T)
+    beginning = train.evaluate(p, model.cfg, tokens, tokenizer.end, ops_of("fast"), 3 * T)
     assert slow_score(p, tokens[: 3 * T], T, tokenizer.end).mean() == pytest.approx(beginning, rel=1e-10)
 
 
@@ -298,7 +299,7 @@ def gradient_of_an_update(table, dtype, micro, cfg):
     for row, count in enumerate((0, 1, 5, T, 3, 0, 2, 9)):  # counts that differ from sequence to sequence
         weights[row] = np.arange(T) < count
     state = Kept(cfg, tinygpt.init_parameters(cfg, 0, dtype))
-    ops = tinygpt.with_buffers(tinygpt.OPS[table], cfg, micro, T, np.dtype(dtype))
+    ops = tinygpt.with_buffers(ops_of(table), cfg, micro, T, np.dtype(dtype))
     s = SETTINGS | dict(batch_size=8, micro_batch_size=micro, grad_clip=0.0)
     result = train.update(state, (inputs, targets, weights.astype(dtype)), ops, s)
     return state.kept, result

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import make_golden
 import numpy as np
 import pytest
-from conftest import DROPOUTS, FAMILIES, mutant, random_parameters, relative, tiny_config
+from conftest import DROPOUTS, FAMILIES, TABLES, mutant, ops_of, random_parameters, relative, tiny_config
 
 import bpe
 import tinygpt
@@ -122,7 +122,7 @@ def read_golden(path):
 TEXTS = ("format", "version", "about", "ids", "weights")
 COMMITTED = {name: read_golden(make_golden.GOLDEN / f"{name}.safetensors") for name in make_golden.PORTS}
 every_port = pytest.mark.parametrize("port", COMMITTED)
-every_table = pytest.mark.parametrize("table", tinygpt.OPS)
+every_table = pytest.mark.parametrize("table", TABLES)
 
 
 def distances(golden, ops, State):
@@ -175,7 +175,7 @@ def comparable(cfg, name, x):
 @every_port
 def test_every_table_of_ops_computes_the_golden_numbers(port, table):
     State = explain.SpecState if table == "numpy" else train.State
-    found = distances(COMMITTED[port], tinygpt.OPS[table], State)
+    found = distances(COMMITTED[port], ops_of(table), State)
     limit = 1e-13 if table == "numpy" else 1e-12
     assert max(found.values()) < limit, {name: x for name, x in found.items() if x >= limit}
 

@@ -1,9 +1,11 @@
-"""Part II of tinygpt.py: kernels against the specification at every border of their blocks, bytes that do not depend on
+"""fast/: kernels against the specification at every border of their blocks, bytes that do not depend on
 threads or micro-batches, and the parts that kernels are made of."""
 
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,8 +17,10 @@ import numpy as np
 import pytest
 from conftest import (
     FAMILIES,
+    TABLES,
     as_bytes,
     assert_float32_errs_at_most_four_times_as_much_as_the_spec,
+    ops_of,
     random_batch,
     random_parameters,
     relative,
@@ -25,8 +29,13 @@ from conftest import (
 )
 from llvmlite import binding
 
+import fast
 import tinygpt
-from tinygpt import OPS, POOL
+from fast import POOL, panels, products, workspace
+from fast.jit import COMPILE, STAMP, remove_old_kernels
+from fast.rows import erf_of, exp, maximum
+from fast.threads import Pool
+from tinygpt import OPS
 
 LANES = {np.float32: 16, np.float64: 8}  # elements of a vector
 both_dtypes = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -64,17 +73,17 @@ def test_kernels_in_float32_err_at_most_four_times_as_much_as_the_spec(shape):
     assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, 2, cfg.seq_len, seeds=6)
 
 
-TILE_COLUMNS = tuple(tinygpt.TILE_VECTORS * lanes for lanes in LANES.values())
-C_BORDERS = around(32, *(size for shape in tinygpt.GRADIENT_BLOCKS for size in shape if size < 200), tinygpt.DEPTH)
-F_BORDERS = around(tinygpt.DEPTH, tinygpt.HIDDEN_BLOCK)
+TILE_COLUMNS = tuple(products.TILE_VECTORS * lanes for lanes in LANES.values())
+C_BORDERS = around(32, *(size for shape in panels.GRADIENT_BLOCKS for size in shape if size < 200), products.DEPTH)
+F_BORDERS = around(products.DEPTH, workspace.HIDDEN_BLOCK)
 T_BORDERS = around(
-    *(tinygpt.TILE_ROWS, tinygpt.PACK_ROWS, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK, tinygpt.DEPTH),
-    *(*TILE_COLUMNS, 2 * tinygpt.ROW_BLOCK),
+    *(products.TILE_ROWS, products.PACK_ROWS, workspace.SCORE_BLOCK, workspace.ROW_BLOCK, products.DEPTH),
+    *(*TILE_COLUMNS, 2 * workspace.ROW_BLOCK),
 )
 V_BORDERS = around(
-    *LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, tinygpt.HEAD_WORDS, 2 * tinygpt.HEAD_WORDS
+    *LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, workspace.HEAD_WORDS, 2 * workspace.HEAD_WORDS
 )
-HEAD_BORDERS = around(tinygpt.HEAD_BLOCK, tinygpt.HEAD_BLOCKS * tinygpt.HEAD_BLOCK)
+HEAD_BORDERS = around(workspace.HEAD_BLOCK, workspace.HEAD_BLOCKS * workspace.HEAD_BLOCK)
 
 
 @pytest.mark.parametrize("T", T_BORDERS)
@@ -85,18 +94,18 @@ def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_positions(T):
 WINDOWED = dict(window=50, positions="alibi", embedding_norm=True, heads=6, kv_heads=2, head_width=4, layers=2)
 
 
-@pytest.mark.parametrize("T", around(16, tinygpt.SCORE_BLOCK, 64, tinygpt.ROW_BLOCK, 2 * tinygpt.ROW_BLOCK))
+@pytest.mark.parametrize("T", around(16, workspace.SCORE_BLOCK, 64, workspace.ROW_BLOCK, 2 * workspace.ROW_BLOCK))
 @pytest.mark.parametrize("changes", [FAMILIES["llama"], WINDOWED], ids=["llama", "windowed alibi"])
 def test_kernels_of_other_models_agree_with_the_spec_at_the_borders_of_blocks_of_positions(changes, T):
     assert_kernels_agree(tiny_config(**changes | dict(seq_len=T, position_rows=T)), 2, T, space=True)
 
 
-@pytest.mark.parametrize("window", [1, 2, *around(16, tinygpt.SCORE_BLOCK, tinygpt.ROW_BLOCK), 110, 111, 500])
+@pytest.mark.parametrize("window", [1, 2, *around(16, workspace.SCORE_BLOCK, workspace.ROW_BLOCK), 110, 111, 500])
 def test_kernels_agree_with_the_spec_at_the_borders_of_windows(window):
     assert_kernels_agree(tiny_config(window=window, seq_len=110, position_rows=110), 2, 110)
 
 
-@pytest.mark.parametrize("F", around(tinygpt.HIDDEN_BLOCK, 2 * tinygpt.HIDDEN_BLOCK))
+@pytest.mark.parametrize("F", around(workspace.HIDDEN_BLOCK, 2 * workspace.HIDDEN_BLOCK))
 def test_kernels_agree_with_the_spec_at_the_borders_of_blocks_of_gated_columns(F):
     assert_kernels_agree(tiny_config(hidden=F, mlp="swiglu"), 2, 5)
 
@@ -138,7 +147,7 @@ def test_kernels_give_the_logits_of_the_spec(V, dtype):
     _, p = random_parameters(cfg, dtype=dtype)
     for rows in (1, 3, 17):
         x = np.random.default_rng(rows).standard_normal((rows, cfg.width)).astype(dtype)
-        found, expected = (OPS[table].head_logits(x, p, cfg, OPS[table]) for table in ("fast", "numpy"))
+        found, expected = (ops_of(table).head_logits(x, p, cfg, ops_of(table)) for table in ("fast", "numpy"))
         assert found.dtype == dtype and relative(found, expected) < (1e-12 if dtype == np.float64 else 2e-6)
 
 
@@ -151,9 +160,9 @@ def test_kernels_attend_to_a_past_as_the_spec_does(start, T, family):
     kept = rng.standard_normal((cfg.layers, 2, 101, 2, cfg.kv_heads, cfg.head_width))
     tokens = rng.integers(0, cfg.vocab_size, (2, T))
     results = []
-    for table in OPS:
+    for table in TABLES:
         kv = kept.copy()
-        results.append((tinygpt.forward(p, tokens, cfg, OPS[table], (kv, start))[0], kv))
+        results.append((tinygpt.forward(p, tokens, cfg, ops_of(table), (kv, start))[0], kv))
     for (x, kv), (y, other) in zip(results[1:], results[:-1]):
         assert relative(x, y) < 1e-12 and relative(kv, other) < 1e-12
         assert np.array_equal(kv[:, :, :start], kept[:, :, :start])
@@ -191,7 +200,7 @@ def test_micro_batches_of_any_size_give_the_same_bytes(T):
     results = set()
     for size in (1, 2, 4):
         gradient, g = tinygpt.zero_gradients(BYTES)
-        ops = tinygpt.with_buffers(OPS["fast"], BYTES, size, T)
+        ops = tinygpt.with_buffers(ops_of("fast"), BYTES, size, T)
         nats = []
         for b in range(0, 4, size):
             part = (a[b : b + size] for a in batch)
@@ -217,17 +226,17 @@ def test_micro_batches_of_the_spec_agree_to_rounding():
 def test_a_sequence_has_the_same_bytes_alone_in_a_batch_and_as_the_beginning_of_a_longer_one():
     _, p = random_parameters(BYTES, dtype=np.float32)
     tokens = random_batch(BYTES, 4, 101)[0]
-    together = tinygpt.forward(p, tokens, BYTES, OPS["fast"])[0].copy()
+    together = tinygpt.forward(p, tokens, BYTES, ops_of("fast"))[0].copy()
     for b in range(4):
-        assert tinygpt.forward(p, tokens[b : b + 1], BYTES, OPS["fast"])[0].tobytes() == together[b].tobytes()
+        assert tinygpt.forward(p, tokens[b : b + 1], BYTES, ops_of("fast"))[0].tobytes() == together[b].tobytes()
     for T in (1, 5, 47, 48, 60, 96, 97):
-        shorter = tinygpt.forward(p, tokens[:, :T], BYTES, OPS["fast"])[0]
+        shorter = tinygpt.forward(p, tokens[:, :T], BYTES, ops_of("fast"))[0]
         assert shorter.tobytes() == together[:, :T].tobytes()
 
 
 def test_a_second_run_in_the_same_buffers_gives_the_same_bytes():
     _, p = random_parameters(BYTES, dtype=np.float32)
-    ops = tinygpt.with_buffers(OPS["fast"], BYTES, 2, 101)
+    ops = tinygpt.with_buffers(ops_of("fast"), BYTES, 2, 101)
     results = []
     for seed in (0, 1, 0):
         gradient, g = tinygpt.zero_gradients(BYTES)
@@ -242,20 +251,20 @@ def test_a_second_run_in_the_same_buffers_gives_the_same_bytes():
 
 @pytest.fixture(params=[1, 2, 3])
 def own_pool(request):
-    pool = tinygpt.Pool()
+    pool = Pool()
     pool.resize(request.param)
     yield pool
     pool.resize(1)
 
 
-@tinygpt.kernel
+@fast.kernel
 def mark(task, slot, times, slots):
     for _ in range(1000):  # some microseconds, so that helpers come in time for a share
         slots[task] = slot
     times[task] += 1
 
 
-@tinygpt.kernel
+@fast.kernel
 def fail(task, slot, first):
     if task >= first:
         raise ValueError("a task that fails")
@@ -291,7 +300,7 @@ def test_an_error_in_a_task_reaches_the_caller_and_the_pool_goes_on(own_pool, fi
 
 
 def test_launches_of_any_size_and_distance_lose_no_task(own_pool, monkeypatch):
-    monkeypatch.setattr(tinygpt, "SPINS", 200)  # helpers fall asleep all the time, and while they are being woken
+    monkeypatch.setattr("fast.threads.SPINS", 200)  # helpers fall asleep all the time, and while they are being woken
     rng = np.random.default_rng(0)
     for count in rng.integers(0, 9, 4000).tolist():
         assert_runs(own_pool, count)
@@ -344,11 +353,11 @@ def test_two_callers_at_once_both_get_right_results():
 def test_products_of_kernels_stay_theirs_whatever_they_leave_in_their_buffers(dtype):
     cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
     _, p = random_parameters(cfg, dtype=dtype)
-    ops = tinygpt.with_buffers(OPS["fast"], cfg, 2, 50, dtype)
+    ops = tinygpt.with_buffers(ops_of("fast"), cfg, 2, 50, dtype)
     for _ in range(2):
         batch, (_, g) = random_batch(cfg, 2, 50, dtype=dtype), tinygpt.zero_gradients(cfg, dtype)
         tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
-        assert not tinygpt.asks_others(ops.space["scratch"])
+        assert not panels.asks_others(ops.space["scratch"])
 
 
 def guarded(rng, rows, columns, dtype, guard):
@@ -359,11 +368,11 @@ def guarded(rng, rows, columns, dtype, guard):
 
 
 def call_product(a, b, c, add):
-    """tinygpt.product, compiled once by itself."""
-    panel = np.full(tinygpt.PANEL_SIZE, np.nan, c.dtype)
-    panel[: tinygpt.HEADER] = 0
+    """products.product, compiled once by itself."""
+    panel = np.full(products.PANEL_SIZE, np.nan, c.dtype)
+    panel[: products.HEADER] = 0
     strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    tinygpt.provide_product(c.dtype.name)[0].ctypes(
+    products.provide_product(c.dtype.name)[0].ctypes(
         *strides, *c.shape, a.shape[1], int(add), panel.ctypes.data, c.itemsize, 0.0
     )
 
@@ -390,9 +399,9 @@ def check_products():
     """Shapes at the borders of tiles, vectors, panels and packing, then any."""
     seed = 0
     for dtype, lanes in LANES.items():
-        rows = around(1, tinygpt.TILE_ROWS, 2 * tinygpt.TILE_ROWS, tinygpt.PACK_ROWS)
-        depths = around(1, tinygpt.DEPTH, 2 * tinygpt.DEPTH)
-        columns = around(1, lanes, 2 * lanes, tinygpt.TILE_VECTORS * lanes, (tinygpt.TILE_VECTORS + 2) * lanes)
+        rows = around(1, products.TILE_ROWS, 2 * products.TILE_ROWS, products.PACK_ROWS)
+        depths = around(1, products.DEPTH, 2 * products.DEPTH)
+        columns = around(1, lanes, 2 * lanes, products.TILE_VECTORS * lanes, (products.TILE_VECTORS + 2) * lanes)
         rng = np.random.default_rng(0)
         shapes = [(m, k, n) for m in rows for n in columns for k in (1, 5, 130)]
         shapes += [(m, k, 2 * lanes + 3) for m in (1, 7, 40) for k in depths]
@@ -423,15 +432,15 @@ def test_product_takes_any_strides_of_a(dtype):
 
 @both_dtypes
 def test_product_as_kernels_call_it_is_the_same(dtype):
-    tinygpt.provide_product(np.dtype(dtype).name)
+    products.provide_product(np.dtype(dtype).name)
     matrix = numba.from_dtype(np.dtype(dtype))[:, :]
 
     @numba.njit([(matrix, matrix, matrix, numba.boolean, matrix)])
     def jitted(a, b, c, add, panel):
-        tinygpt.product(a, b, c, add, panel[0])
+        products.product(a, b, c, add, panel[0])
 
     def product(a, b, c, add):
-        jitted(a, b, c, add, np.zeros((1, tinygpt.PANEL_SIZE), dtype))
+        jitted(a, b, c, add, np.zeros((1, products.PANEL_SIZE), dtype))
 
     for seed in range(4):
         check_product(13, 130, 75, dtype, seed, seed > 1, seed % 2 == 1, product)
@@ -440,10 +449,10 @@ def test_product_as_kernels_call_it_is_the_same(dtype):
 @both_dtypes
 @pytest.mark.parametrize("K, M, N", [(1, 1, 1), (95, 63, 7), (96, 64, 128), (97, 65, 129), (200, 130, 300)])
 def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
-    tinygpt.provide_product(np.dtype(dtype).name)
+    products.provide_product(np.dtype(dtype).name)
     rng = np.random.default_rng(0)
     x, dy, dw = (rng.standard_normal(shape).astype(dtype) for shape in ((N, K), (N, M), (K, M)))
-    db, scratch = rng.standard_normal(M).astype(dtype), np.zeros((POOL.threads, tinygpt.PANEL_SIZE), dtype)
+    db, scratch = rng.standard_normal(M).astype(dtype), np.zeros((POOL.threads, products.PANEL_SIZE), dtype)
     expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
     in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
 
@@ -455,12 +464,12 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
             block[:, : last - first] = x[first:last].T
         return x_T, T
 
-    tinygpt.weight_gradient(*side_by_side(x, 16), dy, dw, db, scratch)
+    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, scratch)
     limit = 100 * np.finfo(dtype).eps
     assert relative(dw, expected_dw) < limit and relative(db, expected_db) < limit
     for rows in (slice(0, half), slice(half, N)):
         if x[rows].size:
-            tinygpt.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, scratch)
+            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, scratch)
     assert in_two_dw.tobytes() == dw.tobytes() and in_two_db.tobytes() == db.tobytes()
 
 
@@ -475,7 +484,7 @@ def run_for_avx2(statements, tmp_path):
     here = Path(__file__).resolve().parent
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2}
     environment |= {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join((str(here), str(here.parent)))}
-    code = f"import tinygpt, test_kernels\nassert tinygpt.TILE_VECTORS == 1\n{statements}"
+    code = f"import tinygpt, test_kernels\nassert test_kernels.products.TILE_VECTORS == 1\n{statements}"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
@@ -502,24 +511,24 @@ def test_kernels_agree_with_the_spec_with_the_tiles_of_avx2(tmp_path):
 # -- rows
 
 
-compiled = numba.njit(**tinygpt.COMPILE)
+compiled = numba.njit(**COMPILE)
 
 
 @compiled
 def exp_of_each(x, y):
     for i in range(x.size):
-        y[i] = tinygpt.exp(x[i])
+        y[i] = exp(x[i])
 
 
 @compiled
 def erf_of_each(x, y):
     for i in range(x.size):
-        y[i] = tinygpt.erf_of(x[i])
+        y[i] = erf_of(x[i])
 
 
 @compiled
 def maximum_of(x):
-    return tinygpt.maximum(x)
+    return maximum(x)
 
 
 def jitted_exp(x):
@@ -595,12 +604,12 @@ def head_of_scores(scores, targets, dtype):
     _, g = tinygpt.zero_gradients(cfg, dtype)
     p["head_b"][:] = scores
     x, weights = np.ones((1, len(targets), cfg.width), dtype), np.full((1, len(targets)), 0.5, dtype)
-    _, nats, _ = OPS["fast"].head_loss(x, np.array([targets]), weights, p, g, cfg, OPS["fast"])
+    _, nats, _ = ops_of("fast").head_loss(x, np.array([targets]), weights, p, g, cfg, ops_of("fast"))
     return nats[0], g["head_b"]
 
 
 @both_dtypes
-@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(tinygpt.HEAD_WORDS), 300))
+@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(workspace.HEAD_WORDS), 300))
 def test_the_softmax_of_the_head_is_that_of_numpy(V, dtype):
     scores, targets = (4 * np.random.default_rng(V).standard_normal(V)).astype(dtype), [0, V // 2, V - 1]
     odds = np.exp(scores.astype(np.float64))
@@ -641,19 +650,24 @@ def test_two_halves_compile_all_that_training_runs(tmp_path):
     """In processes of their own: what they leave in the cache is all that an update of the model needs."""
     root = str(Path(tinygpt.__file__).parent)
     config = "tinygpt.SIZES['1m'].changed(vocab_size=300)"
-    halves = [f"tinygpt.compile_half({config}, {half})" for half in (0, 1)]
+    halves = [f"fast.compile_half({config}, {half})" for half in (0, 1)]
     update = f"""
 cfg = {config}
 p, (_, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), tinygpt.zero_gradients(cfg)
-tokens, ops = np.zeros((2, cfg.seq_len), np.int64), tinygpt.with_buffers(tinygpt.OPS['fast'], cfg, 2, cfg.seq_len)
+tokens, ops = np.zeros((2, cfg.seq_len), np.int64), tinygpt.with_buffers(fast.FLOAT32, cfg, 2, cfg.seq_len)
 weights = np.ones(tokens.shape, np.float32)
 tinygpt.loss_and_gradients(p, tokens, tokens, weights, g, cfg, ops)
-kernels = [k for k in vars(tinygpt).values() if hasattr(k, 'stats')]
+modules = [m for name, m in sys.modules.items() if name.startswith('fast.')]
+kernels = {{id(k): k for m in modules for k in vars(m).values() if hasattr(k, 'stats')}}.values()
 print(sum(sum(k.stats.cache_hits.values()) for k in kernels), sum(sum(k.stats.cache_misses.values()) for k in kernels))
 """
     found = []
-    for code in (*halves, "print(tinygpt.is_compiled())", update):
-        words = [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); import numpy as np, tinygpt; {code}"]
+    for code in (*halves, "print(fast.is_compiled())", update):
+        words = [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {root!r}); import numpy as np, fast, tinygpt; {code}",
+        ]
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
         found.append(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip())
     hits, misses = map(int, found[-1].split())
@@ -664,13 +678,12 @@ print(sum(sum(k.stats.cache_hits.values()) for k in kernels), sum(sum(k.stats.ca
 COMPILED_ANEW = """
 import hashlib, sys
 import numpy as np
-import tinygpt
-from tinygpt import OPS
+import fast, tinygpt
 cfg = tinygpt.Config(vocab_size=300, seq_len=40, width=48, layers=1, heads=2, hidden=96)
 p, (flat, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), 1), tinygpt.zero_gradients(cfg)
 rng = np.random.default_rng(0)
 x, targets = rng.standard_normal((2, 40, 48)).astype(np.float32), rng.integers(0, 300, (2, 40))
-ops = OPS["fast"]
+ops = fast.FLOAT32
 y, cache = ops.mlp_layer_forward(x, p["layers"][0], cfg, ops)
 _, nats, dy = ops.head_loss(y, targets, np.ones((2, 40), np.float32), p, g, cfg, ops)
 dx = ops.mlp_layer_backward(dy, cache, p["layers"][0], g["layers"][0], cfg, ops)
@@ -684,3 +697,65 @@ def test_kernels_from_the_cache_give_the_bytes_of_kernels_compiled_anew(tmp_path
     anew, cached = (subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2))
     assert anew.returncode == 0, anew.stderr
     assert cached.stdout == anew.stdout
+
+
+NORM_ROWS = """
+import numpy as np
+from fast.embed import norm_kernel
+from fast.jit import STAMP
+from fast.rows import RMSNORM
+from fast.threads import POOL
+x, ones, stats = np.full((3, 16), 2.0, np.float32), np.ones(16, np.float32), np.empty((2, 3), np.float32)
+POOL.run(norm_kernel, 1, x, RMSNORM, ones, ones, 0.0, 3, stats, x)
+print(x[0, 0], sum(norm_kernel.stats.cache_hits.values()), STAMP)
+"""
+
+
+def replace_in(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{path.name} no longer says {old!r} once"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_an_edited_part_is_seen_by_kernels_of_other_files_though_the_cache_is_warm(tmp_path):
+    root, package, cache = Path(tinygpt.__file__).parent, tmp_path / "fast", tmp_path / "cache"
+    shutil.copy2(root / "tinygpt.py", tmp_path)
+    shutil.copytree(root / "fast", package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run():
+        """What NORM_ROWS prints: a number, whether its kernel came from the cache, the stamp."""
+        words, environment = [sys.executable, "-c", NORM_ROWS], os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=True)
+        number, hits, stamp = done.stdout.split()
+        return float(number), int(hits), stamp
+
+    def stamps():
+        """Of the files in the cache."""
+        return {re.search(r"-([0-9a-f]{10})-\d+\.py", path.name)[1] for path in cache.rglob("*.nb[ci]")}
+
+    (number, hits, first), again = run(), run()
+    assert (number, hits) == (2, 0) and again == (2, 1, first) and stamps() == {first}
+    replace_in(package / "rows.py", "y[i, c] = (x[i, c] - m) * r * w[c] + b[c]", "y[i, c] = (x[i, c] - m) * r * w[c]")
+    number, hits, second = run()
+    assert (number, hits) == (1, 0) and second != first and stamps() == {second}
+    # what compiled code takes from tinygpt.py counts as well
+    replace_in(tmp_path / "tinygpt.py", "0.044715  # the tanh form", "0.044716  # the tanh form")
+    assert run()[1:] != (1, second)
+    # negative control: with one stamp for all sources, the machine code would be the old one
+    replace_in(package / "jit.py", "STAMP = stamp()", "STAMP = 'f' * 10")
+    assert run()[:2] == (1, 0)
+    replace_in(package / "rows.py", "y[i, c] = (x[i, c] - m) * r * w[c]\n", "y[i, c] = 7\n")
+    assert run()[:2] == (1, 1)
+
+
+def test_old_kernels_are_removed_as_far_as_others_allow(tmp_path, monkeypatch):
+    names = [f"rows.f-{stamp}-12.py311.{end}" for stamp in (STAMP, "0123456789") for end in ("nbi", "1.nbc")]
+    others = ["rows.py", "rows.f-12.py311.nbi", "notes-0123456789-1.py"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path: (_ for _ in ()).throw(PermissionError(13, "read-only")))
+        remove_old_kernels(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *others}
+    remove_old_kernels(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names[:2], *others}

@@ -1,6 +1,7 @@
 """What README.md tells a reader to do, done."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def check(folder, *words):
 def test_a_norm_is_added_in_three_edits_and_proved(tmp_path):
     source = (ROOT / "tinygpt.py").read_text(encoding="utf-8")
     (tmp_path / "tinygpt.py").write_text(edited(source), encoding="utf-8")
+    missing = check(tmp_path, "--kernels", "fast")
+    assert missing.returncode == 2 and "--kernels fast needs the folder fast/ beside tinygpt.py" in missing.stderr
+    shutil.copytree(ROOT / "fast", tmp_path / "fast", ignore=shutil.ignore_patterns("__pycache__"))
     done = check(tmp_path, "--kernels", "numpy")
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr
     refused = check(tmp_path, "--kernels", "fast")

@@ -148,12 +148,12 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, kernels
 INJECT = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
-import bpe, tinygpt, train
+import bpe, fast, tinygpt, train
 what, stride, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 sys.modules["matplotlib"] = None
 train.measure_peak = lambda: 1e11
 train.Run.save_seconds = property(lambda run: 0.0, lambda run, seconds: None)  # after every update: equal calls
-tinygpt.POOL.resize(1)
+fast.POOL.resize(1)
 calls, number = [], None
 
 def call(name, act, half=lambda: None):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ops_of
 from test_eval import write_llama2c
 from test_train import TINY, invoke, own_helps, refusal, shown, trained, workshop, write_stories
 
@@ -85,7 +86,7 @@ def test_threads_do_not_change_a_story(place, model):
 @pytest.mark.parametrize("prompt", ["", "Lily found", "Zo\u00eb \u65e5\u672c \U0001f600", "  two\n\nlines ", bpe.END])
 def test_what_is_printed_is_the_prompt_and_the_decoded_ids(place, model, prompt):
     ids = [model.tokenizer.end, *model.tokenizer.encode(prompt)]
-    decoding = tinygpt.Decoding(model.p, model.cfg, tinygpt.OPS["fast"])
+    decoding = tinygpt.Decoding(model.p, model.cfg, ops_of("fast"))
     banned = [i for name, i in model.tokenizer.specials.items() if name != bpe.END]
     new = list(tinygpt.generate(decoding, ids, 7, model.tokenizer.end, 50, banned=banned, **FILTERS))
     out, err = told(model, "--prompt", prompt, "--seed", 7, "--max-new-tokens", 50)  # past the context of 32

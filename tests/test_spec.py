@@ -5,13 +5,26 @@ Combinations of what a Config can switch are in test_switches.py."""
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import DROPOUTS, FAMILIES, NO_BIAS, mutant, random_batch, random_parameters, relative, tiny_config
+from conftest import (
+    DROPOUTS,
+    FAMILIES,
+    NO_BIAS,
+    TABLES,
+    mutant,
+    ops_of,
+    random_batch,
+    random_parameters,
+    relative,
+    tiny_config,
+)
 
+import fast
 import tinygpt
 from tinygpt import OPS, SIZES, Config
 
@@ -20,13 +33,13 @@ GOLDENS = {
     for name in ("tiny_model", "tiny_llama")
 }
 LIMIT = 1e-6  # of gradient_error, for central differences at h = 1e-5
-every_table = pytest.mark.parametrize("table", OPS)
+every_table = pytest.mark.parametrize("table", TABLES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def test_part_one_can_be_read_in_one_go():
     source = Path(tinygpt.__file__).read_text(encoding="utf-8")
-    part = source[source.index("# Part I: the specification") : source.index("# Part II: the same")]
+    part = source[source.index("# Part I: the specification") : source.index("# Part II: ")]
     assert len(part.rstrip("# \n").splitlines()) <= 750
 
 
@@ -454,7 +467,7 @@ def cached_arrays(cache):
 @every_family
 @pytest.mark.parametrize("name", SUBLAYERS)
 def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
-    cfg, ops = tiny_config(**FAMILIES[family] | {"layers": 1}), OPS[table]
+    cfg, ops = tiny_config(**FAMILIES[family] | {"layers": 1}), ops_of(table)
     flat, p, x, dout = sublayer_inputs(name, cfg)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     _, dx, _ = run_sublayer(ops, name, x, p, cfg, dout, g)
@@ -489,7 +502,7 @@ def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
 @every_family
 @pytest.mark.parametrize("name", SUBLAYERS)
 def test_a_sublayers_backward_adds_and_leaves_its_inputs_alone(name, family, table):
-    cfg, ops = tiny_config(**FAMILIES[family] | {"layers": 1}), OPS[table]
+    cfg, ops = tiny_config(**FAMILIES[family] | {"layers": 1}), ops_of(table)
     flat, p, x, dout = sublayer_inputs(name, cfg)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     _, dx, cache = run_sublayer(ops, name, x, p, cfg, dout, g)
@@ -516,18 +529,18 @@ def test_a_sublayer_of_float32_is_float32_throughout(name, family, table):
     cfg = tiny_config(**FAMILIES[family] | {"layers": 1})
     _, p, x, dout = sublayer_inputs(name, cfg, np.float32)
     gradient, g = tinygpt.zero_gradients(cfg)
-    out, dx, cache = run_sublayer(OPS[table], name, x, p, cfg, dout, g)
+    out, dx, cache = run_sublayer(ops_of(table), name, x, p, cfg, dout, g)
     arrays = [a for a in (out, dx, gradient, *cached_arrays(cache)) if isinstance(a, np.ndarray)]
     assert {a.dtype for a in arrays if a.dtype != np.int64} == {np.dtype(np.float32)}
     if name == "head":
         assert type(out) is float
-        assert OPS[table].head_logits(x[0], p, cfg, OPS[table]).dtype == np.float32
+        assert ops_of(table).head_logits(x[0], p, cfg, ops_of(table)).dtype == np.float32
 
 
 @every_table
 @pytest.mark.parametrize("changes", [{}, dict(tied=False, head_bias=True)], ids=["tied", "untied"])
 def test_a_head_without_gradients_has_the_same_nats_and_no_dx(changes, table):
-    cfg, ops = tiny_config(**changes), OPS[table]
+    cfg, ops = tiny_config(**changes), ops_of(table)
     _, p, x, dout = sublayer_inputs("head", cfg)
     loss, nats, dx = ops.head_loss(x, *dout, p, tinygpt.zero_gradients(cfg, np.float64)[1], cfg, ops)
     assert dx.shape == x.shape
@@ -537,7 +550,7 @@ def test_a_head_without_gradients_has_the_same_nats_and_no_dx(changes, table):
 
 @every_table
 def test_the_head_gives_the_logits_that_its_loss_is_of(table):
-    cfg, ops = tiny_config(), OPS[table]
+    cfg, ops = tiny_config(), ops_of(table)
     _, p, x, (targets, weights) = sublayer_inputs("head", cfg)
     _, nats, _ = ops.head_loss(x, targets, weights, p, None, cfg, ops)
     logits = ops.head_logits(x.reshape(-1, cfg.width), p, cfg, ops)
@@ -560,7 +573,7 @@ MODELS = {
 @every_table
 @pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 def test_the_models_gradients_are_its_derivatives(cfg, table):
-    errors = tinygpt.check_model(cfg, OPS[table], seed=1)
+    errors = tinygpt.check_model(cfg, ops_of(table), seed=1)
     assert [name for name, _ in errors] == [t.name for t in tinygpt.layout(cfg)]
     assert max(error for _, error in errors) < LIMIT, errors
 
@@ -587,7 +600,7 @@ def distance_from_golden(golden, ops):
 @every_table
 @pytest.mark.parametrize("golden", GOLDENS.values(), ids=GOLDENS)
 def test_the_model_computes_what_pytorch_does(golden, table):
-    assert distance_from_golden(golden, OPS[table]) < 1e-12
+    assert distance_from_golden(golden, ops_of(table)) < 1e-12
 
 
 WRONG_SUBLAYERS = [
@@ -617,8 +630,10 @@ def test_gradients_are_optional_and_the_parameters_are_only_read(table):
     cfg = tiny_config()
     flat, p = random_parameters(cfg)
     before, batch = flat.copy(), random_batch(cfg, 2, 5)
-    with_gradients = tinygpt.loss_and_gradients(p, *batch, tinygpt.zero_gradients(cfg, np.float64)[1], cfg, OPS[table])
-    without = tinygpt.loss_and_gradients(p, *batch, None, cfg, OPS[table])
+    with_gradients = tinygpt.loss_and_gradients(
+        p, *batch, tinygpt.zero_gradients(cfg, np.float64)[1], cfg, ops_of(table)
+    )
+    without = tinygpt.loss_and_gradients(p, *batch, None, cfg, ops_of(table))
     assert with_gradients[0] == without[0] and np.array_equal(with_gradients[1], without[1])
     assert np.array_equal(flat, before)
 
@@ -632,7 +647,7 @@ def test_a_nan_in_one_parameter_shows_in_the_loss(table):
             batch = random_batch(cfg, 2, 5, dtype=dtype)
             row = batch[0][0, 0] * cfg.width if t.name == "embed_w" else 0  # a row that is looked up
             flat[t.offset + row] = math.nan
-            assert math.isnan(tinygpt.loss_and_gradients(p, *batch, None, cfg, OPS[table])[0]), t.name
+            assert math.isnan(tinygpt.loss_and_gradients(p, *batch, None, cfg, ops_of(table))[0]), t.name
 
 
 @every_table
@@ -640,11 +655,11 @@ def test_future_tokens_never_change_past_outputs(table):
     cfg = tiny_config(seq_len=101, position_rows=101)
     _, p = random_parameters(cfg, dtype=np.float32)
     tokens = random_batch(cfg, 2, 101)[0]
-    x = tinygpt.forward(p, tokens, cfg, OPS[table])[0].copy()
+    x = tinygpt.forward(p, tokens, cfg, ops_of(table))[0].copy()
     for changed in (1, 47, 48, 95, 96, 100):
         other = tokens.copy()
         other[:, changed:] = (other[:, changed:] + 1) % cfg.vocab_size
-        y = tinygpt.forward(p, other, cfg, OPS[table])[0]
+        y = tinygpt.forward(p, other, cfg, ops_of(table))[0]
         assert x[:, :changed].tobytes() == y[:, :changed].tobytes()
         assert (x[:, changed] != y[:, changed]).any(-1).all()
 
@@ -658,11 +673,11 @@ def test_tokens_that_the_model_does_not_have_are_refused(table):
         wrong = tokens.copy()
         wrong[1, 2] = bad
         with pytest.raises(ValueError, match=rf"token id {bad} is outside 0 \.\. 10.*another tokenizer"):
-            tinygpt.forward(p, wrong, cfg, OPS[table])
+            tinygpt.forward(p, wrong, cfg, ops_of(table))
     with pytest.raises(
         ValueError, match=r"T=6 but this model has seq_len=5; shorten the text or train with --seq-len 6"
     ):
-        tinygpt.forward(p, np.zeros((2, 6), np.int64), cfg, OPS[table])
+        tinygpt.forward(p, np.zeros((2, 6), np.int64), cfg, ops_of(table))
 
 
 @every_table
@@ -674,7 +689,7 @@ def test_targets_that_the_model_does_not_have_are_refused(table):
         wrong = targets.copy()
         wrong[1, 2] = bad
         with pytest.raises(ValueError, match=f"{bad} is outside 0"):
-            tinygpt.loss_and_gradients(p, tokens, wrong, weights, None, cfg, OPS[table])
+            tinygpt.loss_and_gradients(p, tokens, wrong, weights, None, cfg, ops_of(table))
 
 
 # -- configuration and parameters
@@ -934,7 +949,7 @@ def test_embed_w_has_no_gradient_of_the_lookup_before_it_is_added(tied, table):
     cfg = tiny_config(tied=tied)
     _, p = random_parameters(cfg)
     _, g = tinygpt.zero_gradients(cfg, np.float64)
-    tinygpt.loss_and_gradients(p, *random_batch(cfg, 2, 5), g, cfg, OPS[table])
+    tinygpt.loss_and_gradients(p, *random_batch(cfg, 2, 5), g, cfg, ops_of(table))
     before, lookup = g["embed_w"].copy(), g["lookup_w"].copy()
     assert before.any() == tied and lookup.any()
     tinygpt.add_lookup_gradient(g)
@@ -942,8 +957,8 @@ def test_embed_w_has_no_gradient_of_the_lookup_before_it_is_added(tied, table):
 
 
 def test_a_config_takes_the_names_of_the_tables_and_no_others():
-    assert tinygpt.CHOICES["norm"] == tuple(tinygpt.NORMS) and set(tinygpt.KERNEL_NORMS) <= set(tinygpt.NORMS)
-    assert tinygpt.CHOICES["mlp"] == tuple(tinygpt.ACTIVATIONS) == tuple(tinygpt.ACTIVATION)
+    assert tinygpt.CHOICES["norm"] == tuple(tinygpt.NORMS) and set(fast.rows.KERNEL_NORMS) <= set(tinygpt.NORMS)
+    assert tinygpt.CHOICES["mlp"] == tuple(tinygpt.ACTIVATIONS) == tuple(fast.rows.ACTIVATION)
 
 
 # -- python tinygpt.py check
@@ -955,7 +970,7 @@ def test_the_check_command_passes_and_prints_every_tensor(size, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     for t in tinygpt.layout(SIZES[size]):
-        assert len(rows[t.name]) == len(OPS) and max(map(float, rows[t.name])) < LIMIT
+        assert len(rows[t.name]) == len(TABLES) and max(map(float, rows[t.name])) < LIMIT
     assert lines[-1].endswith("passed")
 
 
@@ -971,3 +986,18 @@ def test_the_check_command_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
     monkeypatch.setitem(OPS, "numpy", dataclasses.replace(OPS["numpy"], mlp_layer_backward=wrong))
     assert tinygpt.main(["check"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("FAILED")
+
+
+# -- tables
+
+
+def test_a_table_that_is_not_here_is_named_in_one_line(monkeypatch):
+    assert tinygpt.find_ops("numpy") is OPS["numpy"]
+    with pytest.raises(ValueError, match="dtype=bfloat16 is about the products of --kernels fast"):
+        tinygpt.find_ops("numpy", "bfloat16")
+    for kernels, dtype in (("numba2", "float32"), ("fast", "float16")):
+        with pytest.raises(ValueError, match="expected fast or numba or numpy, float32 or bfloat16"):
+            tinygpt.find_ops(kernels, dtype)
+    monkeypatch.setitem(sys.modules, "fast", None)
+    with pytest.raises(ValueError, match="^--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels num"):
+        tinygpt.find_ops()

@@ -12,10 +12,12 @@ from conftest import (
     DROPOUTS,
     FAMILIES,
     SWITCHES,
+    TABLES,
     as_bytes,
     assert_float32_errs_at_most_four_times_as_much_as_the_spec,
     every_combination,
     mutant,
+    ops_of,
     pairs_of,
     random_batch,
     random_parameters,
@@ -25,10 +27,11 @@ from conftest import (
 )
 
 import tinygpt
-from tinygpt import OPS, POOL, Decoding, Dropout
+from fast import POOL, embed, workspace
+from tinygpt import OPS, Decoding, Dropout
 
 LIMIT = 1e-6  # of gradient_error, for central differences at h = 1e-5
-every_table = pytest.mark.parametrize("table", OPS)
+every_table = pytest.mark.parametrize("table", TABLES)
 MASKS = Dropout(seed=3, step=7, sequence=5)
 
 
@@ -53,7 +56,7 @@ def test_any_two_choices_meet_in_a_combination():
 @every_table
 @every_combination
 def test_the_models_gradients_are_its_derivatives(cfg, table):
-    errors = tinygpt.check_model(cfg, OPS[table], seed=1)
+    errors = tinygpt.check_model(cfg, ops_of(table), seed=1)
     assert [name for name, _ in errors] == [t.name for t in tinygpt.layout(cfg)]
     assert max(error for _, error in errors) < LIMIT, errors
 
@@ -88,7 +91,7 @@ def run_in_micro_batches(cfg, size, table, dtype):
     _, p = random_parameters(cfg, dtype=dtype)
     batch = random_batch(cfg, 4, T, dtype=dtype)
     gradient, g = tinygpt.zero_gradients(cfg, dtype)
-    ops = tinygpt.with_buffers(OPS[table], cfg, size, T, np.dtype(dtype))
+    ops = tinygpt.with_buffers(ops_of(table), cfg, size, T, np.dtype(dtype))
     nats = []
     for b in range(0, 4, size):
         part = (a[b : b + size] for a in batch)
@@ -121,11 +124,11 @@ def test_future_tokens_change_no_byte_of_past_outputs(cfg, table):
     cfg = longer(cfg)
     _, p = random_parameters(cfg, dtype=np.float32)
     tokens = random_batch(cfg, 2, 101)[0]
-    x = tinygpt.forward(p, tokens, cfg, OPS[table], dropout=MASKS)[0].copy()
+    x = tinygpt.forward(p, tokens, cfg, ops_of(table), dropout=MASKS)[0].copy()
     for changed in (1, 48, 96, 100):
         other = tokens.copy()
         other[:, changed:] = (other[:, changed:] + 1) % cfg.vocab_size
-        y = tinygpt.forward(p, other, cfg, OPS[table], dropout=MASKS)[0]
+        y = tinygpt.forward(p, other, cfg, ops_of(table), dropout=MASKS)[0]
         assert x[:, :changed].tobytes() == y[:, :changed].tobytes()
         assert (x[:, changed] != y[:, changed]).any(-1).all()
 
@@ -136,7 +139,7 @@ def test_cached_logits_are_those_of_a_full_forward_also_past_the_end_of_the_cont
     cfg, fed = longer(cfg, 23), 0
     _, p = random_parameters(cfg)
     text, window = np.random.default_rng(7).integers(0, cfg.vocab_size, 60).tolist(), []
-    decoding = Decoding(p, cfg, OPS[table])
+    decoding = Decoding(p, cfg, ops_of(table))
     for size in (1, 1, 5, 1, 9, 1, 5, 1, 12, 1, 1, 11, 2):
         ids, fed = text[fed : fed + size], fed + size
         logits, window = decoding.feed(ids), window + ids
@@ -246,8 +249,8 @@ def test_kernels_draw_the_masks_of_the_spec(dtype):
     B, T, C = 3, 101, 37
     for site, rate in ((0, 0.1), (2, 0.5), (3, 0.9)):
         dropout, ones, found = Dropout(4, 9, 6, 2), np.ones((B * T, C), dtype), np.empty((B * T, C), dtype)
-        tasks = B * tinygpt.blocks(T, tinygpt.ROW_BLOCK)
-        POOL.run(tinygpt.drop_kernel, tasks, ones, T, *tinygpt.mask_of(dropout, site, rate, B), found)
+        tasks = B * workspace.blocks(T, workspace.ROW_BLOCK)
+        POOL.run(embed.drop_kernel, tasks, ones, T, *workspace.mask_of(dropout, site, rate, B), found)
         assert np.array_equal(found.reshape(B, T, C), dropout.keep(site, rate, (B, T, C), dtype))
 
 
@@ -321,7 +324,7 @@ def test_alibi_alone_gives_weights_that_fall_with_the_distance(table):
     layer = p["layers"][0]
     layer["qkv_w"][:, : H * D], layer["qkv_b"][: H * D] = 0, 0
     x = np.random.default_rng(0).standard_normal((1, 70, cfg.width))
-    found = OPS[table].attention_layer_forward(x, layer, cfg, OPS[table])[0]
+    found = ops_of(table).attention_layer_forward(x, layer, cfg, ops_of(table))[0]
     n = tinygpt.layernorm_forward(x[0], layer["norm1_w"], layer["norm1_b"], cfg.norm_eps)[0]
     v = (n @ layer["qkv_w"] + layer["qkv_b"])[:, 2 * H * D :].reshape(70, H, D)
     distance = np.arange(70)[:, None] - np.arange(70)
@@ -337,16 +340,16 @@ def test_alibi_alone_gives_weights_that_fall_with_the_distance(table):
 @every_table
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_a_window_sees_the_newest_keys_in_odd_layers_and_all_in_even_ones(window, table):
-    T, forward = 101, OPS[table].attention_layer_forward
+    T, forward = 101, ops_of(table).attention_layer_forward
     cfg = tiny_config(window=window, seq_len=T, position_rows=T)
     _, p = random_parameters(cfg, dtype=np.float32)
     x = np.random.default_rng(0).standard_normal((1, T, cfg.width)).astype(np.float32)
     for index in range(4):
-        before = forward(x, p["layers"][0], cfg, OPS[table], index)[0].copy()
+        before = forward(x, p["layers"][0], cfg, ops_of(table), index)[0].copy()
         for s in (0, 1, 47, 48, 60, 100):
             other = x.copy()
             other[0, s] = -other[0, s]
-            changed = (forward(other, p["layers"][0], cfg, OPS[table], index)[0] != before)[0].any(-1)
+            changed = (forward(other, p["layers"][0], cfg, ops_of(table), index)[0] != before)[0].any(-1)
             sees = np.arange(T) >= s if index % 2 == 0 else (np.arange(T) >= s) & (np.arange(T) < s + window)
             assert np.array_equal(changed, sees), (index, s)
 
@@ -355,14 +358,15 @@ def test_a_window_sees_the_newest_keys_in_odd_layers_and_all_in_even_ones(window
 @pytest.mark.parametrize("G", [1, 2, 3])
 def test_grouped_heads_are_heads_with_repeated_keys_and_values(G, table):
     grouped = tiny_config(heads=6, kv_heads=G, head_width=4)
-    single, R, forward = grouped.changed(kv_heads=6), 6 // G, OPS[table].attention_layer_forward
+    single, R, forward = grouped.changed(kv_heads=6), 6 // G, ops_of(table).attention_layer_forward
     layer = random_parameters(grouped)[1]["layers"][0]
     heads = [*range(6), *(6 + h // R for h in range(6)), *(6 + G + h // R for h in range(6))]
     columns = [4 * head + d for head in heads for d in range(4)]
     repeated = layer | {"qkv_w": layer["qkv_w"][:, columns].copy(), "qkv_b": layer["qkv_b"][columns].copy()}
     x = np.random.default_rng(0).standard_normal((2, 5, 12))
     assert (
-        relative(forward(x, layer, grouped, OPS[table])[0], forward(x, repeated, single, OPS[table])[0].copy()) < 1e-13
+        relative(forward(x, layer, grouped, ops_of(table))[0], forward(x, repeated, single, ops_of(table))[0].copy())
+        < 1e-13
     )
 
 
@@ -383,11 +387,13 @@ def test_swiglu_whose_values_are_1_is_silu(table):
     layer = random_parameters(gated)[1]["layers"][0]
     layer["up_w"][:, 7:], layer["up_b"][7:] = 0, 1
     gate = layer | {"up_w": layer["up_w"][:, :7].copy(), "up_b": layer["up_b"][:7].copy()}
-    x, forward = np.random.default_rng(0).standard_normal((2, 5, 12)), OPS[table].mlp_layer_forward
-    assert relative(forward(x, layer, gated, OPS[table])[0].copy(), forward(x, gate, plain, OPS[table])[0]) < 1e-14
+    x, forward = np.random.default_rng(0).standard_normal((2, 5, 12)), ops_of(table).mlp_layer_forward
+    assert (
+        relative(forward(x, layer, gated, ops_of(table))[0].copy(), forward(x, gate, plain, ops_of(table))[0]) < 1e-14
+    )
     layer["up_b"][7:] = -3
-    thrice = forward(x, layer, gated, OPS[table])[0] - x - layer["down_b"]
-    assert relative(thrice, -3 * (forward(x, gate, plain, OPS[table])[0] - x - layer["down_b"])) < 1e-13
+    thrice = forward(x, layer, gated, ops_of(table))[0] - x - layer["down_b"]
+    assert relative(thrice, -3 * (forward(x, gate, plain, ops_of(table))[0] - x - layer["down_b"])) < 1e-13
 
 
 @every_table
@@ -397,9 +403,9 @@ def test_rmsnorm_has_no_mean_to_take_away_and_layernorm_has(table):
         cfg = tiny_config(norm=norm)
         _, p = random_parameters(cfg)
         x = np.random.default_rng(0).standard_normal((10, 12))
-        logits = [OPS[table].head_logits(y, p, cfg, OPS[table]).copy() for y in (x, x + 1)]
+        logits = [ops_of(table).head_logits(y, p, cfg, ops_of(table)).copy() for y in (x, x + 1)]
         assert (relative(*logits) > 1e-3) == sees
-        scaled = OPS[table].head_logits(100 * x, p, cfg, OPS[table])
+        scaled = ops_of(table).head_logits(100 * x, p, cfg, ops_of(table))
         assert relative(scaled, logits[0]) < 1e-4  # but for eps
 
 
@@ -415,7 +421,7 @@ def test_a_head_of_its_own_is_the_tied_one_if_its_matrix_is(table):
     results = []
     for cfg, parameters in ((own, p), (tied, q)):
         gradient, g = tinygpt.zero_gradients(cfg, np.float64)
-        loss, _ = tinygpt.loss_and_gradients(parameters, *random_batch(cfg, 2, 5), g, cfg, OPS[table])
+        loss, _ = tinygpt.loss_and_gradients(parameters, *random_batch(cfg, 2, 5), g, cfg, ops_of(table))
         tinygpt.add_lookup_gradient(g)
         results.append((loss, g["embed_w"] + (0 if cfg.tied else g["head_w"]), g["layers"][1]["qkv_w"]))
     for found, expected in zip(*results):

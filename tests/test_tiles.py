@@ -1,7 +1,6 @@
-"""tiles.py: the driver with each innermost block that this machine has, the kernels through it, bf16 training against
-float32, what happens without tiles, and the machine code where nobody can run it."""
+"""fast/bf16.py: the driver with each innermost block that this machine has, the kernels through it, bf16 training
+against float32, what happens without tiles, and the machine code where nobody can run it."""
 
-import dataclasses
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from conftest import as_bytes, random_batch, random_parameters, relative, run_model, tiny_config
+from conftest import as_bytes, ops_of, random_batch, random_parameters, relative, run_model, tiny_config
 from llvmlite import binding
 from test_kernels import around, bytes_of_any_threads, guarded
 from test_train import (
@@ -29,14 +28,14 @@ from test_train import (
     trained,
 )
 
-import tiles
+import fast
 import tinygpt
 import train
-from tinygpt import OPS
+from fast import bf16, products, workspace
 
 __all__ = ["place", "text"]  # fixtures
 
-HAS_UNIT = tiles.why_not() is None
+HAS_UNIT = bf16.why_not() is None
 KINDS = ["stand-in", "float64", *(["amx"] if HAS_UNIT else [])]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 in_bf16 = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float64"])
@@ -49,20 +48,20 @@ def multiply_laid(a, b, c, add, kind, blocks, turned, both):
     """c = a b, or c += a b if add, through the driver: b (if turned from its columns), or both, laid ready in pieces,
     and asked for in two products: cut between blocks of depth, or between rows of a that is laid ready."""
     (M, K), N, b = a.shape, b.shape[1], np.asfortranarray(b) if turned else b
-    (driver, layer), words = tiles.driver(tiles.DTYPES[kind]), tiles.words_of(1, kind, blocks).copy()
+    (driver, layer), words = bf16.driver(bf16.DTYPES[kind]), bf16.words_of(1, kind, blocks).copy()
     high, deep, wide = (-(-n // 32) * 32 for n in (M, K, N))
     room = tinygpt.aligned(deep * (high + wide), a.dtype)
     room[:] = np.nan
     laid_b, laid_a = room[: deep * wide].reshape(deep, wide), room[deep * wide :].reshape(high, deep)
-    words[0, tiles.FIRST], words[0, tiles.END] = room.ctypes.data, room.ctypes.data + room.nbytes
-    header, b_row, piece = words.ctypes.data, laid_b.strides[0], 2 * tiles.SQUARE
+    words[0, bf16.FIRST], words[0, bf16.END] = room.ctypes.data, room.ctypes.data + room.nbytes
+    header, b_row, piece = words.ctypes.data, laid_b.strides[0], 2 * bf16.SQUARE
     for first in range(0, N, piece):
         x = b[:, first : first + piece]
         assert layer.ctypes(x.ctypes.data, *x.strides, laid_b.ctypes.data, b_row, first, *x.shape, 0, header)
     for first in range(0, M if both else 0, piece):
         x, to = a[first : first + piece], laid_a[first:]
         assert layer.ctypes(x.ctypes.data, *x.strides, to.ctypes.data, to.strides[0], 0, *x.shape, 1, header)
-    cut = tiles.SQUARE if both else tiles.STEP * blocks[1]
+    cut = bf16.SQUARE if both else bf16.STEP * blocks[1]
     for part in (slice(0, cut), slice(cut, None)):
         left, k, rows = (laid_a[part], 0, part) if both else (a[:, part], part.start, slice(None))
         M, K = c[rows].shape[0], a.shape[1] if both else left.shape[1]
@@ -74,7 +73,7 @@ def multiply_laid(a, b, c, add, kind, blocks, turned, both):
 
 def check_product(M, K, N, kind, seed, transposed, add, blocks):
     """Against float64 of the rounded operands; nothing beside a, b and c is read or written."""
-    rng, dtype = np.random.default_rng(seed), tiles.dtype_of(kind)
+    rng, dtype = np.random.default_rng(seed), bf16.dtype_of(kind)
     a = guarded(rng, K, M, dtype, np.nan)[1].T if transposed else guarded(rng, M, K, dtype, np.nan)[1]
     b = guarded(rng, K, N, dtype, np.nan)[1]
     whole, c = guarded(rng, M, N, dtype, 1234.5)
@@ -82,10 +81,10 @@ def check_product(M, K, N, kind, seed, transposed, add, blocks):
     if not add:
         c[:] = np.nan  # must not be read
     if seed % 2:
-        tiles.multiply(a, b, c, add, kind, blocks)
+        bf16.multiply(a, b, c, add, kind, blocks)
     else:
         multiply_laid(a, b, c, add, kind, blocks, turned=seed % 4 == 0, both=seed % 8 < 4)
-    wide_a, wide_b = ((x if kind == "float64" else tiles.rounded(x)).astype(np.float64) for x in (a, b))
+    wide_a, wide_b = ((x if kind == "float64" else bf16.rounded(x)).astype(np.float64) for x in (a, b))
     expected = wide_a @ wide_b + (old if add else 0)
     bound = (K + 2) * np.finfo(dtype).eps * (np.abs(wide_a) @ np.abs(wide_b) + (np.abs(old) if add else 0))
     assert (np.abs(c - expected) <= bound).all(), (M, K, N, kind, transposed, add, blocks)
@@ -94,15 +93,15 @@ def check_product(M, K, N, kind, seed, transposed, add, blocks):
 
 
 def borders(size):
-    return around(1, tiles.TILE, tiles.SQUARE, size)
+    return around(1, bf16.TILE, bf16.SQUARE, size)
 
 
 @every_kind
 @pytest.mark.parametrize("blocks", [(1, 1), (1, 2), (2, 1), (3, 4)])
 def test_products_are_right_at_the_borders_of_tiles_and_of_small_blocks(kind, blocks):
-    rows, depth = (tiles.SQUARE * n for n in blocks)
+    rows, depth = (bf16.SQUARE * n for n in blocks)
     shapes = [(m, k, n) for m in (*borders(rows), rows + 33) for n in (1, 16, 31, 33, 64) for k in (32, 47)]
-    shapes += [(m, k, 37) for m in (2, 40, 70) for k in (*borders(depth), 2 * depth + 5) if k >= tiles.LEAST_DEPTH]
+    shapes += [(m, k, 37) for m in (2, 40, 70) for k in (*borders(depth), 2 * depth + 5) if k >= bf16.LEAST_DEPTH]
     for seed, shape in enumerate(shapes):
         for transposed in (False, True):
             if min(shape[:2]) > 1:
@@ -111,23 +110,23 @@ def test_products_are_right_at_the_borders_of_tiles_and_of_small_blocks(kind, bl
 
 @every_kind
 def test_products_are_right_at_the_borders_of_the_blocks_that_train(kind):
-    rows, depth = (tiles.SQUARE * n for n in tiles.BLOCKS)
+    rows, depth = (bf16.SQUARE * n for n in bf16.BLOCKS)
     shapes = [(m, 40, 50) for m in around(rows)] + [(40, k, 50) for k in around(depth)] + [(rows + 7, depth + 9, 70)]
     for seed, shape in enumerate(shapes):
         for transposed in (False, True):
-            check_product(*shape, kind, seed, transposed, seed % 2 == 0, tiles.BLOCKS)
+            check_product(*shape, kind, seed, transposed, seed % 2 == 0, bf16.BLOCKS)
 
 
 @every_kind
 def test_a_may_have_any_strides(kind):
-    rng, dtype = np.random.default_rng(0), tiles.dtype_of(kind)
+    rng, dtype = np.random.default_rng(0), bf16.dtype_of(kind)
     x, b = rng.standard_normal((90, 80)).astype(dtype), rng.standard_normal((40, 19)).astype(dtype)
     views = [x[::2, ::2], x[::-1, ::-2][:45], x.T[:, ::2][:, :40], np.broadcast_to(x[:1, :40], (33, 40))]
     views += [np.broadcast_to(x[:33, :1], (33, 40)), x[:33].T[:40].T, x[5:50, 3:43], x.T[5:50, 3:43]]
     for a in views:
-        c = tiles.multiply(a[:, :40], b, np.zeros((len(a), 19), dtype), False, kind)
+        c = bf16.multiply(a[:, :40], b, np.zeros((len(a), 19), dtype), False, kind)
         wide_a, wide_b = (np.ascontiguousarray(x) for x in (a[:, :40], b))
-        exact = wide_a @ wide_b if kind == "float64" else tiles.rounded(wide_a).astype(np.float64) @ tiles.rounded(b)
+        exact = wide_a @ wide_b if kind == "float64" else bf16.rounded(wide_a).astype(np.float64) @ bf16.rounded(b)
         assert relative(c, exact) < 100 * np.finfo(dtype).eps
 
 
@@ -135,12 +134,12 @@ def test_a_may_have_any_strides(kind):
 def test_neither_blocks_nor_neighbours_change_a_byte(kind):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((70, 150)).astype(np.float32), rng.standard_normal((150, 90)).astype(np.float32)
-    whole = tiles.multiply(a, b, np.zeros((70, 90), np.float32), False, kind)
+    whole = bf16.multiply(a, b, np.zeros((70, 90), np.float32), False, kind)
     for blocks in ((1, 1), (2, 3), (1, 7)):
-        assert tiles.multiply(a, b, np.zeros_like(whole), False, kind, blocks).tobytes() == whole.tobytes()
-    part = tiles.multiply(a[13:60], b[:, 7:80].copy(), np.zeros((47, 73), np.float32), False, kind)
+        assert bf16.multiply(a, b, np.zeros_like(whole), False, kind, blocks).tobytes() == whole.tobytes()
+    part = bf16.multiply(a[13:60], b[:, 7:80].copy(), np.zeros((47, 73), np.float32), False, kind)
     assert np.array_equal(part, whole[13:60, 7:80])
-    turned = tiles.multiply(a.T.copy().T, b, np.zeros_like(whole), False, kind)
+    turned = bf16.multiply(a.T.copy().T, b, np.zeros_like(whole), False, kind)
     assert turned.tobytes() == whole.tobytes()
 
 
@@ -149,10 +148,10 @@ def test_sums_that_go_on_are_those_of_one_product(kind):
     """Rows of tokens in two goes, cut where a step of 32 ends: what makes micro-batches of such windows the same."""
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((40, 160)).astype(np.float32), rng.standard_normal((160, 50)).astype(np.float32)
-    once = tiles.multiply(a, b, np.ones((40, 50), np.float32), True, kind)
+    once = bf16.multiply(a, b, np.ones((40, 50), np.float32), True, kind)
     twice = np.ones((40, 50), np.float32)
     for part in (slice(0, 64), slice(64, 160)):
-        tiles.multiply(a[:, part], b[part], twice, True, kind)
+        bf16.multiply(a[:, part], b[part], twice, True, kind)
     assert twice.tobytes() == once.tobytes()
 
 
@@ -162,16 +161,16 @@ def test_amx_gives_the_bytes_of_its_stand_in():
     for shape in SHAPES:
         a, b = operands(rng, *shape, False)
         found, expected = (
-            tiles.multiply(a, b, np.ones(shape[::2], np.float32), True, kind) for kind in ("amx", "stand-in")
+            bf16.multiply(a, b, np.ones(shape[::2], np.float32), True, kind) for kind in ("amx", "stand-in")
         )
         assert found.tobytes() == expected.tobytes(), shape
 
 
 def test_small_products_are_left_to_others_and_c_as_it_was():
     a, c = np.ones((9, 80), np.float32), np.full((9, 20), 7.0, np.float32)
-    for left in (a[:, : tiles.LEAST_DEPTH - 1], a[:1]):
+    for left in (a[:, : bf16.LEAST_DEPTH - 1], a[:1]):
         with pytest.raises(ValueError, match=r"too small for tiles; expected 16 columns or more"):
-            tiles.multiply(left, np.ones((left.shape[1], 20), np.float32), c[: len(left)], False, "stand-in")
+            bf16.multiply(left, np.ones((left.shape[1], 20), np.float32), c[: len(left)], False, "stand-in")
     assert (c == 7).all()
 
 
@@ -202,7 +201,7 @@ def test_operands_are_rounded_to_the_nearest_of_two_the_even_one(kind):
     x = np.concatenate([x, np.zeros(-len(x) % 64, np.float32)])
     with np.errstate(invalid="ignore", over="ignore"):
         expected = nearest(x)
-        assert np.array_equal(tiles.rounded(x), expected.astype(np.float32), equal_nan=True)
+        assert np.array_equal(bf16.rounded(x), expected.astype(np.float32), equal_nan=True)
     one = np.zeros((32, 32), np.float32)
     one[0] = 1
     rows = np.zeros((len(x), 32), np.float32)
@@ -210,11 +209,11 @@ def test_operands_are_rounded_to_the_nearest_of_two_the_even_one(kind):
     turned, odd = np.ascontiguousarray(rows.T).T, np.zeros((len(x), 64), np.float32)[:, ::2]
     odd[:] = rows
     for a in (rows, turned, odd):  # three ways into a tile
-        c = tiles.multiply(a, one, np.zeros((len(x), 32), np.float32), False, kind)
+        c = bf16.multiply(a, one, np.zeros((len(x), 32), np.float32), False, kind)
         assert all(np.array_equal(column, expected, equal_nan=True) for column in c.T)
     b = np.zeros((32, len(x)), np.float32)
     b[0] = x
-    c = tiles.multiply(one.T, b, np.zeros((32, len(x)), np.float32), False, kind)
+    c = bf16.multiply(one.T, b, np.zeros((32, len(x)), np.float32), False, kind)
     assert all(np.array_equal(row, expected, equal_nan=True) for row in c)
 
 
@@ -226,7 +225,7 @@ def operands(rng, M, K, N, positive):
 def error_beside_rounding(a, b, c):
     """Error of c = a b, and of the exact product of operands in bf16, against float64: the largest, of one scale."""
     exact = a.astype(np.float64) @ b
-    rounded = tiles.rounded(a).astype(np.float64) @ tiles.rounded(b)
+    rounded = bf16.rounded(a).astype(np.float64) @ bf16.rounded(b)
     return np.abs(c - exact).max() / np.abs(rounded - exact).max()
 
 
@@ -239,7 +238,7 @@ def test_products_err_at_most_twice_as_much_as_rounding_the_operands(kind, posit
     rng = np.random.default_rng(0)
     for shape in SHAPES:
         a, b = operands(rng, *shape, positive)
-        c = tiles.multiply(a, b, np.zeros((len(a), b.shape[1]), np.float32), False, kind)
+        c = bf16.multiply(a, b, np.zeros((len(a), b.shape[1]), np.float32), False, kind)
         assert 0 < error_beside_rounding(a, b, c) <= 2, shape
 
 
@@ -252,71 +251,77 @@ def test_cutting_operands_off_instead_of_rounding_is_noticed():
 # -- the kernels through it
 
 
-@pytest.fixture(params=[(1, 1), tiles.BLOCKS], ids=["blocks of a tile", "blocks that train"])
+@pytest.fixture(params=[(1, 1), bf16.BLOCKS], ids=["blocks of a tile", "blocks that train"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(tiles, "headers", lambda threads, kind: tiles.words_of(threads, kind, request.param))
+    monkeypatch.setattr(bf16, "headers", lambda threads, kind: bf16.words_of(threads, kind, request.param))
     return request.param
 
 
-@pytest.mark.parametrize("T", [*around(32, 64), *around(tinygpt.ROW_BLOCK, 2 * tinygpt.ROW_BLOCK)])
+@pytest.mark.parametrize("T", [*around(32, 64), *around(workspace.ROW_BLOCK, 2 * workspace.ROW_BLOCK)])
 def test_kernels_agree_with_the_spec_at_the_borders_of_tiles(T, blocks):
     for shape in (dict(width=36, hidden=70, vocab_size=67), dict(width=33, heads=1, mlp="swiglu", hidden=31)):
         cfg = tiny_config(**shape | dict(seq_len=T, position_rows=T))
-        exact, found = (run_model(cfg, table, 2, T, np.float64, table == "tiles") for table in ("numpy", "tiles"))
+        exact, found = (
+            run_model(cfg, table, 2, T, np.float64, table == "fast-bf16") for table in ("numpy", "fast-bf16")
+        )
         for name in exact:
             assert relative(found[name], exact[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("mlp", ["gelu-tanh", "swiglu"])
 def test_kernels_agree_with_the_spec_beyond_what_they_work_on_at_a_time(mlp, blocks):
-    more = dict(vocab_size=tinygpt.TILED_HEAD_WORDS + 33, hidden=tinygpt.HIDDEN_BLOCK + 38)
+    more = dict(vocab_size=workspace.TILED_HEAD_WORDS + 33, hidden=workspace.HIDDEN_BLOCK + 38)
     cfg = tiny_config(**more, mlp=mlp, width=24, heads=1, seq_len=41, position_rows=41, layers=1)
-    exact, found = (run_model(cfg, table, 2, 41, np.float64, table == "tiles") for table in ("numpy", "tiles"))
+    exact, found = (run_model(cfg, table, 2, 41, np.float64, table == "fast-bf16") for table in ("numpy", "fast-bf16"))
     for name in exact:
         assert relative(found[name], exact[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(width=36, hidden=70, seq_len=33, position_rows=33, layers=1)])
 def test_gradients_through_the_driver_are_derivatives(shape, blocks):
-    errors = tinygpt.check_model(tiny_config(**shape), OPS["tiles"], seed=2)
+    errors = tinygpt.check_model(tiny_config(**shape), ops_of("fast-bf16"), seed=2)
     assert max(error for _, error in errors) < 1e-6, errors
 
 
-@pytest.mark.parametrize("word, count", [(tiles.DRIVER, 12), (tiles.LAYER, 10)])
+@pytest.mark.parametrize("word, count", [(bf16.DRIVER, 12), (bf16.LAYER, 10)])
 def test_a_driver_that_does_nothing_is_noticed_and_one_that_lays_nothing_ready(monkeypatch, word, count):
     """In float64 no product is so small that it is left to others."""
     names = ", ".join(f"x{i}" for i in range(count))
     says_that_it_did = numba.cfunc(numba.types.intp(*[numba.types.intp] * count))(eval(f"lambda {names}: 1"))
-    words = tiles.words_of(tinygpt.POOL.threads, "float64", tiles.BLOCKS).copy()
+    words = bf16.words_of(fast.POOL.threads, "float64", bf16.BLOCKS).copy()
     words[:, word] = says_that_it_did.address
-    monkeypatch.setattr(tiles, "headers", lambda threads, kind: words)
-    exact, found = (run_model(tiny_config(), table, 2, 5, np.float64) for table in ("numpy", "tiles"))
+    monkeypatch.setattr(bf16, "headers", lambda threads, kind: words)
+    exact, found = (run_model(tiny_config(), table, 2, 5, np.float64) for table in ("numpy", "fast-bf16"))
     for name in ("qkv_w", "out_w", "up_w", "down_w", "embed_w"):
         assert not relative(found[name], exact[name]) < 0.1, name
 
 
-def test_an_op_leaves_nothing_behind(blocks):
+def test_buffers_say_who_multiplies_before_and_after_any_op(blocks):
     cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
     _, p = random_parameters(cfg, dtype=np.float32)
-    batch, space = random_batch(cfg, 2, 50, dtype=np.float32), tinygpt.workspace(cfg, 2, 50, np.float32)
-    tables = {name: dataclasses.replace(OPS[name], space=space) for name in ("fast", "tiles")}
-    results = []
-    for table in ("fast", "tiles", "fast"):
+    batch, results, headers = random_batch(cfg, 2, 50, dtype=np.float32), [], []
+    tables = {name: tinygpt.with_buffers(ops_of(name), cfg, 2, 50) for name in ("fast", "fast-bf16")}
+    for name in ("fast", "fast-bf16", "fast", "fast-bf16"):
+        ops = tables[name]
         gradient, g = tinygpt.zero_gradients(cfg)
-        tinygpt.loss_and_gradients(p, *batch, g, cfg, tables[table])
+        tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
         results.append(gradient.tobytes())
-        assert not space["scratch"][:, : tinygpt.HEADER].any()
-    assert results[0] == results[2] != results[1]
-    with pytest.raises(AttributeError):
-        OPS["tiles"].mlp_layer_forward(None, p["layers"][0], cfg, tables["tiles"])
-    assert not space["scratch"][:, : tinygpt.HEADER].any()
+        with pytest.raises(AttributeError):
+            ops.mlp_layer_forward(None, p["layers"][0], cfg, ops)
+        headers.append(ops.space["scratch"][:, : products.HEADER].tobytes())
+    assert results[0] == results[2] != results[1] == results[3]
+    assert not any(headers[0]) and headers[0] == headers[2] != headers[1] == headers[3]
 
 
-def test_the_head_that_samples_and_decoding_stay_as_they_are():
-    assert all(
-        getattr(OPS["tiles"], name) is getattr(OPS["fast"], name) for name in ("head_logits", "steps", "embed_forward")
-    )
-    assert OPS["tiles"].head_loss is not OPS["fast"].head_loss
+def test_the_head_that_samples_and_decoding_stay_in_float32():
+    tables, cfg = [ops_of(name) for name in ("fast", "fast-bf16")], tiny_config(width=48, heads=2, vocab_size=97)
+    names = "embed_forward embed_backward head_logits steps".split()
+    assert all(getattr(tables[0], name) is getattr(tables[1], name) for name in names)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    x, found = np.random.default_rng(0).standard_normal((40, 48)).astype(np.float32), set()
+    for ops in (*tables, *(tinygpt.with_buffers(ops, cfg, 2, 5) for ops in tables)):
+        found.add(ops.head_logits(x, p, cfg, ops).tobytes())
+    assert len(found) == 1
 
 
 WIDE = tiny_config(vocab_size=301, seq_len=70, position_rows=70, width=72, hidden=141, layers=1)
@@ -324,7 +329,7 @@ WIDE = tiny_config(vocab_size=301, seq_len=70, position_rows=70, width=72, hidde
 
 def test_any_number_of_threads_gives_the_same_bytes(pool):
     """Threads change the blocks of a weight gradient: 141 rows are 132 and 9, or 66, 66 and 9."""
-    found = bytes_of_any_threads(pool, WIDE, "tiles", 70, (1, 2, 4))
+    found = bytes_of_any_threads(pool, WIDE, "fast-bf16", 70, (1, 2, 4))
     assert found != as_bytes(run_model(WIDE, "fast", 4, 70, np.float32, True))
 
 
@@ -335,7 +340,7 @@ def test_micro_batches_of_windows_of_whole_steps_change_no_byte(T):
     batch, results = random_batch(cfg, 4, T, dtype=np.float32), set()
     for size in (1, 2, 4):
         gradient, g = tinygpt.zero_gradients(cfg)
-        ops = tinygpt.with_buffers(OPS["tiles"], cfg, size, T)
+        ops = tinygpt.with_buffers(ops_of("fast-bf16"), cfg, size, T)
         for b in range(0, 4, size):
             tinygpt.loss_and_gradients(p, *(x[b : b + size] for x in batch), g, cfg, ops)
         results.add(gradient.tobytes())
@@ -357,13 +362,13 @@ REASONS = {
 @pytest.fixture(params=REASONS)
 def hindrance(request, monkeypatch):
     """A machine that has all it takes but one thing; what is said of it."""
-    monkeypatch.setattr("tiles.platform.system", lambda: "Linux")
-    monkeypatch.setattr("tiles.platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("fast.bf16.platform.system", lambda: "Linux")
+    monkeypatch.setattr("fast.bf16.platform.machine", lambda: "x86_64")
     for name, usual in (("compiles_for", True), ("ask_linux", 0), ("product_error", 1e-7)):
-        monkeypatch.setattr(tiles, name, lambda *_, usual=usual: usual)
-    assert tiles.why_not() is None
+        monkeypatch.setattr(bf16, name, lambda *_, usual=usual: usual)
+    assert bf16.why_not() is None
     name, pretended, reason = REASONS[request.param]
-    monkeypatch.setattr(f"tiles.{name}", pretended)
+    monkeypatch.setattr(f"fast.bf16.{name}", pretended)
     return reason
 
 
@@ -372,7 +377,7 @@ STEPS = ["--steps", 3, "--eval-every", 3]
 
 @pytest.mark.parametrize("asked", [[], ["--dtype", "auto"], ["--dtype", "bfloat16"]])
 def test_what_hinders_tiles_is_said_in_one_line_and_float32_trains(place, text, monkeypatch, hindrance, asked):
-    monkeypatch.setattr(tinygpt, "without_tiles", tiles.why_not)
+    monkeypatch.setattr(fast, "why_no_bf16", bf16.why_not)
     _, err = trained("--data", text, *STEPS, *asked)
     assert [line for line in err.splitlines() if "float32" in line] == [
         line for line in err.splitlines() if line.startswith("precision float32: ")
@@ -387,19 +392,22 @@ def test_what_hinders_tiles_is_said_in_one_line_and_float32_trains(place, text, 
 
 @pytest.mark.skipif(HAS_UNIT or sys.platform != "linux" or platform.machine() != "x86_64", reason="nobody to refuse it")
 def test_linux_itself_refuses_what_the_processor_does_not_have(monkeypatch):
-    monkeypatch.setattr(tiles, "compiles_for", lambda feature: True)
-    assert tiles.why_not().startswith("Linux refuses the tile registers of this processor (")
+    monkeypatch.setattr(bf16, "compiles_for", lambda feature: True)
+    assert bf16.why_not().startswith("Linux refuses the tile registers of this processor (")
 
 
 @pytest.mark.skipif(HAS_UNIT, reason="this machine has tiles")
 def test_the_table_says_why_it_cannot_multiply(monkeypatch):
-    monkeypatch.setitem(tiles.KINDS, "float32", "amx")
+    monkeypatch.setitem(bf16.KINDS, "float32", "amx")
     with pytest.raises(ValueError, match="bf16 tiles|Linux refuses"):
-        run_model(tiny_config(), "tiles", 2, 5, np.float32)
-    monkeypatch.setitem(sys.modules, "tiles", None)
-    with pytest.raises(ValueError, match=r"^tiles\.py is not here"):
-        run_model(tiny_config(), "tiles", 2, 5, np.float64)
-    assert tinygpt.without_tiles().startswith("tiles.py is not here")
+        run_model(tiny_config(), "fast-bf16", 2, 5, np.float32)
+    for reason in ("this processor has no bf16 tiles", None):
+        monkeypatch.setattr(fast, "why_no_bf16", lambda reason=reason: reason)
+        if reason:
+            with pytest.raises(ValueError, match=f"^no products in bfloat16: {reason}$"):
+                tinygpt.find_ops("fast", "bfloat16")
+        else:
+            assert tinygpt.find_ops("fast", "bfloat16") is fast.BFLOAT16
 
 
 def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(place, text):
@@ -416,7 +424,7 @@ def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(pla
 
 @pytest.fixture
 def with_tiles(place, monkeypatch):
-    monkeypatch.setattr(tinygpt, "without_tiles", lambda: None)
+    monkeypatch.setattr(fast, "why_no_bf16", lambda: None)
 
 
 MODEL = ["--set", "width=48", "heads=2", "hidden=96"]  # so wide that products go through tiles
@@ -450,7 +458,7 @@ def test_a_bfloat16_run_does_not_go_on_without_tiles(with_tiles, text, monkeypat
         interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
         words = ["--data", text, "--steps", 6, "--micro-batch-size", 2]
         assert invoke(train.main, "--size", "tiny", *words)[0] == 130
-    monkeypatch.setattr(tinygpt, "without_tiles", lambda: "this processor has no bf16 tiles (Intel AMX)")
+    monkeypatch.setattr(fast, "why_no_bf16", lambda: "this processor has no bf16 tiles (Intel AMX)")
     message = refusal(train.main, "train.py", "--resume")
     assert "multiplies in bfloat16, but this processor has no bf16 tiles" in message
     assert "--init-from" in message and "last.safetensors" in message
@@ -481,8 +489,8 @@ def test_bfloat16_runs_learn_as_float32_runs_do(with_tiles, text):
 
 FEATURES = "64bit avx avx2 avx512f avx512bw avx512dq avx512vl avx512bf16 amx-tile amx-bf16 fma cmov cx8 sse sse2 sse4.2"
 PRINT = """
-import tiles
-for compiled in (*tiles.innermost("amx"), tiles.driver("float32")[0]):
+from fast import bf16
+for compiled in (*bf16.innermost("amx"), bf16.driver("float32")[0]):
     print(compiled._library.get_asm_str(), "#####", sep="\\n")
 """
 
@@ -492,7 +500,7 @@ def machine_code(tmp_path_factory):
     """Lines of what enters, of the innermost block, of what leaves, of the driver, compiled for such a processor."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("LLVM is not that of x86")
-    environment = os.environ | {"NUMBA_CPU_NAME": "sapphirerapids", "PYTHONPATH": str(Path(tiles.__file__).parent)}
+    environment = os.environ | {"NUMBA_CPU_NAME": "sapphirerapids", "PYTHONPATH": str(Path(tinygpt.__file__).parent)}
     environment |= {"NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in FEATURES.split())}
     environment |= {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     done = subprocess.run([sys.executable, "-c", PRINT], env=environment, capture_output=True, encoding="utf-8")
@@ -509,7 +517,7 @@ def test_a_thread_tells_the_unit_its_tiles_and_takes_them_back(machine_code):
     enter, _, leave, driver = machine_code
     assert len(of(enter, "ldtilecfg")) == 1 and len(of(leave, "tilerelease")) == 1
     assert not any(words[0].startswith("t") and "tile" in words[0] for words in driver if words)
-    shapes = tiles.shapes_of_tiles()
+    shapes = bf16.shapes_of_tiles()
     assert shapes[0] == 1 and shapes[1:16].sum() == 0 and shapes[32:48].sum() == 0 and shapes[56:].sum() == 0
     assert shapes[16:32].view(np.uint16).tolist() == [64] * 8 and shapes[48:56].tolist() == [16] * 8
 
@@ -539,7 +547,7 @@ def pretended(*words, status=0):
     features = binding.get_host_cpu_features()
     features.update({"amx-tile": True, "amx-bf16": True})
     environment = os.environ | {"NUMBA_CPU_NAME": binding.get_host_cpu_name(), "NUMBA_CPU_FEATURES": features.flatten()}
-    environment |= {"PYTHONPATH": os.pathsep.join(str(Path(file).parent) for file in (__file__, tiles.__file__))}
+    environment |= {"PYTHONPATH": os.pathsep.join(str(Path(file).parent) for file in (__file__, tinygpt.__file__))}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == status, done.stdout[-4000:] + done.stderr
     return done.stdout + done.stderr
@@ -562,8 +570,8 @@ def test_the_machine_code_of_amx_trains_where_numpy_carries_out_its_instructions
 
 @needs_a_processor_to_pretend
 def test_a_thread_that_does_not_tell_the_unit_its_tiles_is_stopped():
-    code = "words = tiles.words_of(1, 'amx', tiles.BLOCKS); words[:, tiles.ENTER] = 0; tiles.product_error('amx')"
-    printed = pretended("-c", f"import matrix_unit, tiles; matrix_unit.pretend(); {code}", status=128 + signal.SIGILL)
+    code = "words = bf16.words_of(1, 'amx', bf16.BLOCKS); words[:, bf16.ENTER] = 0; bf16.product_error('amx')"
+    printed = pretended("-c", f"import matrix_unit; bf16 = matrix_unit.pretend(); {code}", status=128 + signal.SIGILL)
     assert "a tile in a thread that has not told the unit their shapes" in printed
 
 

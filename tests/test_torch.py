@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import COMBINATIONS, FAMILIES, random_batch, random_parameters, relative, tiny_config
+from conftest import COMBINATIONS, FAMILIES, TABLES, ops_of, random_batch, random_parameters, relative, tiny_config
 
 import tinygpt
 
@@ -108,16 +108,16 @@ MODELS |= {
 MODELS |= {f"combination {i}": cfg for i, cfg in enumerate(COMBINATIONS)}
 
 
-@pytest.mark.parametrize("table", tinygpt.OPS)
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 def test_loss_and_gradients_are_those_of_pytorch(cfg, table):
     flat, p = random_parameters(cfg, seed=5)
     tokens, targets, weights = random_batch(cfg, 2, cfg.seq_len, seed=6)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
-    loss, nats = tinygpt.loss_and_gradients(p, tokens, targets, weights, g, cfg, tinygpt.OPS[table])
+    loss, nats = tinygpt.loss_and_gradients(p, tokens, targets, weights, g, cfg, ops_of(table))
     tinygpt.add_lookup_gradient(g)
-    x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS[table])
-    logits = tinygpt.OPS[table].head_logits(x.reshape(-1, cfg.width), p, cfg, tinygpt.OPS[table])
+    x, _ = tinygpt.forward(p, tokens, cfg, ops_of(table))
+    logits = ops_of(table).head_logits(x.reshape(-1, cfg.width), p, cfg, ops_of(table))
 
     part = {t.name: slice(t.offset, t.offset + math.prod(t.shape)) for t in tinygpt.layout(cfg)}
     named = {t.name: torch.tensor(flat[part[t.name]].reshape(t.shape)) for t in tinygpt.layout(cfg)}

@@ -19,9 +19,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import TABLES, ops_of, tiny_config
 
 import bpe
+import fast
 import stories
 import tinygpt
 import train
@@ -45,7 +46,7 @@ def write_stories(path, seed=0, count=60):
 @contextlib.contextmanager
 def workshop(folder):
     """Work in `folder`, offline, with a tiny size, one thread, no matplotlib, a peak that nobody measures, no tiles."""
-    threads = tinygpt.POOL.threads
+    threads = fast.POOL.threads
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -53,12 +54,12 @@ def workshop(folder):
         patch.setitem(train.DEFAULTS, "batch_size", RECIPE[1])
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setattr(train, "measure_peak", lambda: 1e11)
-        patch.setattr(tinygpt, "without_tiles", lambda: "there are no tiles in this workshop")
-        tinygpt.POOL.resize(1)
+        patch.setattr(fast, "why_no_bf16", lambda: "there are no tiles in this workshop")
+        fast.POOL.resize(1)
         try:
             yield folder
         finally:
-            tinygpt.POOL.resize(threads)
+            fast.POOL.resize(threads)
 
 
 def invoke(main, *words):
@@ -453,7 +454,7 @@ SCALE, LR, DECAY, BETA1, BETA2 = 0.37, 3e-2, 0.2, 0.9, 0.95
 def by_kernel(p, g, m, v, t):
     fixes = 1 / (1 - BETA1**t), 1 / (1 - BETA2**t)
     rates = (DECAYED, SCALE, LR, DECAY, BETA1, BETA2, *fixes, train.ADAM_EPS)
-    tinygpt.POOL.run(train.adamw_kernel, -(-SIZE // train.FLAT_BLOCK), p, g, m, v, *rates)
+    fast.POOL.run(train.adamw_kernel, -(-SIZE // train.FLAT_BLOCK), p, g, m, v, *rates)
 
 
 def by_spec(p, g, m, v, t):
@@ -575,7 +576,7 @@ def random_batch(count=4, seed=0):
 def updates(micro, kernels="fast", dtype=np.float32, count=3, **changes):
     s = SETTINGS | dict(micro_batch_size=micro) | changes
     state = fresh(dtype)
-    ops = tinygpt.with_buffers(tinygpt.OPS[kernels], TINY, micro, TINY.seq_len, dtype)
+    ops = tinygpt.with_buffers(ops_of(kernels), TINY, micro, TINY.seq_len, dtype)
     results = [train.update(state, random_batch(seed=i), ops, s) for i in range(count)]
     assert state.step == count
     return state, results
@@ -625,7 +626,7 @@ def test_a_loss_that_is_no_number_changes_nothing():
         state = fresh()
         state.p["norm_b"][3] = bad
         before = [x.tobytes() for x in (state.parameters, state.m, state.v)]
-        ops = tinygpt.with_buffers(tinygpt.OPS["fast"], TINY, 4, TINY.seq_len)
+        ops = tinygpt.with_buffers(ops_of("fast"), TINY, 4, TINY.seq_len)
         with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="at step 1 "):
             train.update(state, random_batch(), ops, SETTINGS)
         assert [x.tobytes() for x in (state.parameters, state.m, state.v)] == before and state.step == 0
@@ -640,7 +641,7 @@ def test_a_gradient_that_is_infinite_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(tinygpt, "add_lookup_gradient", overflow)
     before = state.parameters.tobytes()
-    ops = tinygpt.with_buffers(tinygpt.OPS["fast"], TINY, 4, TINY.seq_len)
+    ops = tinygpt.with_buffers(ops_of("fast"), TINY, 4, TINY.seq_len)
     with pytest.raises(FloatingPointError, match="grad norm inf"):
         train.update(state, random_batch(), ops, SETTINGS)
     assert state.parameters.tobytes() == before and state.step == 0
@@ -677,7 +678,7 @@ def test_validation_is_the_mean_nats_of_the_spec(tokenizer):
         if targets.shape[1] == TINY.seq_len:
             total += tinygpt.loss_and_gradients(p, inputs, targets, ones, None, TINY, tinygpt.OPS["numpy"])[0]
     whole = 3 * TINY.seq_len
-    for ops in (tinygpt.OPS["numpy"], tinygpt.OPS["fast"]):
+    for ops in (tinygpt.OPS["numpy"], ops_of("fast")):
         found = train.evaluate(p, TINY, tokens, tokenizer.end, ops, limit=whole)
         assert found == pytest.approx(total / whole, rel=1e-10)
 
@@ -1385,7 +1386,7 @@ def test_a_value_out_of_range_is_named(place, monkeypatch, flag, value):
         raise AssertionError("went on to train")
 
     monkeypatch.setattr(train, "begin", begun)
-    monkeypatch.setattr(tinygpt.POOL, "resize", lambda threads: None)
+    monkeypatch.setattr(fast.POOL, "resize", lambda threads: None)
     message = refusal(train.main, "train.py", f"{flag}={value}")
     assert flag in message
 
@@ -1489,7 +1490,7 @@ def test_a_reader_of_stdout_or_stderr_who_leaves_does_not_end_the_run(tmp_path, 
 # -- memory
 
 
-@pytest.mark.parametrize("table", list(tinygpt.OPS))
+@pytest.mark.parametrize("table", TABLES)
 def test_recomputed_layers_change_no_byte(table):
     cfg = tiny_config(attention_dropout=0.2, mlp_dropout=0.3, positions="rope", qk_norm=True)
     p = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers)
@@ -1497,7 +1498,7 @@ def test_recomputed_layers_change_no_byte(table):
     tokens, weights = rng.integers(0, cfg.vocab_size, (3, cfg.seq_len + 1)), np.ones((3, cfg.seq_len), np.float32)
     for recompute in (False, True):
         flat, grads = tinygpt.zero_gradients(cfg)
-        ops = tinygpt.with_buffers(tinygpt.OPS[table], cfg, 3, cfg.seq_len, recompute=recompute)
+        ops = tinygpt.with_buffers(ops_of(table), cfg, 3, cfg.seq_len, recompute=recompute)
         inputs = (tokens[:, :-1], tokens[:, 1:], weights, grads, cfg, ops, tinygpt.Dropout(0, 1, 2))
         found.append((tinygpt.loss_and_gradients(p, *inputs)[0], flat.tobytes()))
     assert found[0] == found[1]
@@ -1506,7 +1507,7 @@ def test_recomputed_layers_change_no_byte(table):
 
 def test_a_recomputing_workspace_is_smaller_by_what_layers_share():
     cfg = tiny_config(layers=6)
-    whole, less = (tinygpt.workspace_layout(cfg, 2, cfg.seq_len, again) for again in (False, True))
+    whole, less = (fast.workspace_layout(cfg, 2, cfg.seq_len, again) for again in (False, True))
     layered = {t.name: math.prod(t.shape[1:]) for t in whole if t.layered}
     kept = {t.name for t in less if t.layered}
     assert kept == {"attended", "mixed"}

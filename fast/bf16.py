@@ -1,16 +1,17 @@
 """Matrix products of bf16 tiles: the matrix unit that Intel's processors have since 2023 (AMX), driven from Numba.
 
-    python tiles.py        # whether this machine has it, how exact its products are, and how fast
+    python -m fast      # whether this machine has it, how exact its products are, and how fast
 
 `train.py --dtype bfloat16` multiplies through this file. Operands are rounded to bf16, 8 bits of mantissa, as they are
-packed; what they add up to is float32. Without this file everything else runs as before, in float32.
+packed; what they add up to is float32.
 
-Read in order: 1 what this machine has, 2 packing, 3 the innermost block, 4 the driver, 5 how it is called.
+Read in order: 1 what this machine has, 3 the innermost block, 4 the driver, 5 how it is called, 6 the buffers of the
+sublayers; 2 packing is in pack.py.
 
 The driver blocks, packs and handles edges, once for all; the innermost block is called by its address, and there are
 three. "amx" is the matrix unit. "stand-in" reads the same packed operands and adds up in the same order with ordinary
 float32 arithmetic: what a machine without the unit can test. "float64" rounds nothing, so that finite differences run
-through the same driver. No other file's functions are called from here, and tinygpt.py calls this one by address.
+through the same driver.
 
 Tiles: a is 16 rows of 32 columns; b is 32 rows of 16 columns, two rows interleaved: 16 rows of 16 pairs; c is 16 x 16.
 Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18, volume 2 under TDPBF16PS.
@@ -25,30 +26,34 @@ import time
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
-part = register_jitable(error_model="numpy")  # of a function that has an address, compiled with it
+from fast.jit import CACHE_LINE, compiles_for, plain_part, stamped
+from fast.memory import I8, I32, I64, load, multiply_add, peek, poke, splat, store
+from fast.pack import (
+    SQUARE,
+    STEP,
+    TILE,
+    copy_padded,
+    element_vector,
+    instruction,
+    pack_a,
+    pack_b,
+    packed_size,
+    sizes_of,
+)
+from fast.products import HEADER
+from fast.workspace import make_workspace
+from tinygpt import aligned
 
-TILE = 16  # rows of a tile of a and of c, columns of c, pairs in a row of a tile
-STEP = 2 * TILE  # columns of a that a tile holds
-SQUARE = 2 * TILE  # rows and columns of the block of c that stays in four tiles
 LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
 BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed at a time: 160 KiB, of a core's 2 MiB
 
-I8, I32, I64 = (ir.IntType(bits) for bits in (8, 32, 64))
-
 
 # == 1  what this machine has ==========================================================================================
-
-
-def compiles_for(feature):
-    """Whether the processor that Numba compiles for has a feature, by LLVM's name."""
-    if numba.config.CPU_NAME:
-        return f"+{feature}" in (numba.config.CPU_FEATURES or "").split(",")
-    return binding.get_host_cpu_features().get(feature, False)
 
 
 def ask_linux():
@@ -80,241 +85,6 @@ def why_not():
         return f"Linux refuses the tile registers of this processor ({os.strerror(refused)})"
     error = product_error("amx")
     return None if error < 1e-5 else f"the tiles of this processor fail their test (relative error {error:.1e})"
-
-
-# == 2  packing ========================================================================================================
-#
-# A packed element is bf16, or float64 where nothing is rounded. Pairs of them are words: 32 or 128 bits.
-
-
-def packed_size(size):
-    """Bytes of an element once it is packed, of one that had `size`."""
-    return 2 if size == 4 else 8
-
-
-def load(builder, address, kind, align):
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
-
-
-def store(builder, value, address, align):
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
-
-
-def instruction(builder, name, result, *values):
-    """Call LLVM's intrinsic for an instruction of x86."""
-    name, kind = f"llvm.x86.{name}", ir.FunctionType(result, [x.type for x in values])
-    return builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), values)
-
-
-def splat(kind, value):
-    return ir.Constant(kind, [value] * kind.count)
-
-
-class BF16(ir.Type):
-    """LLVM's type, which llvmlite has no name for."""
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, BF16)
-
-    def __hash__(self):
-        return hash(BF16)
-
-
-def converts():
-    """Whether there is an instruction that rounds two vectors of float32. (It takes float32 below 1.2e-38 for 0, as the
-    matrix unit does.)"""
-    return binding.llvm_version_info[0] >= 16 and compiles_for("avx512bf16") and compiles_for("avx512bw")
-
-
-def round_bits(builder, x):
-    """Vector of float32 -> its bits; the upper 16 are those of bf16, rounded to the nearest, of two the even one."""
-    words = ir.VectorType(I32, x.type.count)
-    bits = builder.bitcast(x, words)
-    odd = builder.and_(builder.lshr(bits, splat(words, 16)), splat(words, 1))
-    near = builder.add(builder.add(bits, splat(words, 0x7FFF)), odd)  # inf stays inf
-    quiet = builder.or_(bits, splat(words, 0x400000))  # NaN stays NaN: rounding might carry it to -0
-    return builder.select(builder.fcmp_unordered("uno", x, x), quiet, near)
-
-
-def narrow(builder, low, high, neighbours):
-    """Two vectors of n elements -> n words: pairs of neighbours, first those of low, or else low[i] with high[i]."""
-    n = low.type.count
-    indices = ir.VectorType(I32, 2 * n)
-    zipped = ir.Constant(indices, [lane for i in range(n) for lane in (i, n + i)])
-    if low.type.element == ir.DoubleType():
-        joined = ir.Constant(indices, list(range(2 * n))) if neighbours else zipped
-        return builder.bitcast(builder.shuffle_vector(low, high, joined), ir.VectorType(ir.IntType(128), n))
-    halves, words = ir.VectorType(ir.IntType(16), 2 * n), ir.VectorType(I32, n)
-    if converts():
-        kind = ir.VectorType(BF16(), 2 * n)
-        both = instruction(builder, "avx512bf16.cvtne2ps2bf16.512", kind, high, low)
-        both = builder.bitcast(both, halves)
-        both = both if neighbours else builder.shuffle_vector(both, ir.Constant(halves, ir.Undefined), zipped)
-        return builder.bitcast(both, words)
-    low, high = round_bits(builder, low), round_bits(builder, high)
-    if neighbours:
-        low, high = builder.bitcast(low, halves), builder.bitcast(high, halves)
-        upper = ir.Constant(indices, list(range(1, 4 * n, 2)))
-        return builder.bitcast(builder.shuffle_vector(low, high, upper), words)
-    return builder.or_(builder.lshr(low, splat(words, 16)), builder.and_(high, splat(words, 0xFFFF0000)))
-
-
-def element_vector(context, kind):
-    """(LLVM type of a vector of TILE elements, bytes of one)."""
-    scalar = context.get_value_type(kind)
-    return ir.VectorType(scalar, TILE), context.get_abi_sizeof(scalar)
-
-
-@intrinsic
-def sizes_of(typing_context, zero):
-    """Bytes of an element of the type of zero, and once it is packed."""
-
-    def build(context, builder, signature, args):
-        size = element_vector(context, zero)[1]
-        return context.make_tuple(builder, signature.return_type, (I64(size), I64(packed_size(size))))
-
-    return types.UniTuple(types.intp, 2)(zero), build
-
-
-@intrinsic
-def pack_row(typing_context, to, source, zero):
-    """STEP elements that follow one another, of the type of zero -> TILE words."""
-
-    def build(context, builder, signature, args):
-        vector, size = element_vector(context, zero)
-        low, high = (load(builder, builder.add(args[1], I64(i * TILE * size)), vector, size) for i in range(2))
-        store(builder, narrow(builder, low, high, True), args[0], 64)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, zero), build
-
-
-@intrinsic
-def pack_pair(typing_context, to, low, high, zero):
-    """TILE elements from each of two addresses, of the type of zero -> TILE words."""
-
-    def build(context, builder, signature, args):
-        vector, size = element_vector(context, zero)
-        rows = (load(builder, address, vector, size) for address in args[1:3])
-        store(builder, narrow(builder, *rows, False), args[0], 64)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, types.intp, zero), build
-
-
-@intrinsic
-def turn_words(typing_context, at, zero):
-    """TILE x TILE words, in place: row i becomes column i."""
-
-    def build(context, builder, signature, args):
-        size = element_vector(context, zero)[1]
-        words = ir.VectorType(ir.IntType(16 * packed_size(size)), TILE)
-        places = [builder.add(args[0], I64(i * TILE * 2 * packed_size(size))) for i in range(TILE)]
-        rows = [load(builder, place, words, 64) for place in places]
-        order = [lane for i in range(TILE) for lane in (i, TILE + i)]
-        masks = [ir.Constant(ir.VectorType(I32, TILE), half) for half in (order[:TILE], order[TILE:])]
-        for _ in range(TILE.bit_length() - 1):  # each round takes the first bit of (row, column) to its end
-            halves = zip(rows[: TILE // 2], rows[TILE // 2 :])
-            rows = [builder.shuffle_vector(*two, mask) for two in halves for mask in masks]
-        for row, place in zip(rows, places):
-            store(builder, row, place, 64)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, zero), build
-
-
-@intrinsic
-def peek(typing_context, address, index, zero):
-    """Element `index` of those at an address, of the type of zero."""
-
-    def build(context, builder, signature, args):
-        scalar = context.get_value_type(zero)
-        pointer = builder.gep(builder.inttoptr(args[0], scalar.as_pointer()), [args[1]])
-        return builder.load(pointer, align=context.get_abi_sizeof(scalar))
-
-    return zero(types.intp, types.intp, zero), build
-
-
-@intrinsic
-def poke(typing_context, address, index, value):
-    """Put a value at the place of element `index` of those at an address."""
-
-    def build(context, builder, signature, args):
-        scalar = args[2].type
-        pointer = builder.gep(builder.inttoptr(args[0], scalar.as_pointer()), [args[1]])
-        builder.store(args[2], pointer, align=context.get_abi_sizeof(scalar))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp, value), build
-
-
-@part
-def copy_padded(source, row, right, rows, columns, to, height, width, zero):
-    """to (height, width), rows without gaps = source (rows, columns), zeros beyond it; strides in bytes."""
-    size, _ = sizes_of(zero)
-    for i in range(height):
-        line = to + i * width * size
-        given = columns if i < rows else 0
-        if right == size:
-            for j in range(given):
-                poke(line, j, peek(source + i * row, j, zero))
-        else:
-            for j in range(given):
-                poke(line, j, peek(source + i * row + j * right, 0, zero))
-        for j in range(given, width):
-            poke(line, j, zero)
-
-
-@part
-def pack_a(a, a_row, a_k, rows, depth, to, edge, zero):
-    """a (rows, depth) -> for every 16 rows, of whole SQUAREs, its tiles from left to right."""
-    size, packed = sizes_of(zero)
-    line = TILE * 2 * packed  # bytes of a row of a tile
-    steps = (depth + STEP - 1) // STEP
-    for r in range(0, (rows + SQUARE - 1) // SQUARE * SQUARE, TILE):
-        for s in range(steps):
-            at, source, deep = (
-                to + (r // TILE * steps + s) * TILE * line,
-                a + r * a_row + s * STEP * a_k,
-                depth - s * STEP,
-            )
-            if rows - r >= TILE and deep >= STEP and a_row == size:
-                for i in range(TILE):
-                    pack_pair(at + i * line, source + 2 * i * a_k, source + (2 * i + 1) * a_k, zero)
-                turn_words(at, zero)
-            else:
-                down = a_row
-                if rows - r < TILE or deep < STEP or a_k != size:
-                    few = max(0, min(TILE, rows - r))
-                    copy_padded(source, a_row, a_k, few, min(STEP, deep), edge, TILE, STEP, zero)
-                    source, down = edge, STEP * size
-                for i in range(TILE):
-                    pack_row(at + i * line, source + i * down, zero)
-
-
-@part
-def pack_b(b, b_k, b_n, depth, columns, to, edge, zero):
-    """b (depth, columns), at most SQUARE columns -> for every 16 columns its tiles from top to bottom."""
-    size, packed = sizes_of(zero)
-    line = TILE * 2 * packed
-    steps = (depth + STEP - 1) // STEP
-    for half in range(2):
-        for s in range(steps):
-            at, source, down = to + (half * steps + s) * TILE * line, b + s * STEP * b_k + half * TILE * b_n, b_k
-            wide, deep = max(0, min(TILE, columns - half * TILE)), min(STEP, depth - s * STEP)
-            if wide == TILE and deep == STEP and b_k == size:
-                for i in range(TILE):
-                    pack_row(at + i * line, source + i * b_n, zero)
-                turn_words(at, zero)
-            else:
-                if wide < TILE or deep < STEP or b_n != size:
-                    copy_padded(source, b_k, b_n, deep, wide, edge, STEP, TILE, zero)
-                    source, down = edge, TILE * size
-                for i in range(TILE):
-                    pack_pair(at + i * line, source + 2 * i * down, source + (2 * i + 1) * down, zero)
 
 
 # == 3  the innermost block ============================================================================================
@@ -389,9 +159,6 @@ def plain_block(context, builder, zero, top, bottom, left, right, c, c_row, step
     vector, size = element_vector(context, zero)
     line, scalar = TILE * 2 * packed_size(size), vector.element
     word = ir.IntType(16 * packed_size(size))
-    name = f"llvm.fma.v{TILE}f{8 * size}"
-    fma = builder.module.globals.get(name)
-    fma = fma or ir.Function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
     resume = builder.icmp_signed("!=", add, I64(0))
 
     def rows_of_tile(a, b, corner):
@@ -415,7 +182,7 @@ def plain_block(context, builder, zero, top, bottom, left, right, c, c_row, step
                     pair = load(builder, place, ir.VectorType(word, 1), line // TILE)
                     for side, x in enumerate(widen(builder, pair, scalar)):
                         every = builder.shuffle_vector(x, x, splat(ir.VectorType(I32, TILE), 0))
-                        chains[r][side] = builder.call(fma, [every, b_sides[side], chains[r][side]])
+                        chains[r][side] = multiply_add(builder, every, b_sides[side], chains[r][side])
             for at, chain in zip(sums, chains):
                 builder.store(builder.fadd(builder.load(at), builder.fadd(*chain)), at)
         for place, at in zip(places, sums):
@@ -492,20 +259,20 @@ def memory_size(blocks, size):
     return 64 + 2 * SQUARE * SQUARE * size + (rows + 1) * depth * SQUARE * STEP * packed_size(size)
 
 
-@part
+@plain_part
 def column_size(depth, zero):
     """Bytes of the tiles of b one above the other, or of a side by side."""
     _, packed = sizes_of(zero)
     return (depth + STEP - 1) // STEP * TILE * TILE * 2 * packed
 
 
-@part
+@plain_part
 def is_laid(address, header):
     """Whether what begins at an address has been laid ready."""
     return word(header, FIRST) <= address < word(header, END)
 
 
-@part
+@plain_part
 def lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, zero):
     """x (rows, columns) in any strides, packed into a matrix at `to` whose rows have to_row bytes, with room for whole
     SQUAREs of rows and columns: if left as an a, else as a b, into columns `first` on there, a multiple of SQUARE.
@@ -527,7 +294,7 @@ def lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, zero
     return 1
 
 
-@part
+@plain_part
 def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses and strides in bytes; a in any strides, the elements
     of a row of b and of c side by side, but for an a or a b that is laid ready. 1; or 0, with nothing done, where tiles
@@ -589,7 +356,8 @@ def dtype_of(kind):
 
 
 def addressed(function, count, result=types.void):
-    return numba.cfunc(result(*[types.intp] * count), cache=True, error_model="numpy", _nrt=False)(function)
+    kind = result(*[types.intp] * count)
+    return numba.cfunc(kind, cache=True, error_model="numpy", _nrt=False)(stamped(function))
 
 
 @functools.cache
@@ -640,10 +408,8 @@ def shapes_of_tiles():
 @functools.cache
 def workplaces(threads, size):
     """Memory (threads, size), each from the beginning of a cache line on."""
-    size = -(-size // 64) * 64
-    flat = np.zeros(threads * size + 64, np.uint8)
-    first = -flat.ctypes.data % 64
-    places = flat[first : first + threads * size].reshape(threads, size)
+    size = -(-size // CACHE_LINE) * CACHE_LINE
+    places = aligned(threads * size, np.uint8).reshape(threads, size)
     places[:, :64] = shapes_of_tiles()
     return places
 
@@ -717,5 +483,20 @@ def main():
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# == 6  buffers whose products are in bf16 =============================================================================
+#
+# The kernels are those of float32. A thread finds in the header of its panel the addresses of `drive`, which makes each
+# product but a few small ones, and of `lay`, which packs what is read more than once: it lies between `n_T` and the end
+# of `panels`.
+
+
+def make_bf16_workspace(cfg, B, T, dtype, recompute=False):
+    """`make_workspace`, with headers that send products to the driver; ValueError where it cannot run."""
+    space = make_workspace(cfg, B, T, dtype, recompute)
+    scratch = space["scratch"]
+    words = headers(len(scratch), KINDS[scratch.dtype.name])
+    header = scratch[:, :HEADER].view(np.int64)[:, : words.shape[1]]
+    header[:] = words
+    header[:, FIRST] = space["n_T"].ctypes.data
+    header[:, END] = space["panels"].ctypes.data + space["panels"].nbytes
+    return space

@@ -1,0 +1,104 @@
+"""Tier 3: the sublayers of tinygpt.py, section 3, at the limit of the machine.
+
+    import tinygpt
+    ops = tinygpt.find_ops("fast")              # or ("fast", "bfloat16"), where the processor multiplies bf16 faster
+
+`FLOAT32` and `BFLOAT16` are the tables; each sublayer keeps the contract of the function of section 3 that it replaces.
+
+Blocks of rows travel through a sublayer while they are in a core's cache. A kernel is sequential and does one task of
+many: `kernel(task, slot, ...)` for task 0 .. count - 1, driven by a pool of threads without the interpreter's lock.
+Every task owns what it writes, and sums run in an order that neither threads nor micro-batches change:
+  - an element of a product is one chain of fused multiply-adds in the order of k;
+  - a weight gradient continues, row after row, the chain that the rows before it left;
+  - gains and biases of a norm are summed within blocks of a sequence's rows, the blocks in the order of rows.
+
+Read in this order:
+
+    jit        how kernels are compiled             rows       exp, norms, activations, dropout
+    threads    how kernels are run                  embed      \
+    memory     elements and arrays at addresses     attention   | the sublayers, forward and backward
+    products   matrix products                      mlp         |
+    workspace  the buffers of the sublayers         head       /
+    panels     products with weights, gradients     decode     one token after another, for generating
+    bf16       products on the matrix unit (AMX), and pack, what it reads
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from fast import bf16
+from fast.attention import attention_layer_backward_kernels, attention_layer_forward_kernels
+from fast.decode import Steps
+from fast.embed import embed_backward_kernels, embed_forward_kernels
+from fast.head import head_kernel, head_logits_kernels, head_loss_kernels
+from fast.jit import STAMP, remove_old_kernels
+from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
+from fast.threads import POOL, kernel, serve
+from fast.workspace import make_workspace, workspace_layout
+from tinygpt import Ops, init_parameters, layout, loss_and_gradients, scaled_down, views, with_buffers, zero_gradients
+
+__all__ = [
+    "BFLOAT16",
+    "FLOAT32",
+    "POOL",
+    "compile_half",
+    "is_compiled",
+    "kernel",
+    "table",
+    "why_no_bf16",
+    "workspace_layout",
+]
+
+FLOAT32 = Ops(
+    "fast",
+    embed_forward=embed_forward_kernels,
+    embed_backward=embed_backward_kernels,
+    attention_layer_forward=attention_layer_forward_kernels,
+    attention_layer_backward=attention_layer_backward_kernels,
+    mlp_layer_forward=mlp_layer_forward_kernels,
+    mlp_layer_backward=mlp_layer_backward_kernels,
+    head_logits=head_logits_kernels,
+    head_loss=head_loss_kernels,
+    steps=Steps,
+    make_space=make_workspace,
+)
+# what reads or writes no large matrix stays in float32: the embedding, `head_logits`, decoding
+BFLOAT16 = dataclasses.replace(FLOAT32, make_space=bf16.make_bf16_workspace)
+
+
+def why_no_bf16():
+    """None where float32 can be multiplied in bf16 tiles, else why not, in a sentence."""
+    return bf16.why_not()
+
+
+def table(dtype="float32"):
+    """The table whose products are in this dtype; ValueError with the reason if this machine has none."""
+    if dtype == "bfloat16" and (reason := why_no_bf16()):
+        raise ValueError(f"no products in bfloat16: {reason}")
+    return {"float32": FLOAT32, "bfloat16": BFLOAT16}[dtype]
+
+
+def is_compiled():
+    """True if Numba's cache has kernels of this package as it is."""
+    return any(Path(head_kernel.stats.cache_path).glob(f"*.head_kernel-{STAMP}-*.nbc"))
+
+
+FIRST_HALF = {"qkv", "attention", "attention_backward", "linear_residual", "linear_backward", "linear_norm_backward"}
+FIRST_HALF |= {"weight_gradient", "panels"}
+
+
+def compile_half(cfg, half):
+    """Compile kernels that train such a model in float32 into Numba's cache: those of FIRST_HALF (half 0) or all others
+    (half 1). Two processes take half of the time of one; nothing runs in them, before or after."""
+    cfg = scaled_down(cfg)
+    POOL.compiles = lambda name: (name.removesuffix("_kernel") in FIRST_HALF) == (half == 0)
+    p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
+    tokens, ops = np.zeros((2, cfg.seq_len), np.int64), with_buffers(FLOAT32, cfg, 2, cfg.seq_len)
+    loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, ops)
+    if half == 1:
+        serve(POOL.words.ctypes.data, 1, 0, 0)  # for no time
+
+
+remove_old_kernels(serve.stats.cache_path)

@@ -1,0 +1,65 @@
+"""How the kernels of this package are compiled: Numba's options, inlined parts, and the stamp of cached functions.
+
+It computes nothing of the specification. Numba's cache notices a change only in the file of the cached function, and a
+kernel here is made of parts from several files. So the name of every cached function ends in `STAMP`, a checksum of all
+sources of the package: whatever is edited, kernels are compiled anew. Read from the top.
+"""
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+
+import numba
+from llvmlite import binding
+from numba.extending import register_jitable
+
+from tinygpt import CACHE_LINE, CHOICES, GELU_CUBE, GELU_SCALE  # and its import sets the processor to compile for
+
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
+# Numba's own error model checks divisions: no vectors. Kernels allocate nothing: nobody need count who holds an array.
+COMPILE = {"error_model": "numpy", "_nrt": False, "fastmath": FASTMATH}
+# Of a kernel, compiled with it; called from Python it is Python. Always inlined: of a function that kernels share, the
+# linker takes the copy that comes first, another one when they come from the cache, and the copies' sums may differ.
+part = register_jitable(**COMPILE, forceinline=True)
+# with sums and products in the order in which they are written, whatever is compiled around them
+ordered_part = register_jitable(**COMPILE | {"fastmath": {"contract", "nsz"}}, forceinline=True)
+# of the bf16 driver: with FASTMATH, the sums of its stand-in would be reordered
+plain_part = register_jitable(error_model="numpy")
+
+# Constants of tinygpt.py that compiled code contains. Kernels take them from here, so that the stamp covers them.
+MLPS = CHOICES["mlp"]
+SPECIFICATION = CACHE_LINE, GELU_CUBE, GELU_SCALE, MLPS
+
+
+def stamp():
+    """Ten hexadecimal digits that change with the sources of this package and with SPECIFICATION."""
+    digest = hashlib.sha256(repr(SPECIFICATION).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+STAMP = stamp()
+
+
+def stamped(function):
+    """The function under a name that ends in STAMP: what Numba's cache files and symbols are called after."""
+    function.__qualname__ += f"-{STAMP}"
+    return function
+
+
+def remove_old_kernels(folder):
+    """Delete the cache files of other stamps. Other processes may delete them too, or the folder be read-only."""
+    for path in Path(folder).glob("*.nb[ci]"):
+        found = re.search(r"-([0-9a-f]{10})-\d+\.py", path.name)
+        if found and found[1] != STAMP:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def compiles_for(feature):
+    """True if the processor that Numba compiles for has a feature, by LLVM's name."""
+    if numba.config.CPU_NAME:
+        return f"+{feature}" in (numba.config.CPU_FEATURES or "").split(",")
+    return binding.get_host_cpu_features().get(feature, False)

@@ -1,0 +1,390 @@
+"""Matrix products, the two in `linear_forward` and `linear_backward` of section 2.1.
+
+The idea: a tile of c stays in registers while all of k passes, and what it reads of b stays in the first-level cache.
+Order: the register tile, `sweep` over the rows of a, `product_at` over panels of b, then how jitted code calls it.
+"""
+
+import functools
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, part, stamped
+from fast.memory import I8, I32, I64, broadcast, load, multiply_add, peek, poke, splat, store, transpose, word_at
+from fast.threads import POOL
+
+# == 5  matrix products     c = a b, or c += a b, for any strides of a =================================================
+#
+# Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication": b is copied, DEPTH rows of a panel at a
+# time, to where it stays in the first-level cache; a register tile of c sweeps over the rows of a.
+
+VECTOR_BYTES = 64  # LLVM splits it where registers are narrower
+DEPTH = 128
+PACK_ROWS = 32  # with fewer rows of a, copying b costs more than it saves
+
+
+TILE_ROWS = 6
+TILE_VECTORS = 4 if compiles_for("avx512f") else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
+HEADER_BYTES = 2 * CACHE_LINE  # of a panel: zeros, or who makes products instead, in the words of bf16.py
+HEADER = HEADER_BYTES // 4  # in elements of float32; room enough where they are larger
+PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
+
+
+def add_products(builder, count, loop, starts, pairs):
+    """LLVM code of a tile: sums[i] = start[i] + sum_k x_i[k] w_i[k], each a chain of fused multiply-adds; -> the sums.
+
+    starts: (block that branches to `loop`, the sums' values there), one or more; pairs(k) yields (x, w), two vectors,
+    for each sum. The loop runs for k from 0 up to count - 1, at least once, and the builder goes on behind it."""
+    done = builder.append_basic_block("done")
+    builder.position_at_end(loop)
+    k, sums = builder.phi(I64), [builder.phi(start.type) for start in starts[0][1]]
+    grown = [multiply_add(builder, x, w, total) for (x, w), total in zip(pairs(k), sums)]
+    k_next = builder.add(k, I64(1))
+    builder.cbranch(builder.icmp_signed("<", k_next, count), loop, done)
+    for block, values, at in (*((block, values, I64(0)) for block, values in starts), (loop, grown, k_next)):
+        k.add_incoming(at, block)
+        for total, value in zip(sums, values):
+            total.add_incoming(value, block)
+    builder.position_at_end(done)
+    return grown
+
+
+def register_tile(rows, vectors):
+    """Numba function (a, a_row, a_k, b, b_k, c, c_row, k, add, zero): `rows` rows of `vectors` vectors of c from k
+    columns of a and k rows of b; addresses and strides in bytes, the element type is that of zero, k >= 1.
+
+    for r in rows: c[r] = (c[r] if add else 0) + sum_k a[r, k] * b[k], one fused multiply-add after the other.
+    """
+
+    def build(context, builder, signature, args):
+        a, a_row, a_k, b, b_k, c, c_row, k_end, add, _ = args
+        scalar = context.get_value_type(signature.args[-1])
+        size = context.get_abi_sizeof(scalar)
+        vector = ir.VectorType(scalar, VECTOR_BYTES // size)
+
+        def vector_addresses(row):
+            return [builder.add(row, I64(v * VECTOR_BYTES)) for v in range(vectors)]
+
+        def pairs(k):
+            b_at = vector_addresses(builder.add(b, builder.mul(k, b_k)))
+            b_row = [load(builder, address, vector, size) for address in b_at]
+            for row in a_at:
+                x = broadcast(builder, load(builder, builder.add(row, builder.mul(k, a_k)), scalar, size), vector)
+                yield from ((x, w) for w in b_row)
+
+        c_rows = [builder.add(c, builder.mul(c_row, I64(r))) for r in range(rows)]
+        c_at = [address for row in c_rows for address in vector_addresses(row)]
+        a_at = [builder.add(a, builder.mul(a_row, I64(r))) for r in range(rows)]
+        zeros = builder.block, [splat(vector, 0.0)] * len(c_at)
+        resume, loop = builder.append_basic_block("resume"), builder.append_basic_block("loop")
+        builder.cbranch(builder.icmp_signed("!=", add, I64(0)), resume, loop)
+        builder.position_at_end(resume)
+        before = resume, [load(builder, address, vector, size) for address in c_at]
+        builder.branch(loop)
+        for total, address in zip(add_products(builder, k_end, loop, (zeros, before), pairs), c_at):
+            store(builder, total, address, size)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typing_context, a, a_row, a_k, b, b_k, c, c_row, k, add, zero):
+        return types.void(*[types.intp] * 9, zero), build
+
+    return tile
+
+
+tall_wide, tall_two, tall_one = (register_tile(TILE_ROWS, vectors) for vectors in (TILE_VECTORS, 2, 1))
+pair_wide, pair_two, pair_one = (register_tile(2, vectors) for vectors in (TILE_VECTORS, 2, 1))
+high_two, high_one = (register_tile(2 * TILE_ROWS, vectors) for vectors in (2, 1))
+flat_wide, flat_two, flat_one = (register_tile(1, vectors) for vectors in (TILE_VECTORS, 2, 1))
+
+
+@part
+def sweep(a, a_row, a_k, b, b_k, c, c_row, rows, vectors, k, add, zero):
+    """A panel of `vectors` vectors of c, all its rows: tall tiles, then the rows that remain by two, then one."""
+    if vectors < TILE_VECTORS:  # a narrow tile keeps busy with more rows
+        for _ in range(rows // (2 * TILE_ROWS)):
+            if vectors == 2:
+                high_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+            else:
+                high_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+            a, c = a + 2 * TILE_ROWS * a_row, c + 2 * TILE_ROWS * c_row
+        rows %= 2 * TILE_ROWS
+    for _ in range(rows // TILE_ROWS):
+        if vectors == TILE_VECTORS:
+            tall_wide(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        elif vectors == 2:
+            tall_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        else:
+            tall_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        a, c = a + TILE_ROWS * a_row, c + TILE_ROWS * c_row
+    rows %= TILE_ROWS
+    for _ in range(rows // 2):
+        if vectors == TILE_VECTORS:
+            pair_wide(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        elif vectors == 2:
+            pair_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        else:
+            pair_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        a, c = a + 2 * a_row, c + 2 * c_row
+    if rows % 2:
+        if vectors == TILE_VECTORS:
+            flat_wide(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        elif vectors == 2:
+            flat_two(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+        else:
+            flat_one(a, a_row, a_k, b, b_k, c, c_row, k, add, zero)
+
+
+def row_tile(rows, vectors, ahead=0, narrow=False):
+    """Numba function (x, x_next, w, w_next, w_row, start, y, y_next, K, zero): `rows` rows, each with its matrix,
+    of `vectors` vectors: y = start + sum_k x[k] w[k], one fused multiply-add after the other as in `register_tile`.
+    Addresses and distances in bytes, K >= 1. It asks for weights `ahead` bytes ahead; w is of 8 bits if narrow."""
+
+    def build(context, builder, signature, args):
+        x, x_next, w, w_next, w_row, start, y, y_next, K, _ = args
+        scalar = context.get_value_type(signature.args[-1])
+        size = context.get_abi_sizeof(scalar)
+        vector = ir.VectorType(scalar, VECTOR_BYTES // size)
+        kept, step = (ir.VectorType(I8, vector.count), vector.count) if narrow else (vector, VECTOR_BYTES)
+        each = [(r, v) for r in range(rows) for v in range(vectors)]
+
+        def place(address, distance, count, more=0):
+            return builder.add(builder.add(address, builder.mul(distance, count)), I64(more))
+
+        def pairs(k):
+            x_k = []
+            for r in range(rows):
+                address = place(builder.add(x, builder.mul(x_next, I64(r))), k, I64(size))
+                x_k.append(broadcast(builder, load(builder, address, scalar, size), vector))
+            w_k = builder.add(w, builder.mul(w_row, k))
+            for low in range(0, vectors * step, CACHE_LINE) if ahead else ():
+                prefetch(builder, builder.add(w_k, I64(ahead + low)))
+            for r, v in each:
+                weights = load(builder, place(w_k, w_next, I64(r), v * step), kept, 1 if narrow else size)
+                yield x_k[r], builder.sitofp(weights, vector) if narrow else weights
+
+        before = [load(builder, place(start, I64(v), I64(VECTOR_BYTES)), vector, size) for _, v in each]
+        starts, loop = [(builder.block, before)], builder.append_basic_block("loop")
+        builder.branch(loop)
+        for (r, v), total in zip(each, add_products(builder, K, loop, starts, pairs)):
+            store(builder, total, place(y, y_next, I64(r), v * VECTOR_BYTES), size)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typing_context, x, x_next, w, w_next, w_row, start, y, y_next, K, zero):
+        return types.void(*[types.intp] * 9, zero), build
+
+    return tile
+
+
+def prefetch(builder, address):
+    """Ask for the cache line at an address, to read it and to keep it near."""
+    pointer = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
+
+def move_vectors(vectors):
+    """Numba function (to, source): copy `vectors` vectors from one address to another."""
+
+    def build(context, builder, signature, args):
+        value = load(builder, args[1], ir.VectorType(I8, VECTOR_BYTES * vectors), 1)
+        store(builder, value, args[0], 1)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def move(typing_context, to, source):
+        return types.void(types.intp, types.intp), build
+
+    return move
+
+
+move_wide, move_one = move_vectors(TILE_VECTORS), move_vectors(1)
+
+
+@part
+@stamped
+def copy_at(source, step, to, to_step, rows, width, size, zero):
+    """`rows` rows of `width` elements from one address and row stride to another."""
+    whole = width * size - width * size % VECTOR_BYTES
+    for r in range(rows):
+        if width * size == TILE_VECTORS * VECTOR_BYTES:
+            move_wide(to + r * to_step, source + r * step)
+        else:
+            for at in range(0, whole, VECTOR_BYTES):
+                move_one(to + r * to_step + at, source + r * step + at)
+            for at in range(whole, width * size, size):
+                poke(to + r * to_step + at, 0, peek(source + r * step + at, 0, zero))
+
+
+@stamped
+def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
+    if panel != 0 and elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
+        return
+    panel += HEADER_BYTES
+    lanes, edge = VECTOR_BYTES // size, panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
+    for k in range(0, K, DEPTH):
+        depth, more, a_at, j = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0, a + k * a_k, 0
+        while j < N:
+            left = (N - j) // lanes
+            vectors = TILE_VECTORS if left >= TILE_VECTORS else 2 if TILE_VECTORS > 2 and left >= 2 else 1
+            width = min(vectors * lanes, N - j)
+            b_at, b_down, c_at = b + k * b_k + j * size, b_k, c + j * size
+            if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
+                b_down = vectors * VECTOR_BYTES
+                copy_at(b_at, b_k, panel, b_down, depth, width, size, zero)
+                b_at = panel
+            at_once = M if left > 0 else TILE_ROWS
+            for r in range(0, M, at_once):
+                rows, at, down = min(at_once, M - r), c_at + r * c_row, c_row
+                if left == 0:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
+                    at, down = edge, VECTOR_BYTES
+                    copy_at(c_at + r * c_row, c_row, at, down, rows, width, size, zero)
+                sweep(a_at + r * a_row, a_row, a_k, b_at, b_down, at, down, rows, vectors, depth, more, zero)
+                if left == 0:
+                    copy_at(at, down, c_at + r * c_row, c_row, rows, width, size, zero)
+            j += width
+
+
+@intrinsic
+def transpose_square(typing_context, source, step, to, to_step, zero):
+    """to (n, n) = source^T, of n rows of one vector each; addresses and row strides in bytes."""
+
+    def build(context, builder, signature, args):
+        source, step, to, to_step, _ = args
+        scalar = context.get_value_type(signature.args[-1])
+        size = context.get_abi_sizeof(scalar)
+        n = VECTOR_BYTES // size
+        rows = [builder.add(source, builder.mul(step, I64(i))) for i in range(n)]
+        rows = [load(builder, row, ir.VectorType(scalar, n), size) for row in rows]
+        for i, column in enumerate(transpose(builder, rows)):
+            store(builder, column, builder.add(to, builder.mul(to_step, I64(i))), size)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4, zero), build
+
+
+@stamped
+def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
+    """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses, row strides and `size` in bytes."""
+    lanes = VECTOR_BYTES // size
+    for m in range(0, M, lanes):  # what is written lies side by side
+        for k in range(0, K, lanes):
+            if k + lanes <= K and m + lanes <= M:
+                transpose_square(x + k * x_row + m * size, x_row, out + m * out_row + k * size, out_row, zero)
+            else:
+                for i in range(k, min(k + lanes, K)):
+                    for j in range(m, min(m + lanes, M)):
+                        poke(out + j * out_row + i * size, 0, peek(x + i * x_row + j * size, 0, zero))
+    for j in range(M):
+        for i in range(K, width):
+            poke(out + j * out_row + i * size, 0, zero)
+
+
+def ask(builder, place, operands):
+    """Call the function whose address stands at a place: whether there is one and it did what was asked."""
+    address = builder.load(place, align=4)
+    start, there, done = builder.block, builder.append_basic_block("there"), builder.append_basic_block("done")
+    builder.cbranch(builder.icmp_signed("!=", address, I64(0)), there, done)
+    builder.position_at_end(there)
+    kind = ir.FunctionType(I64, [I64] * len(operands)).as_pointer()
+    answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), I64(0))
+    builder.branch(done)
+    builder.position_at_end(done)
+    found = builder.phi(ir.IntType(1))
+    found.add_incoming(ir.IntType(1)(0), start)
+    found.add_incoming(answer, there)
+    return found
+
+
+@intrinsic
+def elsewhere(typing_context, panel, arguments):
+    """Ask the driver that a panel's header names to make a product: whether it did."""
+
+    def build(context, builder, signature, args):
+        return ask(builder, word_at(builder, args[0]), cgutils.unpack_tuple(builder, args[1]))
+
+    return types.boolean(types.intp, arguments), build
+
+
+# Numba compiles what a function calls once more for each caller. These three would be most of the machine code of each
+# kernel: they are compiled once for each dtype, given names that the linker finds, and called by name.
+
+
+def symbol(function, dtype):
+    return f"tinygpt_{function.__name__}_{dtype}_{STAMP}"
+
+
+@functools.cache
+def provide_product(dtype):
+    """Compile `product_at` and its like for a dtype; before any kernel that calls them is loaded."""
+    number, compiled = numba.from_dtype(np.dtype(dtype)), []
+    for function, count in ((product_at, 12), (transpose_at, 7), (copy_at, 6)):
+        kind, address = types.void(*[types.intp] * (count + 1), number), 1
+        if POOL.compiles is None or POOL.compiles(function.__name__):
+            compiled.append(numba.cfunc(kind, cache=True, **COMPILE)(function))
+            address = compiled[-1].address
+        binding.add_symbol(symbol(function, number), address)
+    return compiled  # and kept: machine code lives as long as what it belongs to
+
+
+def call_symbol(context, builder, function, dtype, arguments):
+    """function(*arguments, size of an element, zero), in the code that an intrinsic builds."""
+    arguments = (*arguments, I64(dtype.bitwidth // 8), context.get_constant(dtype, 0))
+    name = symbol(function, dtype)
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+
+
+def parts_of(context, builder, kinds, arrays):
+    """Addresses, row strides, element strides and shapes of arrays of two axes."""
+    views = [context.make_array(kind)(context, builder, x) for kind, x in zip(kinds, arrays)]
+    down, right = zip(*(cgutils.unpack_tuple(builder, view.strides, 2) for view in views))
+    at = [builder.ptrtoint(view.data, I64) for view in views]
+    return at, down, right, [cgutils.unpack_tuple(builder, view.shape, 2) for view in views]
+
+
+@intrinsic
+def product(typing_context, a, b, c, add, panel):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,),
+    its HEADER zeros where nobody else is asked first."""
+
+    def build(context, builder, signature, args):
+        at, down, right, ((M, K), _, (_, N)) = parts_of(context, builder, (a, b, c), args[:3])
+        scratch = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, I64)
+        matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
+        more = builder.zext(args[3], I64)
+        call_symbol(context, builder, product_at, c.dtype, (*matrices, M, N, K, more, scratch))
+        return context.get_dummy_value()
+
+    return types.void(a, b, c, types.boolean, panel), build
+
+
+@intrinsic
+def transpose_rows(typing_context, x, out):
+    """out (M, K') = x (K, M)^T, and zeros in its columns from K on; rows without gaps."""
+
+    def build(context, builder, signature, args):
+        at, down, _, ((K, M), (_, width)) = parts_of(context, builder, (x, out), args)
+        call_symbol(context, builder, transpose_at, x.dtype, (at[0], down[0], at[1], down[1], K, M, width))
+        return context.get_dummy_value()
+
+    return types.void(x, out), build
+
+
+@intrinsic
+def copy_rows(typing_context, x, out):
+    """out (K, M) = x (K, M); rows without gaps, which may be short."""
+
+    def build(context, builder, signature, args):
+        at, down, _, ((K, M), _) = parts_of(context, builder, (x, out), args)
+        call_symbol(context, builder, copy_at, x.dtype, (at[0], down[0], at[1], down[1], K, M))
+        return context.get_dummy_value()
+
+    return types.void(x, out), build

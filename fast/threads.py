@@ -1,0 +1,218 @@
+"""The threads that run kernels: `kernel` compiles a function of (task, slot, ...), `POOL.run` runs all its tasks.
+
+It computes nothing of the specification. The idea: a launch goes from machine code to machine code through one array of
+words, so that it takes a few microseconds instead of the 100 that waking a thread takes. Read `kernel` and `Pool.run`
+first, then what they are made of, from the top.
+"""
+
+import threading
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils, compiler
+from numba.extending import intrinsic
+
+from fast.jit import COMPILE, stamped
+from fast.memory import word_at
+from tinygpt import aligned, count_cores
+
+# A launch goes through one array of words, from machine code to machine code: waking a thread takes 100 us and the
+# interpreter's lock 70, which is what a task takes. Each word that threads contend for has a cache line of its own.
+
+LAUNCH, GATE, NEXT, TASKS = 0, 8, 16, 24  # launches so far; threads at work, + CLOSED; the next task; their number
+FUNCTION, ARGUMENTS, FAILED, WORDS = 25, 26, 27, 32  # what to call, with what, whether it failed; words in all
+CLOSED = 1 << 32
+SPINS = 1 << 20  # looks at a word, some 0.5 ms, before a thread goes to sleep
+
+
+@intrinsic
+def look(typing_context, address):
+    """The 64-bit word at an address, read anew each time."""
+
+    def build(context, builder, signature, args):
+        return builder.load_atomic(word_at(builder, args[0]), "seq_cst", 8)
+
+    return types.int64(types.intp), build
+
+
+@intrinsic
+def fetch_add(typing_context, address, value):
+    """Add to the 64-bit word at an address, in one step that no other thread can cut; what it was before."""
+
+    def build(context, builder, signature, args):
+        return builder.atomic_rmw("add", word_at(builder, args[0]), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), build
+
+
+@intrinsic
+def put(typing_context, address, value):
+    """Store a 64-bit word at an address: whoever sees it also sees what was stored before."""
+
+    def build(context, builder, signature, args):
+        builder.store_atomic(args[1], word_at(builder, args[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), build
+
+
+@intrinsic
+def replace(typing_context, address, old, new):
+    """Make the 64-bit word at an address `new` if it is `old`, in one step; whether it was."""
+
+    def build(context, builder, signature, args):
+        found = builder.cmpxchg(word_at(builder, args[0]), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), build
+
+
+def function_of_tasks(context, module, compiled, arguments):
+    """LLVM function (address of the words, slot): body(task, slot, *arguments) for each task that it gets hold of."""
+    i64 = ir.IntType(64)
+    name = compiled.fndesc.llvm_func_name + "_tasks"
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64, i64]), name)
+    function.linkage = "internal"
+    words, slot = function.args
+    begin, take, do, done = (function.append_basic_block(label) for label in ("begin", "take", "do", "done"))
+    builder = ir.IRBuilder(begin)
+    pointer = builder.inttoptr(builder.load(word_at(builder, words, ARGUMENTS)), arguments)
+    rest = cgutils.unpack_tuple(builder, builder.load(pointer))
+    count = builder.load(word_at(builder, words, TASKS))
+    builder.branch(take)
+    builder.position_at_end(take)
+    task = builder.atomic_rmw("add", word_at(builder, words, NEXT), i64(1), "seq_cst")
+    builder.cbranch(builder.icmp_signed("<", task, count), do, done)
+    builder.position_at_end(do)
+    status, _ = context.call_internal_no_propagate(builder, compiled.fndesc, compiled.signature, (task, slot, *rest))
+    with builder.if_then(status.is_error):
+        builder.store(i64(1), word_at(builder, words, FAILED))
+    builder.branch(take)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function
+
+
+@intrinsic
+def open_gate(typing_context, words, count, body, args):
+    """Describe the launch, open the gate to the helpers, work with them, close it, wait for those still inside."""
+
+    def build(context, builder, signature, values):
+        i64, (words, count, _, arguments), flags = ir.IntType(64), values, compiler.Flags()
+        jitted = body.dispatcher  # compiled here, not linked: as a library of its own it would be optimised twice
+        jitted.targetdescr.options.parse_as_flags(flags, jitted.targetoptions)
+        flags.no_compile, kinds, library = True, (types.int64, types.int64, *args.types), context.active_code_library
+        compiled = compiler.compile_extra(typing_context, context, jitted.py_func, kinds, None, flags, {}, library)
+        arguments = cgutils.alloca_once_value(builder, arguments)
+        function = function_of_tasks(context, builder.module, compiled, arguments.type)
+        address_of = {FUNCTION: builder.ptrtoint(function, i64), ARGUMENTS: builder.ptrtoint(arguments, i64)}
+        for index, value in {NEXT: i64(0), TASKS: count, FAILED: i64(0), **address_of}.items():
+            builder.store(value, word_at(builder, words, index))
+        gate = word_at(builder, words, GATE)
+        builder.atomic_rmw("sub", gate, i64(CLOSED), "seq_cst")
+        builder.atomic_rmw("add", word_at(builder, words, LAUNCH), i64(1), "seq_cst")
+        builder.call(function, (words, i64(0)))
+        builder.atomic_rmw("add", gate, i64(CLOSED), "seq_cst")
+        wait, done = builder.append_basic_block("wait"), builder.append_basic_block("done")
+        builder.branch(wait)
+        builder.position_at_end(wait)
+        builder.cbranch(builder.icmp_signed("==", builder.load_atomic(gate, "seq_cst", 8), i64(CLOSED)), done, wait)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64, body, args), build
+
+
+@intrinsic
+def join(typing_context, words, slot):
+    """Help with the launch that the words describe."""
+
+    def build(context, builder, signature, args):
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 2).as_pointer()
+        builder.call(builder.inttoptr(builder.load(word_at(builder, args[0], FUNCTION)), function), args)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), build
+
+
+def launch(words, count, *args):
+    open_gate(words, count, body, args)  # noqa: F821  each kernel is a copy of this function with a `body` of its own
+
+
+def kernel(function):
+    """What POOL.run runs: function(task, slot, *args) for each task, on all threads, without the interpreter's lock."""
+    code = launch.__code__.replace(co_name=function.__name__, co_filename=function.__code__.co_filename)
+    code = code.replace(co_firstlineno=function.__code__.co_firstlineno)
+    body = njit(**COMPILE, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    copy = type(launch)(code, {"open_gate": open_gate, "body": body, "__name__": function.__module__})
+    copy.__qualname__ = function.__qualname__
+    return njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(stamped(copy))
+
+
+@njit(**COMPILE, nogil=True, cache=True)
+@stamped
+def serve(at, slot, seen, spins):
+    """Take part in every launch after number `seen`, until none has come for `spins` looks; the last one's number."""
+    idle = 0
+    while idle < spins:
+        idle += 1
+        number = look(at + 8 * LAUNCH)
+        if number != seen:
+            seen, idle = number, 0
+            if fetch_add(at + 8 * GATE, 1) < CLOSED:
+                join(at, slot)
+            fetch_add(at + 8 * GATE, -1)
+    return seen
+
+
+class Pool:
+    """The threads that run tasks. One caller computes at a time; others wait for it."""
+
+    def __init__(self):
+        self.lock, self.changed = threading.Lock(), threading.Condition()
+        self.threads, self.helpers, self.asleep, self.wakes, self.stopping = count_cores(), [], 0, 0, False
+        self.words = aligned(WORDS, np.int64)
+        self.words[GATE] = CLOSED
+        self.compiles = None  # name -> whether to compile what has it, where nothing is to run
+
+    def resize(self, threads):
+        """Use `threads` threads from now on; they start when there is work."""
+        with self.lock:
+            self.stopping = True
+            self.wake()
+            for helper in self.helpers:
+                helper.join()
+            self.threads, self.helpers, self.stopping = threads, [], False
+
+    def wake(self):
+        with self.changed:
+            self.wakes += 1
+            self.changed.notify_all()
+
+    def help(self, slot, seen):
+        while not self.stopping:
+            seen = serve(self.words.ctypes.data, slot, seen, SPINS)
+            with self.changed:
+                wakes, self.asleep = self.wakes, self.asleep + 1
+                self.changed.wait_for(lambda: self.wakes != wakes or self.stopping)  # noqa: B023
+                self.asleep -= 1
+
+    def run(self, function, count, *args):
+        """function(task, slot, *args) for each task; slot is the thread's number, for its own scratch memory."""
+        if self.compiles is not None:
+            return self.compiles(function.__name__) and function(self.words.ctypes.data, 0, *args)
+        with self.lock:
+            if count > 1 and self.threads > len(self.helpers) + 1:
+                seen = int(self.words[LAUNCH])
+                for slot in range(1, self.threads):
+                    self.helpers.append(threading.Thread(target=self.help, args=(slot, seen), daemon=True))
+                    self.helpers[-1].start()
+            if self.asleep:
+                self.wake()
+            function(self.words.ctypes.data, count, *args)
+            if self.words[FAILED]:
+                raise SystemError(f"{function.__name__} failed in one of its {count} tasks")
+
+
+POOL = Pool()

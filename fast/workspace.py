@@ -1,0 +1,185 @@
+"""The buffers of the sublayers, and what all sublayers ask of parameters and buffers.
+
+It computes nothing of the specification. The idea: all that a training step writes lies in one buffer that is laid out
+once, and scratch memory is as small as a core's cache. Order: sizes of blocks, `workspace_layout`, helpers.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from fast.jit import part
+from fast.products import DEPTH, PANEL_SIZE, TILE_ROWS, provide_product
+from fast.rows import KERNEL_NORMS
+from fast.threads import POOL, kernel
+from tinygpt import CACHE_LINE, Tensor, aligned, views
+
+# == 7  sublayers ======================================================================================================
+#
+# Each `..._kernels` function has the contract of the function of section 3 that it is named after. It computes in the
+# buffers of `space`, which the table below lays out; without `space` it makes its own.
+
+ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a sublayer
+SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
+HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
+HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
+HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits are worked on while they are in a cache
+TILED_HEAD_WORDS = 1024  # as many in a larger cache, where packing takes the time
+LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
+HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
+
+
+LAID = 64  # columns of a panel that a task lays as tiles.py has them; rows and columns fill up to a multiple
+
+
+def laid_size(n):
+    """Rows or columns that n take where they are laid ready."""
+    return blocks(n, LAID) * LAID
+
+
+@part
+def blocks(T, size):
+    return -(-T // size)
+
+
+@part
+def whole_vectors(count):
+    """Columns that hold `count`, a multiple of 16."""
+    return (count + 15) // 16 * 16
+
+
+@part
+def block_rows(task, T, size):
+    """First and last + 1 row of a task: blocks of `size` rows that never cross from one sequence into the next."""
+    per_sequence = (T + size - 1) // size
+    sequence, block = task // per_sequence, task % per_sequence
+    start = sequence * T + block * size
+    return start, min(start + size, (sequence + 1) * T)
+
+
+def workspace_layout(cfg, B, T, recompute=False):
+    """The kernels' buffers, a table like that of the parameters: what backward needs, layer by layer, then scratch.
+    With `recompute` layers keep their sublayers' outputs only, and share the rest."""
+    C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
+    D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
+    wide, high = HIDDEN_BLOCK, LAID  # at most: what panels of K rows and M columns add to each
+    mlp = max((C + high) * (U + 2 * wide) + (F + high) * (C + wide), (U + high) * (C + wide))
+    attention = max((K + high) * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
+    panels = max(mlp, attention, laid_size(V) * (laid_size(C) + blocks(C, wide) * min(wide, laid_size(C))))
+    scores = 4 * S * D + max((2 * D + 2 + max(2 * S, D + 2)) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
+    head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
+    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C)), D * (ROW_BLOCK + LOOP), scores, head)
+    masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
+    head_tasks = B * blocks(T, HEAD_BLOCK)
+    rows = [  # name, shape, layered
+        ("norm1", (2, B, T), True),  # mean, rstd
+        ("qkv", (B, T, H + 2 * cfg.kv_heads, D), True),
+        ("qk", (B, H + cfg.kv_heads, D, whole_vectors(T)) if cfg.qk_norm else (0, 0, 0, 0), True),  # before their norm
+        ("o_T", (B * blocks(T, SCORE_BLOCK), HD, SCORE_BLOCK), True),  # rows of a block side by side, as all `_T`
+        ("lse", (B, H, T), True),
+        ("attended", (B, T, C), True),
+        ("norm2", (2, B, T), True),
+        ("h", (B, T, U), True),
+        ("mixed", (B, T, C), True),
+        ("looked_up", (B, T, C) if cfg.embedding_norm else (0,), False),
+        ("embedded", (B, T, C), False),
+        ("embedded_norm", (2, B, T), False),
+        ("dx", (2, B, T, C), False),
+        ("kept", (B, T, C) if masks else (0,), False),  # dy times a mask
+        ("n", (B, T, C), False),
+        ("o", (B, T, H, D), False),
+        ("dqkv", (B, T, H + 2 * cfg.kv_heads, D), False),
+        ("do", (B, T, H, D), False),
+        ("dh", (B, T, U), False),
+        ("odds", (min(max(HEAD_BLOCKS, POOL.threads), head_tasks), V, HEAD_BLOCK), False),
+        ("shares", (B, T), False),
+        ("nats", (B, T), False),
+        ("sums", (tasks, 2, C), False),
+        ("qk_sums", (B * cfg.kv_heads, 2, D), False),
+        ("head_sums", (head_tasks, 2, C), False),
+        ("n_T", (tasks, laid_size(C), ROW_BLOCK), False),  # these three may be packed for bf16.py
+        ("a_T", (tasks, laid_size(F), ROW_BLOCK), False),
+        ("panels", (panels,), False),  # of the weights at work
+        ("scratch", (POOL.threads, scratch), False),
+    ]
+    table, offset = [], 0
+    for name, shape, layered in rows:
+        layered = layered and (not recompute or name in ("attended", "mixed"))
+        shape = (L, *shape) if layered else shape
+        table.append(Tensor(name, shape, offset, layered, False, 0.0, 0.0, False))
+        offset += blocks(math.prod(shape), CACHE_LINE) * CACHE_LINE
+    return table
+
+
+def make_workspace(cfg, B, T, dtype, recompute=False):
+    """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones."""
+    provide_product(np.dtype(dtype).name)
+    table = workspace_layout(cfg, B, T, recompute)
+    flat = aligned(table[-1].offset + math.prod(table[-1].shape), dtype)
+    space = views(table, flat, cfg.layers)
+    for layer in space["layers"]:
+        layer.update((name, view) for name, view in space.items() if name != "layers")
+    return space
+
+
+@functools.cache
+def constant(value, count, dtype):
+    """(count,) of one value: what a model without a bias or a gain gives to kernels."""
+    return np.full(count, value, dtype)
+
+
+def biases(p, name, count):
+    """p's vector, or zeros if the model has none."""
+    return constant(0, count, p["qkv_w" if "qkv_w" in p else "embed_w"].dtype.name) if p[name] is None else p[name]
+
+
+def norm_of(p, name, cfg, kind=None):
+    """(kind, gains (C,), biases (C,), eps) for `norm_rows`."""
+    if kind is None:
+        if cfg.norm not in KERNEL_NORMS:
+            raise ValueError(f"norm={cfg.norm} has no kernel; use --kernels numpy, or add it to norm_rows")
+        kind = KERNEL_NORMS[cfg.norm]
+    b = biases(p, name + "_b", cfg.width)
+    return kind, constant(1, cfg.width, b.dtype.name) if p[name + "_w"] is None else p[name + "_w"], b, cfg.norm_eps
+
+
+def add_sums(sums, dw, db):
+    """The blocks' sums (blocks, 2, M) into the gradients that the model has."""
+    scrap = np.empty(sums.shape[2], sums.dtype)
+    POOL.run(add_in_order_kernel, 1, sums, scrap if dw is None else dw, scrap if db is None else db)
+
+
+def mask_of(dropout, site, rate, B):
+    """(keys (B,), threshold, what is kept is multiplied by this) for `drop_row`; threshold 0: no dropout."""
+    if not dropout or not rate:
+        return np.zeros(B, np.uint32), np.uint32(0), 1.0
+    return dropout.keys(site, B), np.uint32(rate * 2**32), 1 / (1 - rate)
+
+
+def scratch_of(space):
+    """The threads' scratch (threads, size); ValueError if there are more threads than when it was made."""
+    if len(space["scratch"]) < POOL.threads:
+        made = len(space["scratch"])
+        raise ValueError(f"workspace has scratch for {made} threads, the pool has {POOL.threads}; make another")
+    return space["scratch"]
+
+
+def space_of(ops, cfg, B, T, dtype):
+    """The table's buffers; if it has none, new ones, of one layer."""
+    return ops.space or ops.make_space(dataclasses.replace(cfg, layers=1), B, T, dtype)
+
+
+def layer_space(ops, cfg, x, index):
+    """Those of layer `index`."""
+    return space_of(ops, cfg, *x.shape[:2], x.dtype)["layers"][index if ops.space else 0]
+
+
+@kernel
+def add_in_order_kernel(task, slot, sums, dw, db):
+    """dw, db (C,) += sums (blocks, 2, C), one block after the other."""
+    for i in range(sums.shape[0]):
+        for c in range(dw.size):
+            dw[c] += sums[i, 0, c]
+            db[c] += sums[i, 1, c]
