@@ -795,29 +795,25 @@ def check_tokens(tokens, start, cfg):
 # Part II: the hot loops in plain Numba
 # ######################################################################################################################
 #
-# The sublayers of Part I stay; the primitives that they call are compiled. A kernel is a sequential function over the
-# tasks first .. last - 1: rows, heads or columns. Threads share the tasks and a task owns what it writes, the same
-# whichever thread does it: so the number of threads changes no byte.
+# The sublayers of Part I stay, their primitives are compiled. A kernel is a sequential function over tasks first ..
+# last - 1: rows, heads, columns. A task owns what it writes, so the number of threads changes no byte.
 
 # == 5  compiling ======================================================================================================
 
-features = binding.get_host_cpu_features()
-if not numba.config.CPU_NAME and features.get("avx512f", False):  # LLVM would keep to half of a 512-bit register
-    numba.config.CPU_NAME = binding.get_host_cpu_name()
-    numba.config.CPU_FEATURES = features.flatten() + ",-prefer-256-bit"
+cpu = binding.get_host_cpu_features()
+if not numba.config.CPU_NAME and cpu.get("avx512f", False):  # LLVM would keep to half of a 512-bit register
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = binding.get_host_cpu_name(), cpu.flatten() + ",-prefer-256-bit"
 
 # "reassoc" lets LLVM add terms as a tree. Neither "nnan" nor "ninf": a NaN must stay visible.
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
 JIT = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks each division: no vectors
-
-
 jitted, inlined = register_jitable(**JIT), register_jitable(**JIT, forceinline=True)  # for what kernels call
+inlined(mix)
 
 
 def kernel(function):
     """Compile `function` when it is first called. Numba's cache keeps it under a name that holds the options."""
-    options = JIT | {"fastmath": sorted(FASTMATH)}
-    function.__qualname__ += f"-{zlib.crc32(repr(options).encode()):08x}"
+    function.__qualname__ += f"-{zlib.crc32(repr(JIT | {'fastmath': sorted(FASTMATH)}).encode()):08x}"
     return njit(**JIT, nogil=True, cache=True)(function)
 
 
@@ -828,8 +824,8 @@ def as_rows(x):
 
 # == 6  products     c = a b + bias,  or c += a b ======================================================================
 #
-# Four rows of c by four rows of b at a time: 16 multiply-adds for 8 loads and 4 stores. LLVM makes vectors of the loop
-# over n. Blocks of b are copied to where they stay in a core's cache, from any strides: b may be a transposed view.
+# Four rows of c by four of b at a time: 16 multiply-adds for 8 loads and 4 stores; LLVM makes vectors of the loop over
+# n. Blocks of b, which may be a transposed view, are copied to where they stay in a core's cache.
 
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 512  # of b: 128 KiB in float32
 
@@ -863,8 +859,7 @@ def product_kernel(first, last, a, b, bias, add, c):
     """Rows of c (M, N) = a (M, K) b (K, N) + bias (N,), or c += a b if `add`."""
     K, N = b.shape
     if not add:
-        for m in range(first, last):
-            c[m] = bias
+        c[first:last] = bias
     for n0 in range(0, N, BLOCK_COLUMNS):
         for k0 in range(0, K, BLOCK_ROWS):
             block = np.ascontiguousarray(b[k0 : k0 + BLOCK_ROWS, n0 : n0 + BLOCK_COLUMNS])
@@ -872,7 +867,9 @@ def product_kernel(first, last, a, b, bias, add, c):
 
 
 def product(a, b, bias=None, c=None):
-    """a (M, K) b (K, N) + bias (N,) -> c (M, N); or adds a b into a given c."""
+    """a (M, K) b (K, N) + bias (N,) -> c (M, N); or adds a b into a given c, which may be a transposed view."""
+    if c is not None and not c.flags.c_contiguous:
+        return product(b.T, a.T, c=c.T).T
     add, c = c is not None, np.empty((len(a), b.shape[1]), a.dtype) if c is None else c
     THREADS.run(product_kernel, len(a), a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias, add, c, unit=4)
     return c
@@ -885,10 +882,7 @@ def linear_forward_numba(x, w, b):
 
 def linear_backward_numba(dy, cache, dw, db):
     (x_NK, w), dy_NM = cache, as_rows(dy)
-    if dw.flags.c_contiguous:
-        product(x_NK.T, dy_NM, c=dw)
-    else:  # the gradient of a transposed matrix: the head's
-        product(dy_NM.T, x_NK, c=dw.T)
+    product(x_NK.T, dy_NM, c=dw)
     if db is not None:
         db += dy_NM.sum(0)
     return product(dy_NM, w.T).reshape(*dy.shape[:-1], -1)
@@ -909,7 +903,7 @@ def exp(x):
 
 @overload(exp, jit_options=JIT | {"fastmath": {"contract"}})  # reassociated, r would lose the low part of ln 2
 def exp_by_type(x):
-    f, i = np.float32, np.int32
+    f, i = np.float32, np.int32  # types
 
     def exp32(x):  # held at the ends of -87 .. 88; NaN stays NaN
         x = f(-87) if x < f(-87) else f(88) if x > f(88) else x
@@ -923,17 +917,13 @@ def exp_by_type(x):
     return exp32 if x == types.float32 else lambda x: math.exp(x)
 
 
-inlined(mix)
-
-
 @inlined
 def drop(p, key, row, column, rate):
-    """p (S, T) times the mask of section 2.6; p[s, t] is at row + t, column + s of the mask."""
-    for s in range(p.shape[0]):
-        p_row = p[s]
-        for t in range(p_row.size):
+    """p (S, T) times the mask of section 2.6, if rate > 0; p[s, t] is at row + t, column + s of the mask."""
+    for s in range(p.shape[0] if rate > 0 else 0):
+        for t in range(p.shape[1]):
             drawn = mix(np.uint32(mix(np.uint32(key + np.uint32(row + t))) + np.uint32(column + s)))
-            p_row[t] *= p.dtype.type(1 / (1 - rate) if drawn >= np.uint32(rate * 2**32) else 0)
+            p[s, t] *= p.dtype.type(1 / (1 - rate) if drawn >= np.uint32(rate * 2**32) else 0)
 
 
 @inlined
@@ -949,8 +939,9 @@ def score_block(q, k, key, query, scale, slope, window):
 
 
 @kernel
-def attention_kernel(first, last, q, k, v, scale, slopes, window, keys, rate, o, lse):
+def attention_kernel(first, last, inputs, o, lse):
     """Heads of o (B, H, T, D) and lse (B, H, T), task b H + h; section 2.4."""
+    q, k, v, scale, slopes, window, keys, rate = inputs
     (_, H, T, D), (_, G, S, _) = q.shape, k.shape
     for task in range(first, last):
         b, h = task // H, task % H
@@ -962,24 +953,22 @@ def attention_kernel(first, last, q, k, v, scale, slopes, window, keys, rate, o,
             p = score_block(q[b, h, t0:t1], k[b, g, key:end], key, query, scale, slopes[h], window)
             top, total = np.full(t1 - t0, -np.inf, q.dtype), np.zeros(t1 - t0, q.dtype)
             for s in range(p.shape[0]):
-                row = p[s]
-                for t in range(row.size):
-                    top[t] = row[t] if row[t] > top[t] else top[t]
+                for t in range(p.shape[1]):
+                    top[t] = p[s, t] if p[s, t] > top[t] else top[t]
             for s in range(p.shape[0]):
-                row = p[s]
-                for t in range(row.size):
-                    row[t] = exp(row[t] - top[t]) if row[t] > -np.inf else 0
-                    total[t] += row[t]
-            if rate > 0:
-                drop(p, keys[b], h * 65536 + t0, key, rate)
+                for t in range(p.shape[1]):
+                    p[s, t] = exp(p[s, t] - top[t]) if p[s, t] > -np.inf else 0
+                    total[t] += p[s, t]
+            drop(p, keys[b], h * 65536 + t0, key, rate)
             o_DT = np.zeros((D, t1 - t0), q.dtype)
             multiply(v[b, g, key:end].T, p, o_DT, 0)  # o = p v
             o[b, h, t0:t1], lse[b, h, t0:t1] = (o_DT / total).T, top + np.log(total)
 
 
 @kernel
-def attention_backward_kernel(first, last, q, k, v, scale, slopes, window, keys, rate, o, lse, do, dq, dk, dv):
+def attention_backward_kernel(first, last, inputs, o, lse, do, dq, dk, dv):
     """Heads of dk and dv (B, G, S, D), zeros before, and of dq (B, H, T, D) that read them, task b G + g."""
+    q, k, v, scale, slopes, window, keys, rate = inputs
     (_, H, T, D), (_, G, S, _) = q.shape, k.shape
     for task in range(first, last):
         b, g = task // G, task % G
@@ -989,19 +978,16 @@ def attention_backward_kernel(first, last, q, k, v, scale, slopes, window, keys,
                 query, end = S - T + t0, S - T + t1
                 key = max(0, query - window + 1) if window > 0 else 0
                 q_TD, do_TD, o_TD = q[b, h, t0:t1], do[b, h, t0:t1], o[b, h, t0:t1]
-                k_SD, v_SD = k[b, g, key:end], v[b, g, key:end]
+                k_SD, v_SD, shift = k[b, g, key:end], v[b, g, key:end], lse[b, h, t0:t1]
                 p = score_block(q_TD, k_SD, key, query, scale, slopes[h], window)
                 ds, mean = np.zeros_like(p), (do_TD * o_TD).sum(1) * scale  # sum_s dp_s p_s = sum_d do_d o_d
                 multiply(v_SD, np.ascontiguousarray(do_TD.T) * scale, ds, 0)  # scale dp
-                if rate > 0:
-                    drop(ds, keys[b], h * 65536 + t0, key, rate)
+                drop(ds, keys[b], h * 65536 + t0, key, rate)
                 for s in range(p.shape[0]):
-                    row, ds_row, shift = p[s], ds[s], lse[b, h, t0:t1]
-                    for t in range(row.size):
-                        row[t] = exp(row[t] - shift[t]) if row[t] > -np.inf else 0
-                        ds_row[t] = row[t] * (ds_row[t] - mean[t])  # dscores = p (dp - mean)
-                if rate > 0:
-                    drop(p, keys[b], h * 65536 + t0, key, rate)
+                    for t in range(p.shape[1]):
+                        p[s, t] = exp(p[s, t] - shift[t]) if p[s, t] > -np.inf else 0
+                        ds[s, t] = p[s, t] * (ds[s, t] - mean[t])  # dscores = p (dp - mean)
+                drop(p, keys[b], h * 65536 + t0, key, rate)
                 multiply(ds, np.ascontiguousarray(q_TD), dk[b, g, key:end], 0)
                 multiply(p, np.ascontiguousarray(do_TD), dv[b, g, key:end], 0)
                 dq_DT = np.zeros((D, t1 - t0), q.dtype)
@@ -1015,20 +1001,17 @@ def attention_forward_numba(q, k, v, scale, slopes=None, window=0, dropout=None,
     slopes = np.zeros(H, number) if slopes is None else slopes.astype(number)
     inputs = (q, k, v, number(scale), slopes, window, keys, rate)
     o, lse = np.empty((B, T, H, D), number).transpose(0, 2, 1, 3), np.empty((B, H, T), number)
-    THREADS.run(attention_kernel, B * H, *inputs, o, lse)
-    return o, (*inputs, o, lse)
+    THREADS.run(attention_kernel, B * H, inputs, o, lse)
+    return o, (inputs, o, lse)
 
 
 def attention_backward_numba(do, cache):
-    q, k, v, *_ = cache
-    dq, dk, dv = np.empty_like(q, order="C"), np.zeros_like(k, order="C"), np.zeros_like(v, order="C")
-    THREADS.run(attention_backward_kernel, k.shape[0] * k.shape[1], *cache, do, dq, dk, dv)
+    dq, dk, dv = (np.zeros_like(x, order="C") for x in cache[0][:3])
+    THREADS.run(attention_backward_kernel, dk.shape[0] * dk.shape[1], *cache, do, dq, dk, dv)
     return dq, dk, dv
 
 
 # == 8  rows: norms, activations, rotation, embedding, cross-entropy ===================================================
-
-SUM_ROWS = 64  # rows whose shares of a gain's gradient one task adds up
 
 
 @kernel
@@ -1037,10 +1020,9 @@ def norm_kernel(first, last, centred, x, w, b, eps, n, rstd, y):
     number = x.dtype.type
     for i in range(first, last):
         x_row, n_row, y_row, mean, square, C = x[i], n[i], y[i], number(0), number(0), number(x.shape[1])
-        if centred:
-            for c in range(x_row.size):
-                mean += x_row[c]
-            mean /= C
+        for c in range(x_row.size):
+            mean += x_row[c]
+        mean = mean / C if centred else number(0)
         for c in range(x_row.size):
             square += (x_row[c] - mean) * (x_row[c] - mean)
         rstd[i] = number(1) / np.sqrt(square / C + number(eps))
@@ -1050,21 +1032,17 @@ def norm_kernel(first, last, centred, x, w, b, eps, n, rstd, y):
 
 
 @kernel
-def norm_backward_kernel(first, last, centred, dy, n, w, rstd, dx, sums):
-    """Blocks of SUM_ROWS rows of dx (N, C); sums (blocks, 2, C), zeros before: their shares of dw and db."""
+def norm_backward_kernel(first, last, centred, dy, n, w, rstd, dx):
+    """Rows of dx (N, C) = rstd (dn - mean(dn) - n mean(dn n)), dn = dy w; mean(dn) only if `centred`."""
     number = dy.dtype.type
-    for block in range(first, last):
-        dw, db = sums[block, 0], sums[block, 1]
-        for i in range(block * SUM_ROWS, min((block + 1) * SUM_ROWS, len(dy))):
-            dy_row, n_row, dx_row, mean, dot, C = dy[i], n[i], dx[i], number(0), number(0), number(dy.shape[1])
-            for c in range(dy_row.size):
-                mean += dy_row[c] * w[c]
-                dot += dy_row[c] * w[c] * n_row[c]
-                dw[c] += dy_row[c] * n_row[c]
-                db[c] += dy_row[c]
-            mean, dot = mean / C if centred else number(0), dot / C
-            for c in range(dy_row.size):  # dx = rstd (dn - mean(dn) - n mean(dn n))
-                dx_row[c] = rstd[i] * (dy_row[c] * w[c] - mean - n_row[c] * dot)
+    for i in range(first, last):
+        dy_row, n_row, dx_row, mean, dot, C = dy[i], n[i], dx[i], number(0), number(0), number(dy.shape[1])
+        for c in range(dy_row.size):
+            mean += dy_row[c] * w[c]
+            dot += dy_row[c] * w[c] * n_row[c]
+        mean, dot = mean / C if centred else number(0), dot / C
+        for c in range(dy_row.size):
+            dx_row[c] = rstd[i] * (dy_row[c] * w[c] - mean - n_row[c] * dot)
 
 
 def norm_forward_numba(centred, x, w, b, eps):
@@ -1077,49 +1055,44 @@ def norm_forward_numba(centred, x, w, b, eps):
 
 
 def norm_backward_numba(centred, dy, cache, dw, db):
-    n, w, rstd = cache
-    dx, sums = np.empty_like(n), np.zeros((-(-len(n) // SUM_ROWS), 2, n.shape[1]), n.dtype)
-    THREADS.run(norm_backward_kernel, len(sums), centred, as_rows(dy), n, w, rstd, dx, sums)
-    for gradient, total in zip((dw, db), sums.sum(0)):
-        if gradient is not None:
-            gradient += total
+    (n, w, rstd), dy_NC = cache, as_rows(dy)
+    if dw is not None:
+        dw += np.einsum("nc, nc -> c", dy_NC, n)
+    if db is not None:
+        db += dy_NC.sum(0)
+    THREADS.run(norm_backward_kernel, len(n), centred, dy_NC, n, w, rstd, dx := np.empty_like(n))
     return dx.reshape(dy.shape)
 
 
-GELU_TANH, GELU, SILU, RELU2, SWIGLU = range(5)
+SIGMOID, NORMAL, RELU = range(3)
 
 
 @jitted
 def gate_row(kind, v, s):
-    """s (F,) of the activation a = v s(v), section 2.3; SwiGLU's is SiLU's."""
-    number = v.dtype.type
+    """s (F,) of an activation a = v s(v), section 2.3: the sigmoid of c1 v + c3 v^3, which GELU's tanh form is as well;
+    the integral of the normal distribution; max(v, 0)."""
+    (shape, c1, c3), number = kind, v.dtype.type
     for f in range(v.size):
-        if kind == GELU_TANH:  # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
-            s[f] = number(1) / (
-                number(1) + exp(-number(2 * GELU_SCALE) * (v[f] + number(GELU_CUBE) * v[f] * v[f] * v[f]))
-            )
-        elif kind == GELU:
-            s[f] = number(0.5) * (number(1) + number(math.erf(v[f] * number(math.sqrt(0.5)))))
-        elif kind == RELU2:
-            s[f] = max(v[f], number(0))
+        if shape == SIGMOID:
+            s[f] = number(1) / (number(1) + exp(-v[f] * (number(c1) + number(c3) * v[f] * v[f])))
+        elif shape == NORMAL:
+            s[f] = number(0.5) + number(0.5) * number(math.erf(v[f] * number(math.sqrt(0.5))))
         else:
-            s[f] = number(1) / (number(1) + exp(-v[f]))
+            s[f] = max(v[f], number(0))
 
 
 @jitted
 def slope_row(kind, v, da, s):
     """s (F,) becomes da (s + v ds/dv)."""
-    number = v.dtype.type
+    (shape, c1, c3), number = kind, v.dtype.type
     for f in range(v.size):
-        if kind == GELU_TANH:
-            du = number(2 * GELU_SCALE) * (number(1) + number(3 * GELU_CUBE) * v[f] * v[f])
-            s[f] = da[f] * (s[f] + v[f] * s[f] * (number(1) - s[f]) * du)
-        elif kind == GELU:
-            s[f] = da[f] * (s[f] + v[f] * exp(number(-0.5) * v[f] * v[f]) * number(1 / math.sqrt(2 * math.pi)))
-        elif kind == RELU2:
-            s[f] = da[f] * (s[f] + s[f])
+        if shape == SIGMOID:
+            ds = s[f] * (number(1) - s[f]) * (number(c1) + number(3 * c3) * v[f] * v[f])
+        elif shape == NORMAL:
+            ds = exp(number(-0.5) * v[f] * v[f]) * number(1 / math.sqrt(2 * math.pi))
         else:
-            s[f] = da[f] * (s[f] + v[f] * s[f] * (number(1) - s[f]))
+            ds = number(v[f] > 0)
+        s[f] = da[f] * (s[f] + v[f] * ds)
 
 
 @kernel
@@ -1147,16 +1120,15 @@ def activation_backward_kernel(first, last, kind, h, da, dh):
             dh[i, f] *= h[i, F + f]
 
 
-def activation_forward_numba(kind, h):
+def activation_forward_numba(kind, h, gated=False):
     h_NF = as_rows(h)
-    a = np.empty((len(h_NF), h.shape[-1] // (2 if kind == SWIGLU else 1)), h.dtype)
+    a = np.empty((len(h_NF), h.shape[-1] // (1 + gated)), h.dtype)
     THREADS.run(activation_kernel, len(a), kind, h_NF, a)
     return a.reshape(*h.shape[:-1], -1), (h_NF,)
 
 
 def activation_backward_numba(kind, da, cache):
-    dh = np.empty_like(cache[0])
-    THREADS.run(activation_backward_kernel, len(dh), kind, cache[0], as_rows(da), dh)
+    THREADS.run(activation_backward_kernel, len(cache[0]), kind, cache[0], as_rows(da), dh := np.empty_like(cache[0]))
     return dh.reshape(*da.shape[:-1], -1)
 
 
@@ -1173,14 +1145,8 @@ def rotate_kernel(first, last, x, cos, sin, half, y):
 
 def rotate_forward_numba(x, cos, sin, half):
     heads = np.ascontiguousarray(x).reshape(-1, *x.shape[-2:])
-    y = np.empty_like(heads)
-    THREADS.run(rotate_kernel, len(y), heads, cos, sin, half, y)
+    THREADS.run(rotate_kernel, len(heads), heads, cos, sin, half, y := np.empty_like(heads))
     return y.reshape(x.shape), (cos, sin, half)
-
-
-def rotate_backward_numba(dy, cache):
-    cos, sin, half = cache
-    return rotate_forward_numba(dy, cos, -sin, half)[0]
 
 
 @kernel
@@ -1201,9 +1167,9 @@ def embedding_backward_numba(dx, cache, dw, dpositions):
 def cross_entropy_kernel(first, last, logits, top, lse):
     """Rows of lse (N,) from logits (N, V) and their maxima (N,); section 2.8."""
     for i in range(first, last):
-        row, total = logits[i], logits.dtype.type(0)
-        for v in range(row.size):
-            total += exp(row[v] - top[i])
+        total = logits.dtype.type(0)
+        for v in range(logits.shape[1]):
+            total += exp(logits[i, v] - top[i])
         lse[i] = top[i] + math.log(total)
 
 
@@ -1211,10 +1177,9 @@ def cross_entropy_kernel(first, last, logits, top, lse):
 def cross_entropy_backward_kernel(first, last, logits, targets, weights, lse, dlogits):
     """Rows of dlogits (N, V) = weights (softmax(logits) - onehot(targets))."""
     for i in range(first, last):
-        row, out = logits[i], dlogits[i]
-        for v in range(row.size):
-            out[v] = weights[i] * exp(row[v] - lse[i])
-        out[targets[i]] -= weights[i]
+        for v in range(logits.shape[1]):
+            dlogits[i, v] = weights[i] * exp(logits[i, v] - lse[i])
+        dlogits[i, targets[i]] -= weights[i]
 
 
 def cross_entropy_forward_numba(logits, targets, weights):
@@ -1226,8 +1191,8 @@ def cross_entropy_forward_numba(logits, targets, weights):
 
 def cross_entropy_backward_numba(cache):
     logits, targets, weights, lse = cache
-    dlogits = np.empty_like(logits)
-    THREADS.run(cross_entropy_backward_kernel, len(logits), logits, targets, weights.astype(logits.dtype), lse, dlogits)
+    inputs, dlogits = (logits, targets, weights.astype(logits.dtype), lse), np.empty_like(logits)
+    THREADS.run(cross_entropy_backward_kernel, len(logits), *inputs, dlogits)
     return dlogits
 
 
@@ -1299,9 +1264,13 @@ class Ops:
     space: dict = None
 
 
-def pair_of(forward, backward, kind):
-    """Two functions whose first argument is `kind`."""
-    return Pair(functools.partial(forward, kind), functools.partial(backward, kind))
+def pair_of(forward, backward, kind, **more):
+    """The functions of a `kind`."""
+    return Pair(functools.partial(forward, kind, **more), functools.partial(backward, kind))
+
+
+def activation_pair(shape, c1=0.0, c3=0.0, **more):
+    return pair_of(activation_forward_numba, activation_backward_numba, (shape, c1, c3), **more)
 
 
 OPS = {"numpy": Ops("numpy")}
@@ -1317,11 +1286,14 @@ OPS["numba"] = Ops(  # what is not named here, a new norm for example, is the sp
     },
     activations=ACTIVATIONS
     | {
-        name: pair_of(activation_forward_numba, activation_backward_numba, kind)
-        for kind, name in enumerate(("gelu-tanh", "gelu", "silu", "relu2", "swiglu"))
+        "gelu-tanh": activation_pair(SIGMOID, 2 * GELU_SCALE, 2 * GELU_SCALE * GELU_CUBE),  # (1 + tanh u) / 2
+        "gelu": activation_pair(NORMAL),
+        "silu": activation_pair(SIGMOID, 1.0),
+        "relu2": activation_pair(RELU),
+        "swiglu": activation_pair(SIGMOID, 1.0, gated=True),
     },
     rotate_forward=rotate_forward_numba,
-    rotate_backward=rotate_backward_numba,
+    rotate_backward=lambda dy, cache: rotate_forward_numba(dy, cache[0], -cache[1], cache[2])[0],
     attention_forward=attention_forward_numba,
     attention_backward=attention_backward_numba,
     cross_entropy_forward=cross_entropy_forward_numba,
