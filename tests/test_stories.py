@@ -1,4 +1,4 @@
-"""stories.py: the download against a server on this machine, and the generated stories as an editor would read them."""
+"""extras/stories.py: the download against a server on this machine, generated stories as an editor would read them."""
 
 import contextlib
 import gzip
@@ -24,7 +24,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bpe
-import stories
+from extras import stories
 
 MIB = 1 << 20
 
@@ -140,7 +140,8 @@ def server(monkeypatch):
 
 
 PROCESS = """
-import sys, stories
+import sys
+from extras import stories
 for name, size, sha256 in (sys.argv[3:6], sys.argv[6:9]):
     setattr(stories, name, getattr(stories, name)._replace(size=int(size), sha256=sha256))
 source = stories.get(sys.argv[1], int(sys.argv[2]))
@@ -154,7 +155,7 @@ def start(folder, num_bytes):
     for name in ("TRAIN", "VALID"):
         words += [name, getattr(stories, name).size, getattr(stories, name).sha256]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*map(str, words)], cwd=Path(stories.__file__).parent, **pipes)
+    return subprocess.Popen([*map(str, words)], cwd=Path(stories.__file__).parents[1], **pipes)
 
 
 def finish(process):
@@ -596,18 +597,26 @@ def test_the_same_seed_tells_the_same_stories():
 
 
 def test_stories_do_not_depend_on_the_hash_seed_of_python():
-    code = "import stories; print(next(stories.generate(5)), stories.generator_version())"
+    code = "from extras import stories; print(next(stories.generate(5)), stories.generator_version())"
     told = {
         subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(stories.__file__).parent,
+            cwd=Path(stories.__file__).parents[1],
             capture_output=True,
             check=True,
         ).stdout
         for seed in ("1", "2")
     }
     assert len(told) == 1 and told != {b""}
+
+
+def test_an_installed_package_named_extras_does_not_hide_ours(tmp_path):
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "__init__.py").write_text("")
+    command = [sys.executable, "-c", "from extras import stories"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run(command, env=environment, cwd=Path(stories.__file__).parents[1], check=True)
 
 
 def test_train_and_validation_share_no_story(many):

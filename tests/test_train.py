@@ -22,9 +22,9 @@ import pytest
 from conftest import tiny_config
 
 import bpe
-import stories
 import tinygpt
 import train
+from extras import stories
 
 TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
 RECIPE = (1.2e-2, 4)  # learning rate, as train.recipe_of gives it, and sequences per update

@@ -1,7 +1,7 @@
 """Where stories come from: TinyStories by download, or stories generated here when there is no network.
 
-    python stories.py --show 3 --seed 0          prints three generated stories
-    python stories.py --download 50 --out data   fetches the first 50 MB of TinyStories into data/
+    python extras/stories.py --show 3 --seed 0          prints three generated stories
+    python extras/stories.py --download 50 --out data   fetches the first 50 MB of TinyStories into data/
 
 Read section 1 for what a caller gets, section 2 for the download; then 3 (how a story is drawn), 4 (the words) and 5
 (the plots). To add a plot, add an entry to PLOTS: its name, its tables and its text. TinyStories: Eldan & Li 2023,
@@ -34,6 +34,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 
