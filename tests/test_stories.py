@@ -1,4 +1,4 @@
-"""extras/stories.py: the download against a server on this machine, generated stories as an editor would read them."""
+"""extras/stories.py: the download against a server on this machine, and files of generated stories."""
 
 import contextlib
 import gzip
@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -24,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bpe
-from extras import stories
+from extras import generate, stories
 
 MIB = 1 << 20
 
@@ -278,6 +277,14 @@ def test_offline_zero_means_online(server, tmp_path, monkeypatch):
     assert stories.get(tmp_path, 1000).name.startswith("TinyStoriesV2")
 
 
+def test_an_installed_package_named_extras_does_not_hide_ours(tmp_path):
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "__init__.py").write_text("")
+    command = [sys.executable, "-c", "from extras import stories"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run(command, env=environment, cwd=Path(stories.__file__).parents[1], check=True)
+
+
 # == 2  the download ==================================================================================================
 
 
@@ -384,9 +391,7 @@ def test_a_server_that_gives_less_than_the_range_is_asked_for_the_rest(server, t
 def test_a_stall_ends_and_keeps_what_came(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stories, "STALL_SECONDS", 0.2)
     server.mode = "stall"
-    start = time.monotonic()
     fails(tmp_path, capsys, "the server sent nothing for 0.2 s")
-    assert time.monotonic() - start < 5
     assert (tmp_path / (stories.TRAIN.name + ".part")).stat().st_size >= 1000
 
 
@@ -413,9 +418,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, capsys, monkeypatch):
         silent.listen()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(stories, "OPEN_SECONDS", 0.3)
-        start = time.monotonic()
         fails(tmp_path, capsys, "no answer within 0.3 s")
-        assert time.monotonic() - start < 5
 
 
 # -- several processes, and what a killed one leaves
@@ -583,192 +586,7 @@ def test_the_bar_is_for_terminals(capsys, monkeypatch):
     assert err.startswith("\rfile [########################] 2.0 of 2.0 MB | ") and "MB/s | 0:00 left" in err
 
 
-# == 3  generated stories =============================================================================================
-
-
-@pytest.fixture(scope="module")
-def many():
-    return list(itertools.islice(stories.generate(7), 10_000))
-
-
-def test_the_same_seed_tells_the_same_stories():
-    first, again, other = (list(itertools.islice(stories.generate(seed), 200)) for seed in (3, 3, 4))
-    assert first == again and not set(first) & set(other)
-
-
-def test_stories_do_not_depend_on_the_hash_seed_of_python():
-    code = "from extras import stories; print(next(stories.generate(5)), stories.generator_version())"
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(stories.__file__).parents[1],
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(told) == 1 and told != {b""}
-
-
-def test_an_installed_package_named_extras_does_not_hide_ours(tmp_path):
-    (tmp_path / "extras").mkdir()
-    (tmp_path / "extras" / "__init__.py").write_text("")
-    command = [sys.executable, "-c", "from extras import stories"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run(command, env=environment, cwd=Path(stories.__file__).parents[1], check=True)
-
-
-def test_train_and_validation_share_no_story(many):
-    valid = set(itertools.islice(stories.generate(7, "valid"), 1_250))
-    assert len(valid) > 1_248 and not valid & set(many)
-    assert not any(map(stories.is_valid, many)) and all(map(stories.is_valid, valid))
-
-
-def test_hardly_any_story_comes_twice(many):
-    assert len(set(many)) >= len(many) - 2
-
-
-def test_every_plot_occurs(monkeypatch):
-    told = []
-    monkeypatch.setattr(stories, "tell", lambda _, plot, parts: told.append(plot) or f"Story {len(told)}.")
-    list(itertools.islice(stories.generate(0), 500))
-    assert len(stories.PLOTS) >= 8 and {plot.text for plot in told} == {plot.text for plot in stories.PLOTS.values()}
-
-
-def test_every_row_of_every_table_makes_good_stories():
-    random_ = random.Random(1).random
-    for plot, parts in stories.compiled().values():
-        for place, table in enumerate(plot.tables):
-            for row in table:
-                tables = [[row] if other == place else plot.tables[other] for other in range(len(plot.tables))]
-                for _ in range(6):
-                    story = stories.tell(random_, plot._replace(tables=tables), parts)
-                    assert mistakes(story) == [], story
-
-
-def test_common_beginnings_are_common(many):
-    assert sum(story.startswith("Once upon a time, there was a ") for story in many) > len(many) / 4
-    assert sum("named Lily." in story for story in many) > len(many) / 100
-    assert sum("One day, Lily found a" in story for story in many) > len(many) / 1000
-
-
-def test_stories_are_as_long_as_stories(many):
-    words = sorted(len(story.split()) for story in many)
-    assert words[0] >= 90 and words[-1] <= 260 and words[len(words) * 9 // 10] <= 220
-    assert {story.count("\n") + 1 for story in many} >= {1, 7, 8, 9, 10}
-
-
-def mistakes(story):
-    """What an editor would mark, as the names of the rules broken."""
-    spoken = story.replace("\n", " ")
-    sounds = re.findall(r"\b([Aa]n?) (\w+)", spoken)
-    rules = {
-        "placeholder": re.search(r"[{}<>\[\]|_]", story),
-        "doubled word": re.search(r"\b(?!had\b|la\b)(\w+) \1\b", spoken, re.IGNORECASE),
-        "spaces": re.search(r"  | [.,!?;]|^\s|\s$|\n\n| \n|\n ", story),
-        "full stop": re.search(r'[.,!?]{2}|[.!?,]"[.,]|[a-z]"(?: |$)(?=[A-Z]|$)', spoken.replace('"la, la, la"', "")),
-        "capital": re.search(r'(?:^|\n|[.!?] )"?[a-z]|said, "[a-z]', story),
-        "after speech": re.search(r',"(?! [a-zA-Z])', spoken)
-        or re.search(r'[.]" (?:said|asked|cried|she|he) ', spoken),
-        "quotes": story.count('"') % 2 or any(line.count('"') % 2 for line in story.split("\n")),
-        "end": not re.search(r'[.!?]"?$', story),
-        "a or an": any((article.lower() == "an") != vowel_sound(word) for article, word in sounds),
-        "ascii": not story.isascii(),
-        "I": re.search(r"\bi\b", story),
-    }
-    return [name for name, broken in rules.items() if broken]
-
-
-def vowel_sound(word):
-    return word[0].lower() in "aeiou" and not re.match(r"(?i)one\b|once\b|uni|use", word)
-
-
-def test_an_editor_finds_no_mistake(many):
-    for story in many[:3000]:
-        assert mistakes(story) == [], story
-
-
-@pytest.mark.parametrize(
-    "story, name",
-    [
-        ("Lily had a apple.", "a or an"),
-        ("Lily had an kite.", "a or an"),
-        ("Lily saw the the sea.", "doubled word"),
-        ("Lily saw {thing}.", "placeholder"),
-        ("Lily sat down. she slept.", "capital"),
-        ('"Look!" said Lily. "the sea."', "capital"),
-        ("Lily slept..", "full stop"),
-        ('Lily said, "Yes!".', "full stop"),
-        ('"Yes." said Lily.', "after speech"),
-        ('"Yes, said Lily.', "quotes"),
-        ("Lily  slept.", "spaces"),
-        ("Lily slept", "end"),
-    ],
-)
-def test_the_editor_would_find_them(story, name):
-    assert name in mistakes(story)
-
-
-def test_pronouns_agree_with_the_hero():
-    """With a cast of one sex, no word of the other sex may occur."""
-    random_ = random.Random(2).random
-    words = {"he": r"\b(he|him|his|himself|boy|dad|grandpa)\b", "she": r"\b(she|her|hers|herself|girl|mom|grandma)\b"}
-    others = (
-        r"(?i)\b(Mrs?|Miss|Captain|farmer|baker|keeper|man|lady|fireman|gardener|guard|mother|king|queen|dentist|"
-        r"doctor)\b"
-    )
-    told = {"he": 0, "she": 0}
-    for _ in range(80):
-        for plot, parts in stories.compiled().values():
-            sexes = []
-            story = tell_with(random_, plot, parts, sexes)
-            if len(set(sexes)) == 1 and not re.search(others, story):
-                told[sexes[0]] += 1
-                other = words["she" if sexes[0] == "he" else "he"]
-                if "dog" not in story:  # the dog next door is a he of his own
-                    assert not re.search(other, story, re.IGNORECASE), story
-    assert min(told.values()) > 50
-
-
-def tell_with(random_, plot, parts, sexes):
-    """A story, and the pronouns of its hero, friend and parent."""
-    real = stories.cast
-
-    def cast(*args):
-        words = real(*args)
-        sexes.extend(words[key] for key in ("he", "fhe", "phe"))
-        return words
-
-    stories.cast = cast
-    try:
-        return stories.tell(random_, plot, parts)
-    finally:
-        stories.cast = real
-
-
-def test_hero_and_friend_are_two():
-    random_ = random.Random(3).random
-    for _ in range(3000):
-        words = stories.cast(random_, True)
-        assert words["name"] != words["friend"]
-        assert words["kind"] in ("girl", "boy") or words["newfriend"] != f"{words['friend']} the {words['kind']}"
-
-
-def test_a_word_that_no_table_has_is_an_error():
-    plot = stories.Plot((), "")
-    with pytest.raises(KeyError):
-        stories.tell(random.Random(0).random, plot, stories.parse("{name} had a {nonsense}."))
-    with pytest.raises(ValueError):
-        stories.parse("an [open bracket")
-
-
-def test_an_unknown_split_is_an_error():
-    with pytest.raises(ValueError, match="expected 'train' or 'valid'"):
-        next(stories.generate(0, "test"))
-
-
-# == 4  generated files ===============================================================================================
+# == 3  generated files ===============================================================================================
 
 
 def test_generated_files_have_the_layout_of_the_data_set(tmp_path):
@@ -795,7 +613,9 @@ def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
     assert not untouched(1000, seed=1)
     source.train.write_bytes(before[:-5])  # somebody cut it
     assert not untouched(1000, seed=1)
-    monkeypatch.setitem(stories.CAST, "she", ["Lily", "Zora"])  # another generator
+    grammar = tmp_path / "plots.txt"
+    grammar.write_text(generate.GRAMMAR.read_text("utf-8").replace("Lily, ", "Zora, "), "utf-8")
+    monkeypatch.setattr(generate, "GRAMMAR", grammar)
     assert not untouched(1000, seed=1)
     (tmp_path / "generated.json").write_text("{")
     assert not untouched(1000, seed=1)
@@ -839,13 +659,7 @@ def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monk
     assert sorted(os.listdir(tmp_path))[:3] == ["generated-train.txt", "generated-valid.txt", "generated.json"]
 
 
-def test_generating_is_fast_enough():
-    start = time.perf_counter()
-    size = sum(len(story) for story in itertools.islice(stories.generate(0), 3000))
-    assert size / (time.perf_counter() - start) > 1e6  # measured: 8e6; the margin is for a busy machine
-
-
-# == 5  the command line ==============================================================================================
+# == 4  the command line ==============================================================================================
 
 
 def test_show_prints_stories(capsys):
