@@ -176,7 +176,7 @@ def put_part(folder, data):
     """A download that was interrupted after these bytes."""
     part = folder / (stories.TRAIN.name + ".part")
     part.write_bytes(data)
-    stories.note_of(part).write_bytes(stories.noted(len(data), zlib.crc32(data)))
+    stories.note_path(part).write_bytes(stories.format_note(len(data), zlib.crc32(data)))
     return part
 
 
@@ -247,7 +247,7 @@ def test_a_later_call_for_more_goes_on_where_the_first_ended(server, tmp_path):
 
 
 def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stories, "connect", lambda *_: pytest.fail("used the network"))
+    monkeypatch.setattr(stories, "open_url", lambda *_: pytest.fail("used the network"))
     (tmp_path / stories.TRAIN.name).write_text("Mine.")
     (tmp_path / stories.VALID.name).write_text("Mine, too.")
     source = stories.get(tmp_path, 10**9)
@@ -324,7 +324,7 @@ def test_a_part_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_pat
 def test_a_beginning_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
     server.mode = "other contents"
     assert stories.get(tmp_path, 900_000).name.startswith("generated")  # its validation stories are wrong
-    assert stories.beginnings(stories.TRAIN, tmp_path)
+    assert stories.list_prefixes(stories.TRAIN, tmp_path)
     server.mode = ""
     capsys.readouterr()
     fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
@@ -342,18 +342,18 @@ def test_redirections_are_followed_with_the_range(server, tmp_path):
     "mode, reason",
     [
         ("missing", "the server answered 404"),
-        ("page", "a web page came instead of the file"),
-        ("disguised page", "a web page came instead of the file"),
+        ("page", "a web page instead of the file"),
+        ("disguised page", "a web page instead of the file"),
         ("other size", "wrong size"),
-        ("other range", "another range than was asked for"),
+        ("other range", "a different range than requested"),
         ("other total", "wrong size: the server has 1,000,000,000,000,000 bytes"),
         ("redirect for ever", "the server answered 302"),
         ("no range left", "the server answered 416"),
         ("no HTTP", "the connection failed: "),
         ("compressed", "encoded as gzip"),
-        ("no size", "does not say how large"),
-        ("a size of letters", "does not say how large"),
-        ("a negative size", "does not say how large"),
+        ("no size", "did not send the size"),
+        ("a size of letters", "did not send the size"),
+        ("a negative size", "did not send the size"),
     ],
 )
 def test_a_wrong_answer_is_one_line_and_generated_stories(server, tmp_path, capsys, mode, reason):
@@ -364,7 +364,7 @@ def test_a_wrong_answer_is_one_line_and_generated_stories(server, tmp_path, caps
 
 def test_a_wrong_hash_is_one_line_and_generated_stories(server, tmp_path, capsys):
     server.mode = "other contents"
-    fails(tmp_path, capsys, "wrong contents: its sha256", num_bytes=len(TRAIN_BYTES))
+    fails(tmp_path, capsys, "wrong contents: sha256", num_bytes=len(TRAIN_BYTES))
     assert not list(tmp_path.glob("*.part")) and not (tmp_path / stories.TRAIN.name).exists()
 
 
@@ -375,7 +375,7 @@ def test_wrong_validation_stories_are_named(server, tmp_path, capsys):
 
 def test_a_page_in_the_middle_of_a_download_leaves_what_came(server, tmp_path, capsys):
     part, server.mode = put_part(tmp_path, TRAIN_BYTES[:5000]), "page at the range"
-    fails(tmp_path, capsys, "a web page came instead of the file")
+    fails(tmp_path, capsys, "a web page instead of the file")
     assert part.read_bytes() == TRAIN_BYTES[:5000]
     server.mode = ""
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
@@ -430,7 +430,7 @@ def test_first_runs_at_once_download_once_and_have_the_same_stories(server, tmp_
     assert len({path for _, path, _ in found}) == 1 and server.sent == MIB + len(VALID_BYTES)
     assert {name for name, _, _ in found} == {"TinyStoriesV2 (first 1 MiB)"}
     assert TRAIN_BYTES.startswith(found[0][1].read_bytes())
-    assert sum("another process is making" in err for _, _, err in found) >= 1
+    assert sum("another process is writing" in err for _, _, err in found) >= 1
 
 
 def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(server, tmp_path):
@@ -447,7 +447,7 @@ def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(serve
         waiting = start(tmp_path, 900_000)
         line = waiting.stderr.readline()
         path = tmp_path / stories.TRAIN.name
-        assert line == f"stories: another process is making {path}; waiting for it ...\n" and not server.requests
+        assert line == f"stories: another process is writing {path}; waiting ...\n" and not server.requests
         path.write_bytes(TRAIN_BYTES)
         (tmp_path / stories.VALID.name).write_bytes(VALID_BYTES)
     assert finish(waiting) == ("TinyStoriesV2", path, "") and not server.requests
@@ -456,10 +456,10 @@ def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(serve
 def test_a_download_that_was_killed_is_resumed_and_its_lock_blocks_nobody(server, tmp_path, capsys):
     server.mode, part = "slow", tmp_path / (stories.TRAIN.name + ".part")
     process = start(tmp_path, 10**9)
-    wait_for(lambda: stories.size(part) > 400_000)
+    wait_for(lambda: stories.file_size(part) > 400_000)
     process.kill()
     process.communicate()
-    server.mode, have = "", stories.received(part)[0]
+    server.mode, have = "", stories.check_note(part)[0]
     server.requests.clear()
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES and capsys.readouterr().err == ""
     assert have > 300_000 and server.requests[0][1] == f"bytes={have}-{len(TRAIN_BYTES) - 1}"
@@ -477,13 +477,13 @@ def test_bytes_that_no_note_vouches_for_are_fetched_again(server, tmp_path):
 def test_a_part_that_is_not_what_was_received_is_fetched_again(server, tmp_path, damage):
     part = put_part(tmp_path, TRAIN_BYTES[:500_000] * 2 if damage == "no note" else TRAIN_BYTES[:MIB])
     if damage == "no note":  # of an earlier version: two processes wrote it
-        stories.note_of(part).unlink()
+        stories.note_path(part).unlink()
     if damage == "other bytes":
         part.write_bytes(b"X" + TRAIN_BYTES[1:MIB])
     if damage == "fewer bytes":
         os.truncate(part, MIB - 1)
     if damage == "an empty note":
-        stories.note_of(part).write_bytes(b"")
+        stories.note_path(part).write_bytes(b"")
     text = stories.get(tmp_path, 900_000).train.read_bytes()
     assert server.requests[0][1] == f"bytes=0-{MIB - 1}" and TRAIN_BYTES.startswith(text)
 
@@ -507,23 +507,23 @@ def test_stories_that_were_handed_out_do_not_change_while_more_is_fetched(server
     os.utime(first, (1, 1))  # read long ago
     (tmp_path / stories.TRAIN.name).unlink(missing_ok=True)
     stories.get(tmp_path, 10**9)
-    assert not first.exists() and not stories.note_of(first).exists()
+    assert not first.exists() and not stories.note_path(first).exists()
 
 
 def test_a_second_writer_of_a_part_is_noticed_at_the_next_block(server, tmp_path, capsys, monkeypatch):
     """On a file system without locks."""
-    part, read, added = tmp_path / (stories.TRAIN.name + ".part"), stories.read, []
+    part, read, added = tmp_path / (stories.TRAIN.name + ".part"), stories.read_block, []
 
     def meddle(response, size):
         block = read(response, min(size, 100_000))
-        if stories.size(part) >= 300_000 and not added:
+        if stories.file_size(part) >= 300_000 and not added:
             with open(part, "ab") as file:
                 added.append(file.write(block))
         return block
 
-    monkeypatch.setattr(stories, "read", meddle)
-    fails(tmp_path, capsys, "another process writes")
-    monkeypatch.setattr(stories, "read", read)
+    monkeypatch.setattr(stories, "read_block", meddle)
+    fails(tmp_path, capsys, "another process is writing")
+    monkeypatch.setattr(stories, "read_block", read)
     assert TRAIN_BYTES.startswith(stories.get(tmp_path, 900_000).train.read_bytes())
 
 
@@ -534,14 +534,14 @@ def no_locks(_):
 def test_without_locks_one_line_says_so_and_the_download_goes_on(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bpe, "lock_file", no_locks)
     assert stories.get(tmp_path, 900_000).name.startswith("TinyStoriesV2")
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err.splitlines()[0]
+    assert f"cannot lock {tmp_path} (No locks available)" in capsys.readouterr().err.splitlines()[0]
 
 
 def test_what_lies_there_is_used_without_a_lock(server, tmp_path, monkeypatch):
     """The folder may be one that this user cannot write."""
     stories.get(tmp_path, 900_000)
     stories.write_generated(tmp_path, 10_000)
-    monkeypatch.setattr(stories, "alone", lambda _: pytest.fail("took the lock"))
+    monkeypatch.setattr(stories, "folder_lock", lambda _: pytest.fail("took the lock"))
     assert stories.get(tmp_path, 900_000).name == "TinyStoriesV2 (first 1 MiB)"
     assert stories.write_generated(tmp_path, 10_000).train.exists()
 
@@ -569,17 +569,17 @@ def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
 
 
 def test_the_disk_filling_up_is_one_line(server, tmp_path, capsys, monkeypatch):
-    class Full(stories.Bar):
+    class Full(stories.ProgressBar):
         def show(self, have):
             raise OSError(stories.errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stories, "Bar", Full)
+    monkeypatch.setattr(stories, "ProgressBar", Full)
     fails(tmp_path, capsys, "the disk is full")
 
 
 def test_the_bar_is_for_terminals(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = stories.Bar("file", 0, 2_000_000)
+    bar = stories.ProgressBar("file", 0, 2_000_000)
     bar.show(2_000_000)
     bar.close()
     err = capsys.readouterr().err

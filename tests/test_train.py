@@ -367,7 +367,7 @@ def test_without_data_it_trains_on_generated_stories_and_says_so(place, monkeypa
     monkeypatch.setattr(stories, "write_generated", lambda folder, size: asked.append(size) or real(folder, 50_000))
     monkeypatch.setattr(stories, "VALID_BYTES", 5000)
     out, err = trained("--steps", 1)
-    assert sum("going on with generated stories" in line for line in err.splitlines()) == 1
+    assert sum("continuing with generated stories" in line for line in err.splitlines()) == 1
     assert read_log()[0]["settings"]["data"].startswith("generated stories")
     assert asked[0] >= RECIPE[1] * TINY.seq_len
 
