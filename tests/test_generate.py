@@ -28,7 +28,7 @@ def many():
     return list(itertools.islice(generate(7), 10_000))
 
 
-def test_the_same_seed_tells_the_same_stories():
+def test_the_same_seed_gives_the_same_stories():
     first, again, other = (list(itertools.islice(generate(seed), 200)) for seed in (3, 3, 4))
     assert first == again and not set(first) & set(other)
 
@@ -90,7 +90,7 @@ def test_stories_are_as_long_as_stories(many):
 
 
 def mistakes(story):
-    """What an editor would mark, as the names of the rules broken."""
+    """The names of the rules that a story breaks."""
     spoken = story.replace("\n", " ")
     sounds = re.findall(r"\b([Aa]n?) (\w+)", spoken)
     rules = {
@@ -136,11 +136,11 @@ def test_an_editor_finds_no_mistake(many):
         ("Lily slept", "end"),
     ],
 )
-def test_the_editor_would_find_them(story, name):
+def test_the_editor_finds_these_mistakes(story, name):
     assert name in mistakes(story)
 
 
-def test_pronouns_agree_with_the_hero():
+def test_pronouns_agree_with_the_characters():
     """With a cast of one sex, no word of the other sex may occur."""
     uniform = random.Random(2).random
     words = {"he": r"\b(he|him|his|himself|boy|dad|grandpa)\b", "she": r"\b(she|her|hers|herself|girl|mom|grandma)\b"}
@@ -148,21 +148,21 @@ def test_pronouns_agree_with_the_hero():
         r"(?i)\b(Mrs?|Miss|Captain|farmer|baker|keeper|man|lady|fireman|gardener|guard|mother|king|queen|dentist|"
         r"doctor)\b"
     )
-    told = {"he": 0, "she": 0}
+    checked = {"he": 0, "she": 0}
     for _ in range(80):
         for plot in read_grammar(GRAMMAR).plots.values():
             sexes = []
             story = compose_with(uniform, plot, sexes)
             if len(set(sexes)) == 1 and not re.search(others, story):
-                told[sexes[0]] += 1
+                checked[sexes[0]] += 1
                 other = words["she" if sexes[0] == "he" else "he"]
-                if "dog" not in story:  # the dog next door is a he of his own
+                if "dog" not in story:  # the dog next door is "he" in any story
                     assert not re.search(other, story, re.IGNORECASE), story
-    assert min(told.values()) > 50
+    assert min(checked.values()) > 50
 
 
 def compose_with(uniform, plot, sexes):
-    """A story, and the pronouns of its hero, friend and parent."""
+    """A story, and the pronouns of its main character, friend and parent."""
     real = module.draw_cast
 
     def draw_cast(*args):
@@ -177,7 +177,7 @@ def compose_with(uniform, plot, sexes):
         module.draw_cast = real
 
 
-def test_hero_and_friend_are_two():
+def test_main_character_and_friend_differ():
     uniform = random.Random(3).random
     for _ in range(3000):
         words = module.draw_cast(uniform, read_grammar(GRAMMAR).cast, True)

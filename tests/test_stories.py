@@ -107,8 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:1000])
             self.wfile.flush()
             return self.server.released.wait(20)
-        self.server.sent += len(body)  # first: the client may be done before this thread goes on
-        with contextlib.suppress(OSError):  # the client had enough: that is what some tests do
+        self.server.sent += len(body)  # before writing: the client may finish before this thread runs again
+        with contextlib.suppress(OSError):  # some tests make the client close the connection early
             if self.server.mode == "slow":
                 for start in range(0, len(body), 50_000):
                     self.wfile.write(body[start : start + 50_000])
@@ -149,7 +149,7 @@ print(source.name, source.train, sep="\\n")
 
 
 def start(folder, num_bytes):
-    """Another process that calls get(), with the two files of this one's server."""
+    """Start a process that calls get() with the files of this process's server."""
     words = [sys.executable, "-c", PROCESS, folder, num_bytes]
     for name in ("TRAIN", "VALID"):
         words += [name, getattr(stories, name).size, getattr(stories, name).sha256]
@@ -158,7 +158,7 @@ def start(folder, num_bytes):
 
 
 def finish(process):
-    """(name, path of the training stories, stderr) of a process that must succeed."""
+    """Wait for a process that must succeed -> (name, path of the training stories, stderr)."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     name, path = out.splitlines()
@@ -173,7 +173,7 @@ def wait_for(condition):
 
 
 def put_part(folder, data):
-    """A download that was interrupted after these bytes."""
+    """Write the files of a download that was interrupted after these bytes."""
     part = folder / (stories.TRAIN.name + ".part")
     part.write_bytes(data)
     stories.note_path(part).write_bytes(stories.format_note(len(data), zlib.crc32(data)))
@@ -198,7 +198,7 @@ def quick(monkeypatch):
 
 
 def fails(folder, capsys, reason, name=stories.TRAIN.name, num_bytes=100_000):
-    """get() prints one line with the reason, the address and the place for a copy, and gives generated stories."""
+    """Check that get() prints one line (reason, URL, path for a copy) and returns generated stories."""
     source = stories.get(folder, num_bytes)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.endswith("\n"), err
@@ -210,7 +210,7 @@ def fails(folder, capsys, reason, name=stories.TRAIN.name, num_bytes=100_000):
     return source
 
 
-# == 1  what a caller gets ============================================================================================
+# == 1  choosing the text =============================================================================================
 
 
 def test_whole_files_are_downloaded_and_checked(server, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_whole_files_are_downloaded_and_checked(server, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part")) and capsys.readouterr().err == ""
 
 
-def test_a_run_that_needs_little_asks_for_little(server, tmp_path):
+def test_a_small_request_downloads_a_prefix(server, tmp_path):
     source = stories.get(tmp_path, 900_000)
     assert server.requests[0] == (stories.TRAIN.name, f"bytes=0-{MIB - 1}")
     assert server.sent == MIB + len(VALID_BYTES)
@@ -231,11 +231,11 @@ def test_a_run_that_needs_little_asks_for_little(server, tmp_path):
 
 
 @pytest.mark.parametrize("num_bytes", [MIB - 1, MIB, MIB + 1])
-def test_there_are_at_least_as_many_bytes_as_asked_for(server, tmp_path, num_bytes):
+def test_the_prefix_has_at_least_the_requested_bytes(server, tmp_path, num_bytes):
     assert stories.get(tmp_path, num_bytes).train.stat().st_size >= num_bytes
 
 
-def test_a_later_call_for_more_goes_on_where_the_first_ended(server, tmp_path):
+def test_a_later_call_for_more_resumes_where_the_first_ended(server, tmp_path):
     small = stories.get(tmp_path, 900_000).train
     have = small.stat().st_size
     server.requests.clear()
@@ -246,7 +246,7 @@ def test_a_later_call_for_more_goes_on_where_the_first_ended(server, tmp_path):
     assert whole.train.read_bytes() == TRAIN_BYTES
 
 
-def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch):
+def test_existing_files_are_used_without_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stories, "open_url", lambda *_: pytest.fail("used the network"))
     (tmp_path / stories.TRAIN.name).write_text("Mine.")
     (tmp_path / stories.VALID.name).write_text("Mine, too.")
@@ -255,7 +255,7 @@ def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch)
     assert source.name == "TinyStoriesV2" and capsys.readouterr().err == ""
 
 
-def test_a_part_that_holds_enough_is_taken_without_network(tmp_path, monkeypatch):
+def test_a_part_that_is_large_enough_is_used_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     part = put_part(tmp_path, TRAIN_BYTES[:MIB])
     (tmp_path / stories.VALID.name).write_text("Mine.")
@@ -297,7 +297,7 @@ def test_a_cut_connection_is_resumed_within_the_call(server, tmp_path, capsys):
     assert source.train.read_bytes() == TRAIN_BYTES and capsys.readouterr().err == ""
 
 
-def test_a_connection_cut_again_and_again_keeps_what_came(server, tmp_path, capsys):
+def test_a_connection_cut_repeatedly_keeps_the_bytes_received(server, tmp_path, capsys):
     server.cuts = [300_000, 200_000, 100_000]
     fails(tmp_path, capsys, "the connection was cut after 600,000 of")
     server.requests.clear()
@@ -314,14 +314,14 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
     assert TRAIN_BYTES.startswith(source.train.read_bytes()) and source.train.stat().st_size <= MIB
 
 
-def test_a_part_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
+def test_a_part_of_another_file_fails_the_hash_and_is_deleted(server, tmp_path, capsys):
     part = put_part(tmp_path, b"something else" * 1000)
     fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
     assert not part.exists()
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
-def test_a_beginning_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
+def test_a_prefix_of_another_file_fails_the_hash_and_is_deleted(server, tmp_path, capsys):
     server.mode = "other contents"
     assert stories.get(tmp_path, 900_000).name.startswith("generated")  # its validation stories are wrong
     assert stories.list_prefixes(stories.TRAIN, tmp_path)
@@ -332,7 +332,7 @@ def test_a_beginning_of_another_file_is_found_by_the_hash_and_dropped(server, tm
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
-def test_redirections_are_followed_with_the_range(server, tmp_path):
+def test_redirections_keep_the_range(server, tmp_path):
     server.mode = "redirect"
     assert stories.get(tmp_path, 900_000).name == "TinyStoriesV2 (first 1 MiB)"
     assert server.requests[1] == (stories.TRAIN.name, f"bytes=0-{MIB - 1}")
@@ -373,7 +373,7 @@ def test_wrong_validation_stories_are_named(server, tmp_path, capsys):
     fails(tmp_path, capsys, "wrong contents", name=stories.VALID.name)
 
 
-def test_a_page_in_the_middle_of_a_download_leaves_what_came(server, tmp_path, capsys):
+def test_a_page_in_the_middle_of_a_download_leaves_the_part_unchanged(server, tmp_path, capsys):
     part, server.mode = put_part(tmp_path, TRAIN_BYTES[:5000]), "page at the range"
     fails(tmp_path, capsys, "a web page instead of the file")
     assert part.read_bytes() == TRAIN_BYTES[:5000]
@@ -381,14 +381,14 @@ def test_a_page_in_the_middle_of_a_download_leaves_what_came(server, tmp_path, c
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
-def test_a_server_that_gives_less_than_the_range_is_asked_for_the_rest(server, tmp_path):
+def test_the_rest_of_a_range_that_came_short_is_requested(server, tmp_path):
     server.mode = "short ranges"
     assert TRAIN_BYTES.startswith(stories.get(tmp_path, 900_000).train.read_bytes())
-    asked = [int(wanted[len("bytes=") :].split("-")[0]) for _, wanted in server.requests if wanted]
-    assert asked[:3] == [0, 400_000, 800_000]
+    starts = [int(wanted[len("bytes=") :].split("-")[0]) for _, wanted in server.requests if wanted]
+    assert starts[:3] == [0, 400_000, 800_000]
 
 
-def test_a_stall_ends_and_keeps_what_came(server, tmp_path, capsys, monkeypatch):
+def test_a_stall_ends_and_keeps_the_bytes_received(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stories, "STALL_SECONDS", 0.2)
     server.mode = "stall"
     fails(tmp_path, capsys, "the server sent nothing for 0.2 s")
@@ -412,7 +412,7 @@ def test_a_name_that_does_not_resolve_is_one_line(tmp_path, capsys, monkeypatch)
     assert "cannot be resolved" in err or "no answer within 8 s" in err  # the resolver may be slower than we wait
 
 
-def test_a_server_that_never_answers_is_given_up(tmp_path, capsys, monkeypatch):
+def test_a_server_that_never_answers_ends_in_one_line(tmp_path, capsys, monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -421,10 +421,10 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, capsys, monkeypatch):
         fails(tmp_path, capsys, "no answer within 0.3 s")
 
 
-# -- several processes, and what a killed one leaves
+# -- several processes, killed processes
 
 
-def test_first_runs_at_once_download_once_and_have_the_same_stories(server, tmp_path):
+def test_processes_that_start_at_once_download_once_and_get_the_same_stories(server, tmp_path):
     server.mode = "slow"
     found = [finish(process) for process in [start(tmp_path, 900_000) for _ in range(3)]]
     assert len({path for _, path, _ in found}) == 1 and server.sent == MIB + len(VALID_BYTES)
@@ -433,7 +433,7 @@ def test_first_runs_at_once_download_once_and_have_the_same_stories(server, tmp_
     assert sum("another process is writing" in err for _, _, err in found) >= 1
 
 
-def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(server, tmp_path):
+def test_processes_that_need_different_amounts_all_get_true_stories(server, tmp_path):
     server.mode = "slow"
     for process, num_bytes in [(start(tmp_path, num_bytes), num_bytes) for num_bytes in (900_000, 1_500_000, 10**9)]:
         name, path, _ = finish(process)
@@ -441,7 +441,7 @@ def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(s
         assert path.stat().st_size >= min(num_bytes, len(TRAIN_BYTES))
 
 
-def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(server, tmp_path):
+def test_a_waiting_process_says_so_in_one_line_and_then_uses_the_files(server, tmp_path):
     with open(tmp_path / "stories.lock", "ab") as lock:
         assert bpe.lock_file(lock)
         waiting = start(tmp_path, 900_000)
@@ -453,7 +453,7 @@ def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(serve
     assert finish(waiting) == ("TinyStoriesV2", path, "") and not server.requests
 
 
-def test_a_download_that_was_killed_is_resumed_and_its_lock_blocks_nobody(server, tmp_path, capsys):
+def test_a_killed_download_is_resumed_and_leaves_no_lock(server, tmp_path, capsys):
     server.mode, part = "slow", tmp_path / (stories.TRAIN.name + ".part")
     process = start(tmp_path, 10**9)
     wait_for(lambda: stories.file_size(part) > 400_000)
@@ -465,7 +465,7 @@ def test_a_download_that_was_killed_is_resumed_and_its_lock_blocks_nobody(server
     assert have > 300_000 and server.requests[0][1] == f"bytes={have}-{len(TRAIN_BYTES) - 1}"
 
 
-def test_bytes_that_no_note_vouches_for_are_fetched_again(server, tmp_path):
+def test_bytes_that_the_note_does_not_cover_are_downloaded_again(server, tmp_path):
     part = put_part(tmp_path, TRAIN_BYTES[:500_000])
     with open(part, "ab") as file:
         file.write(TRAIN_BYTES[:500_000])  # the same stories twice
@@ -474,9 +474,9 @@ def test_bytes_that_no_note_vouches_for_are_fetched_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no note", "other bytes", "fewer bytes", "an empty note"])
-def test_a_part_that_is_not_what_was_received_is_fetched_again(server, tmp_path, damage):
+def test_a_damaged_part_is_downloaded_again(server, tmp_path, damage):
     part = put_part(tmp_path, TRAIN_BYTES[:500_000] * 2 if damage == "no note" else TRAIN_BYTES[:MIB])
-    if damage == "no note":  # of an earlier version: two processes wrote it
+    if damage == "no note":  # written by an earlier version, possibly by two processes
         stories.note_path(part).unlink()
     if damage == "other bytes":
         part.write_bytes(b"X" + TRAIN_BYTES[1:MIB])
@@ -489,7 +489,7 @@ def test_a_part_that_is_not_what_was_received_is_fetched_again(server, tmp_path,
 
 
 @pytest.mark.parametrize("damaged", [lambda text: b"X" + text[1:], lambda text: text[:-1], lambda text: text + b"X"])
-def test_stories_that_were_handed_out_are_checked_before_they_are_used_again(server, tmp_path, damaged):
+def test_a_prefix_is_checked_before_it_is_used_again(server, tmp_path, damaged):
     first = stories.get(tmp_path, 900_000).train
     text = first.read_bytes()
     first.write_bytes(damaged(text))
@@ -499,19 +499,19 @@ def test_stories_that_were_handed_out_are_checked_before_they_are_used_again(ser
 
 
 @pytest.mark.parametrize("num_bytes", [1_500_000, 10**9])
-def test_stories_that_were_handed_out_do_not_change_while_more_is_fetched(server, tmp_path, num_bytes):
+def test_a_prefix_does_not_change_while_more_is_downloaded(server, tmp_path, num_bytes):
     first = stories.get(tmp_path, 900_000).train
     before, modified = first.read_bytes(), first.stat().st_mtime_ns
     assert stories.get(tmp_path, num_bytes).train != first
     assert first.read_bytes() == before and first.stat().st_mtime_ns == modified
-    os.utime(first, (1, 1))  # read long ago
+    os.utime(first, (1, 1))  # a day old: no run reads it any more
     (tmp_path / stories.TRAIN.name).unlink(missing_ok=True)
     stories.get(tmp_path, 10**9)
     assert not first.exists() and not stories.note_path(first).exists()
 
 
-def test_a_second_writer_of_a_part_is_noticed_at_the_next_block(server, tmp_path, capsys, monkeypatch):
-    """On a file system without locks."""
+def test_a_second_writer_of_a_part_is_detected_at_the_next_block(server, tmp_path, capsys, monkeypatch):
+    """As on a file system without locks."""
     part, read, added = tmp_path / (stories.TRAIN.name + ".part"), stories.read_block, []
 
     def meddle(response, size):
@@ -531,14 +531,14 @@ def no_locks(_):
     raise OSError(stories.errno.ENOLCK, "No locks available")
 
 
-def test_without_locks_one_line_says_so_and_the_download_goes_on(server, tmp_path, capsys, monkeypatch):
+def test_without_locks_one_line_says_so_and_the_download_continues(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bpe, "lock_file", no_locks)
     assert stories.get(tmp_path, 900_000).name.startswith("TinyStoriesV2")
     assert f"cannot lock {tmp_path} (No locks available)" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_what_lies_there_is_used_without_a_lock(server, tmp_path, monkeypatch):
-    """The folder may be one that this user cannot write."""
+def test_existing_files_are_used_without_a_lock(server, tmp_path, monkeypatch):
+    """The user may have no permission to write there."""
     stories.get(tmp_path, 900_000)
     stories.write_generated(tmp_path, 10_000)
     monkeypatch.setattr(stories, "folder_lock", lambda _: pytest.fail("took the lock"))
@@ -555,7 +555,7 @@ def test_only_a_trusted_certificate_is_accepted(server, tmp_path, capsys, monkey
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.handle_error = lambda *_: None  # the client hangs up on a certificate that it does not trust
+    server.handle_error = lambda *_: None  # the client closes the connection if it does not trust the certificate
     monkeypatch.setenv("HF_ENDPOINT", f"https://localhost:{server.server_address[1]}")
     fails(tmp_path, capsys, "the server's certificate is not trusted")
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
@@ -568,7 +568,7 @@ def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
     assert server.requests == []
 
 
-def test_the_disk_filling_up_is_one_line(server, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_fills_up_is_one_line(server, tmp_path, capsys, monkeypatch):
     class Full(stories.ProgressBar):
         def show(self, have):
             raise OSError(stories.errno.ENOSPC, "No space left on device")
@@ -577,7 +577,7 @@ def test_the_disk_filling_up_is_one_line(server, tmp_path, capsys, monkeypatch):
     fails(tmp_path, capsys, "the disk is full")
 
 
-def test_the_bar_is_for_terminals(capsys, monkeypatch):
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = stories.ProgressBar("file", 0, 2_000_000)
     bar.show(2_000_000)
@@ -592,14 +592,14 @@ def test_the_bar_is_for_terminals(capsys, monkeypatch):
 def test_generated_files_have_the_layout_of_the_data_set(tmp_path):
     source = stories.write_generated(tmp_path, 100_000)
     text = source.train.read_bytes().decode("ascii")
-    told = text.split(f"\n{stories.END}\n")
-    assert told.pop() == "" and len(told) == len(set(told)) and len(text) >= 100_000
-    assert told == list(dict.fromkeys(itertools.islice(stories.generate(0), len(told))))
-    assert not set(told) & set(source.valid.read_text().split(f"\n{stories.END}\n")[:-1])
+    found = text.split(f"\n{stories.END}\n")
+    assert found.pop() == "" and len(found) == len(set(found)) and len(text) >= 100_000
+    assert found == list(dict.fromkeys(itertools.islice(stories.generate(0), len(found))))
+    assert not set(found) & set(source.valid.read_text().split(f"\n{stories.END}\n")[:-1])
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
+def test_generated_files_are_reused_while_they_are_current(tmp_path, monkeypatch):
     source = stories.write_generated(tmp_path, 100_000)
     before = source.train.read_bytes()
 
@@ -611,7 +611,7 @@ def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
     assert untouched(100_000) and untouched(50_000)
     assert not untouched(150_000) and source.train.read_bytes().startswith(before)
     assert not untouched(1000, seed=1)
-    source.train.write_bytes(before[:-5])  # somebody cut it
+    source.train.write_bytes(before[:-5])  # truncated
     assert not untouched(1000, seed=1)
     grammar = tmp_path / "plots.txt"
     grammar.write_text(generate.GRAMMAR.read_text("utf-8").replace("Lily, ", "Zora, "), "utf-8")
@@ -622,7 +622,7 @@ def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "generated.json").read_text())["seed"] == 1
 
 
-def test_processes_that_generate_at_once_leave_whole_files(tmp_path, monkeypatch):
+def test_processes_that_generate_at_once_write_whole_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     sizes = (400_000, 3_000_000, 3_000_000, 500_000)
     for process, num_bytes in [(start(tmp_path, num_bytes), num_bytes) for num_bytes in sizes]:
@@ -630,7 +630,7 @@ def test_processes_that_generate_at_once_leave_whole_files(tmp_path, monkeypatch
         assert name == "generated stories, seed 0" and path.stat().st_size >= num_bytes
     made = list(itertools.islice(stories.generate(0), 20_000))
     assert path.read_bytes().decode().split(f"\n{stories.END}\n")[:-1] == list(dict.fromkeys(made))[: count(path)]
-    monkeypatch.setattr(stories, "generate", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(stories, "generate", lambda *_: pytest.fail("generated again"))
     stories.write_generated(tmp_path, 3_000_000)
     files = ["generated-train.txt", "generated-valid.txt", "generated.json", "stories.lock"]
     assert sorted(os.listdir(tmp_path)) == files
@@ -640,8 +640,8 @@ def count(path):
     return path.read_bytes().count(stories.END.encode())
 
 
-def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monkeypatch):
-    """Even where nothing is locked: each has a file of its own until it is whole."""
+def test_two_writers_of_generated_stories_never_write_to_one_file(tmp_path, monkeypatch):
+    """Even without locks: each writes to a file of its own and renames it when it is whole."""
     monkeypatch.setattr(bpe, "lock_file", no_locks)
     real, inner = stories.generate, []
 
@@ -654,8 +654,8 @@ def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monk
 
     monkeypatch.setattr(stories, "generate", generate)
     source = stories.write_generated(tmp_path, 60_000)
-    told = source.train.read_text().split(f"\n{stories.END}\n")[:-1]
-    assert told == list(itertools.islice(real(0), len(told))) and source.train.stat().st_size >= 60_000
+    found = source.train.read_text().split(f"\n{stories.END}\n")[:-1]
+    assert found == list(itertools.islice(real(0), len(found))) and source.train.stat().st_size >= 60_000
     assert sorted(os.listdir(tmp_path))[:3] == ["generated-train.txt", "generated-valid.txt", "generated.json"]
 
 
@@ -664,8 +664,8 @@ def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monk
 
 def test_show_prints_stories(capsys):
     assert stories.main(["--show", "3", "--seed", "9"]) == 0
-    told = capsys.readouterr().out.split(f"\n{stories.END}\n")
-    assert told == [*itertools.islice(stories.generate(9), 3), ""]
+    found = capsys.readouterr().out.split(f"\n{stories.END}\n")
+    assert found == [*itertools.islice(stories.generate(9), 3), ""]
 
 
 def test_download_names_the_files(server, tmp_path, capsys):
@@ -690,7 +690,7 @@ def test_an_unwritable_folder_is_one_line_and_status_2(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("stories.py: error: ")
 
 
-def test_a_reader_of_the_stories_may_have_enough(tmp_path):
+def test_a_reader_that_closes_the_pipe_causes_no_error(tmp_path):
     words = [sys.executable, stories.__file__, "--show", "20000"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert process.stdout.readline()
