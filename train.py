@@ -106,9 +106,9 @@ def are_token_files(paths):
 def find_stories(args, s, cfg):
     """Training and validation files, and their name, where the command line names no data."""
     try:
-        import stories
+        from extras import stories
     except ImportError:
-        raise ValueError("stories.py is not here, so name your text: --data FILE") from None
+        raise ValueError("extras/stories.py is missing, so name your text: --data FILE") from None
     if args.steps:
         tokens = args.steps * s["batch_size"] * cfg.seq_len
     else:  # as many as fit the time at 60% of the machine's peak: fewer are read

@@ -245,9 +245,9 @@ def first_encode(path, tokenizer, folder):
 
 def generated(folder, size=12_500_000):
     try:
-        import stories
+        from extras import stories
     except ImportError:
-        sys.exit("tokenizer_speed.py: stories.py is not here; name a text file")
+        sys.exit("tokenizer_speed.py: extras/stories.py is missing; name a text file")
     out, left = Path(folder, "stories.txt"), size
     with open(out, "w", encoding="utf-8", newline="\n") as file:
         for story in stories.generate(0):
@@ -267,7 +267,7 @@ def gathered(files, folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Speed and memory of tokenizers, ours beside others.")
-    parser.add_argument("files", nargs="*", help="text files; default: stories that stories.py generates")
+    parser.add_argument("files", nargs="*", help="text files; default: stories that extras/stories.py generates")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side that count (default %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)

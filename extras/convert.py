@@ -1,11 +1,11 @@
-"""Models of Hugging Face `transformers` as ours: GPT-2, GPT-Neo, Llama, Bloom.
+"""Convert models of Hugging Face `transformers` to our checkpoints: GPT-2, GPT-Neo, Llama, Bloom.
 
     python extras/convert.py FOLDER --out model.safetensors      # config.json, *.safetensors, tokenizer.json
     python sample.py --checkpoint model.safetensors --prompt "Lily found"
 
-The converted model computes the same logits, or there is none. A field of config.json that changes them is carried out
-or refused; those not named here matter only in training (dropout), in memory or for another head. Every tensor is read
-or known to be derived from the configuration (a mask, the frequencies of rotations).
+The converted model computes the same logits; otherwise the conversion fails. Every field of config.json that affects
+logits is either converted or rejected; the fields not named here affect only training (dropout), memory or other heads.
+Every tensor is either read or known to be derived from the configuration (a mask, the frequencies of rotations).
 Read in order: 1 tensors, 2 fields of config.json, 3 families, 4 the conversion, 5 command line.
 """
 
@@ -27,11 +27,11 @@ import tinygpt
 ITEM_SIZES = {"BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}  # bytes
 ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 DTYPES = tinygpt.DTYPES | {"F16": np.dtype("<f2")}
-DTYPES |= {name: np.dtype([(name, f"<u{size}")]) for name, size in ITEM_SIZES.items()}  # records: U16 is not BF16
+DTYPES |= {name: np.dtype([(name, f"<u{size}")]) for name, size in ITEM_SIZES.items()}  # records, so that U16 != BF16
 
 
 def read_tensors(files):
-    """name -> array as stored, of all these .safetensors files. ValueError if there is none, or a tensor twice."""
+    """Read .safetensors files -> {name: array as stored}. ValueError if there are none or a tensor is in two files."""
     if not files:
         raise ValueError("there is no .safetensors file; expected a model of transformers")
     tensors = {}
@@ -44,7 +44,7 @@ def read_tensors(files):
 
 
 def read_weight(name, x):
-    """A tensor as float32 or float64. ValueError if its dtype is another or a number in it is not finite in float32."""
+    """A tensor as float32 or float64. ValueError for other dtypes and for values not finite in float32."""
     if x.dtype == DTYPES["BF16"]:  # the upper half of a float32
         x = (x["BF16"].astype(np.uint32) << 16).view(np.float32)
     if x.dtype.kind != "f":
@@ -65,8 +65,11 @@ PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor"
 
 
 def field(c, *names, kind=int, default=...):
-    """The value of a field that goes by any of these names; `default`, if there is one, where it is absent or null.
-    ValueError if it is missing, of another type, a number that is not positive, or has two values under two names."""
+    """The value of a field that has one of these names, or `default` if it is absent or null.
+
+    ValueError if a field without default is missing, or the value has the wrong type, is a number that is not positive,
+    or differs between two of the names.
+    """
     found = {name: c[name] for name in names if c.get(name) is not None or (kind is bool and name in c)}
     if not found and default is ...:
         raise ValueError(f"config.json has no field {' or '.join(names)}")
@@ -81,13 +84,13 @@ def field(c, *names, kind=int, default=...):
 
 
 def expect(c, name, *known):
-    """ValueError if a field that our Config has no counterpart for is neither absent, nor null, nor one of `known`."""
+    """For fields without counterpart in our Config: ValueError unless it is absent, null or one of `known`."""
     if c.get(name) not in (None, *known):
         raise ValueError(f"config.json: {name} is {c[name]!r:.80}; expected {known[0] if known else 'none'}")
 
 
 def activation(c, name, known=tuple(ACTIVATIONS), default=...):
-    """The name of our activation for theirs."""
+    """Our name of the activation that a field names."""
     value = field(c, name, kind=str, default=default)
     if value not in known:
         raise ValueError(f"config.json: {name} is {value!r:.80}; expected one of {', '.join(known)}")
@@ -96,13 +99,13 @@ def activation(c, name, known=tuple(ACTIVATIONS), default=...):
 
 # == 3  families =======================================================================================================
 #
-# Each returns the fields of our Config, the prefix of its names, rows {our tensor: how to make it}, and the names of
-# derived tensors; {} is the layer. A row is a name, taken as it is (in, out); a tuple of names of Linear weights
-# (out, in), transposed and put side by side; or a name and a function.
+# Each function returns the fields of our Config, the prefix of the tensor names, rows {our tensor: their tensors}, and
+# the names of derived tensors. {} in a name stands for the layer. A row is one of: a name, for a tensor that is copied,
+# (in, out); a tuple of names, for Linear weights (out, in) that are concatenated and transposed; (name, function).
 
 
 def with_biases(rows, pairs):
-    """rows and, for each (ours, theirs), gain or matrix and bias under the names of both."""
+    """Add to `rows`, for each (ours, theirs), the weight and the bias."""
     for ours, theirs in pairs:
         rows |= {f"{ours}_w": f"{theirs}.weight", f"{ours}_b": f"{theirs}.bias"}
     return rows
@@ -138,20 +141,22 @@ def gpt_neo(c):
 
 
 def has_local_layers(c):
-    """Whether layers 1, 3, 5, ... see a window; ValueError if others do. The kind of each layer is in attention_layers,
-    or in attention_types as [[kinds, how often], ...]."""
+    """True if layers 1, 3, 5, ... have local attention, False if none has; ValueError for other patterns.
+
+    The kinds of the layers are in attention_layers, or in attention_types as [[kinds, count], ...].
+    """
     layers = field(c, "attention_layers", kind=list, default=None)
     types = field(c, "attention_types", kind=list, default=... if layers is None else None)
     try:
         repeated = [kind for kinds, times in types or () for _ in range(times) for kind in kinds]
     except (TypeError, ValueError):
-        raise ValueError(f"config.json: attention_types is {types!r:.80}; expected [[kinds, how often], ...]") from None
+        raise ValueError(f"config.json: attention_types is {types!r:.80}; expected [[kinds, count], ...]") from None
     given = [kinds for kinds in (layers, types and repeated) if kinds is not None]
     L, first = field(c, "num_layers", "num_hidden_layers"), given[0]
     patterns = ["global"] * len(first), [("global", "local")[i % 2] for i in range(len(first))]
     if len(first) != L or first not in patterns or given[-1] != first:
         found = f"attention_layers is {layers!r:.80}, attention_types {types!r:.80}"
-        raise ValueError(f"config.json: {found}; expected {L} layers, all global or global and local in turn")
+        raise ValueError(f"config.json: {found}; expected {L} layers, all global, or global and local alternating")
     return "local" in first
 
 
@@ -177,7 +182,7 @@ def llama(c):
 
 
 def read_theta(c):
-    """The base of the rotations' angles, a field of its own or of one of two objects. ValueError if they are scaled."""
+    """The base of RoPE's angles, a field of config.json or of an object in it. ValueError if the angles are scaled."""
     thetas = {"rope_theta": c.get("rope_theta")}
     expect(c, "partial_rotary_factor", 1)
     for name in ("rope_parameters", "rope_scaling"):
@@ -195,7 +200,7 @@ def bloom(c):
     cfg |= dict(layers=field(c, "n_layer", "num_hidden_layers"), norm_eps=field(c, "layer_norm_epsilon", kind=float))
     cfg |= dict(positions="alibi", embedding_norm=True)
 
-    def by_kind(x):  # rows or elements of q, k and v of each head -> q of every head, then k, then v
+    def by_kind(x):  # (H, 3, D) -> (3, H, D) along the first axis: q of all heads, then k, then v
         return x.reshape(H, 3, C // H, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
     layer = "h.{}."
@@ -214,15 +219,15 @@ FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "llama": llama, "bloom": bloom}
 
 
 def from_transformers(config, tensors):
-    """Their configuration (a dict) and tensors (name -> array) -> parameters, flat (count,), and our Config.
+    """config.json (a dict) and tensors (name -> array) -> flat parameters (count,) and our Config.
 
-    ValueError for a family, a field, a tensor or a shape that is not converted.
+    ValueError for a family, field, tensor or shape that cannot be converted.
     """
     if not isinstance(config, dict):
         raise ValueError(f"config.json is a {type(config).__name__}; expected an object")
     family = field(config, "model_type", kind=str)
     if family not in FAMILIES:
-        raise ValueError(f"it is a {family} model; expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type is {family}; expected one of {', '.join(FAMILIES)}")
     for name, known in (("is_causal", True), ("is_encoder_decoder", False), ("pruned_heads", {}), ("auto_map", {})):
         expect(config, name, known)
     expect(config, "quantization_config")
@@ -238,7 +243,7 @@ def from_transformers(config, tensors):
 
     rows["head_w"] = "lm_head.weight"
     tied = field(config, "tie_word_embeddings", kind=bool, default=family != "llama")
-    if tied and "lm_head.weight" in tensors:  # as in transformers: a file that has both, and not the same, is not tied
+    if tied and "lm_head.weight" in tensors:  # as in transformers: not tied if both are stored and differ
         tied = np.array_equal(read("lm_head.weight"), read(rows["embed_w"]))
     cfg, parts = tinygpt.Config(vocab_size=field(config, "vocab_size"), tied=tied, **fields), []
     for t in tinygpt.layout(cfg):
@@ -246,7 +251,7 @@ def from_transformers(config, tensors):
         for layer in range(cfg.layers if t.layered else 1):
             names = [row] if isinstance(row, str) else [name for name in row if not callable(name)]
             found, x = [read(name, layer) for name in names], None
-            with contextlib.suppress(ValueError):  # shapes that do not go together
+            with contextlib.suppress(ValueError):  # shapes that do not match
                 x = combine(row, found)
             if x is None or x.shape != shape:
                 theirs = ", ".join(f"{name.format(layer)} {y.shape}" for name, y in zip(names, found))
@@ -260,14 +265,14 @@ def from_transformers(config, tensors):
 
 
 def combine(row, found):
-    """The tensors that a row names -> ours."""
+    """Our tensor from the tensors that a row names."""
     if isinstance(row, str):
         return found[0]
     return row[-1](found[0]) if callable(row[-1]) else np.concatenate(found).T
 
 
 def both_names(name, prefix, layer):
-    """The names that a tensor may have: that of a model with a head, that of one without."""
+    """The two possible names of a tensor: in a model with a head and in one without."""
     return (prefix + name).format(layer), name.format(layer)
 
 
@@ -275,7 +280,7 @@ def both_names(name, prefix, layer):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="convert.py", description="A model of transformers as one of ours.")
+    parser = sample.Parser(prog="convert.py", description="Convert a model of transformers to a checkpoint.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     args = parser.parse_args(argv)
@@ -285,7 +290,7 @@ def main(argv=None):
         tokenizer = bpe.Tokenizer.load(tokenizer_path)
         files = sorted(args.folder.glob("*.safetensors"))
         if args.out.exists() and any(args.out.samefile(path) for path in (config_path, tokenizer_path, *files)):
-            raise ValueError(f"--out {args.out} is a file of the model that is converted; name another")
+            raise ValueError(f"--out {args.out} is a file of the model to convert; name another")
         parameters, cfg = from_transformers(config, read_tensors(files))
         if tokenizer.vocab_size > cfg.vocab_size:
             raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens; expected at most V={cfg.vocab_size}")

@@ -1,13 +1,13 @@
-"""What happens to a text on its way through a model, as the specification runs it: op by op, as numbers, as a picture.
+"""Explain how a model computes, by running the specification: a trace of its ops, golden numbers, a picture.
 
     python extras/explain.py trace "Lily found" --size 1m
     python extras/explain.py trace "Lily found" --checkpoint runs/1m/last.safetensors
     python extras/explain.py golden --size gpt2 --scaled-down --out golden.safetensors
     python extras/explain.py picture --size 1m --out architecture.svg
 
-`trace` prints one line for each op of the real forward: the section of tinygpt.py that defines it, the shapes that go
-in and come out, its parameters by name and number, its floating-point operations, what it computes. `golden` writes
-every number of a forward, a backward and ten updates in float64, for a port to compare with. `picture` draws the trace.
+`trace` prints one line for each op of a real forward: the section of tinygpt.py that defines it, the shapes of its
+inputs and output, its parameters (names, count), its FLOPs and its equation. `golden` writes every number of a forward,
+a backward and ten updates in float64, for a port to compare with. `picture` draws the trace.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ import train
 class Call(NamedTuple):
     """One call of a function of tinygpt.py."""
 
-    code: object  # the function's
+    code: object  # the code object of the function
     arguments: dict  # name -> value
-    names: dict  # name -> value of arguments and local names, when it returned
+    names: dict  # name -> value of arguments and local variables, at the return
     result: object
-    calls: list  # those that it made itself
+    calls: list  # the calls that it made directly
 
 
 def watch(function, *arguments):
-    """function(*arguments) -> the calls of functions of tinygpt.py that it makes, in order, each with its own."""
+    """Run function(*arguments) -> the tree of calls of functions of tinygpt.py, in order."""
     given, made = [], [[]]
 
     def event(frame, kind, result):
@@ -66,7 +66,7 @@ def watch(function, *arguments):
 
 @functools.cache
 def section_of(code):
-    """The number of the section of tinygpt.py that a function stands in."""
+    """The number of the section of tinygpt.py that defines a function."""
     lines = Path(tinygpt.__file__).read_text(encoding="utf-8").splitlines()[: code.co_firstlineno]
     return next(match.group(1) for line in reversed(lines) if (match := re.match(r"# == ([\d.]+) ", line)))
 
@@ -90,28 +90,28 @@ EQUATIONS = {  # of every primitive of Part I that a forward calls
 
 
 def equation(row):
-    """Without what the model lacks."""
+    """The equation of an op, without the terms that the model does not have."""
     words = EQUATIONS.get(row.op, "logits = n w^T + b")
     words = words if "position_w" in row.names else words.removesuffix(" + positions[t]")
-    words = words if len(row.inputs) > 3 else words.replace(" - slope (t - s)", "")  # after q, k, v: ALiBi's slopes
+    words = words if len(row.inputs) > 3 else words.replace(" - slope (t - s)", "")  # q, k, v, ALiBi's slopes
     return words if any(name.endswith("_b") for name in row.names) else words.removesuffix(" + b")
 
 
 class Row(NamedTuple):
-    """An op of the forward."""
+    """One op of the forward."""
 
     section: str
     op: str
     inputs: list  # shapes
     out: tuple
-    names: list  # of its parameters
-    size: int  # the number of them
+    names: list  # of its parameter tensors
+    size: int  # number of parameters
     flops: int
     sublayer: str
 
 
 def flops(name, given, out):
-    """Of one call: 2 for each weight that a row meets, 4 D for each query and key that it sees, else 1 an element."""
+    """FLOPs of one call: 2 per weight and row, 4 D per query and visible key, else 1 per element."""
     if name == "linear":
         return 2 * given["x"].size * given["w"].shape[1]
     if name == "attention":
@@ -121,7 +121,7 @@ def flops(name, given, out):
 
 
 def primitives(calls, sublayer=""):
-    """(sublayer, name, call) of the primitives that a forward's calls come down to, in order."""
+    """Yield (sublayer, name, call) of the primitives in a tree of calls, in order."""
     for call in calls:
         name = call.code.co_name.removesuffix("_forward")
         if name in EQUATIONS:
@@ -131,10 +131,10 @@ def primitives(calls, sublayer=""):
 
 
 def trace(p, cfg, tokens):
-    """Run the specification -> a `Row` for each op."""
+    """Run the specification -> one `Row` for each op."""
     names = {}
     for layer in [p, *p["layers"]]:
-        names |= {x.ctypes.data: name for name, x in layer.items() if isinstance(x, np.ndarray)}  # of x.T as well
+        names |= {x.ctypes.data: name for name, x in layer.items() if isinstance(x, np.ndarray)}  # the same for x.T
 
     def run():
         x, _ = tinygpt.forward(p, tokens, cfg, tinygpt.OPS["numpy"])
@@ -153,9 +153,9 @@ def trace(p, cfg, tokens):
 
 # == 3  golden numbers =================================================================================================
 #
-# A name is the way to a variable of the specification: `layers.1.attention_layer.qkv` is qkv in attention_layer_forward
-# (gradients: in attention_layer_backward) of layer 1, `layers.1.attention_layer.q_turn.x` is x in the call of
-# rotate_forward that made the cache q_turn. What a function returns without a name is `out`, of a backward `dx`.
+# A name is the path of a variable of the specification: `layers.1.attention_layer.qkv` is qkv in layer 1's call of
+# attention_layer_forward (gradients: attention_layer_backward), `layers.1.attention_layer.q_turn.x` is x in the call of
+# rotate_forward that returned the cache q_turn. A result without a name is called `out`, that of a backward `dx`.
 
 DTYPES = tinygpt.DTYPES | {"I64": np.dtype("<i8")}
 STEPS = 10
@@ -172,14 +172,14 @@ ABOUT = (
 
 
 def golden_batch(step, B, T, V):
-    """Tokens, targets, weights, each (B, T), of an update, by the formulas above."""
+    """tokens, targets, weights, each (B, T), of an update, by the formulas above."""
     i, t = np.arange(step * B, (step + 1) * B)[:, None], np.arange(T + 1)
     ids = (5 * t * t + 3 * i * t + i * i + 1) % V  # (B, T + 1)
     return ids[:, :-1], ids[:, 1:], (i + t[:-1]) % 4 / 2
 
 
 class SpecState(train.State):
-    """Training's state, with updates by the specification."""
+    """The state of training, updated by the specification of AdamW."""
 
     def norm(self):
         return math.sqrt(float((self.gradient * self.gradient).sum()))
@@ -191,13 +191,13 @@ class SpecState(train.State):
 
 
 def golden_settings(cfg, B, seed):
-    """Of the ten updates: what train.py takes by default, but for the warm-up, and a norm that clips some of them."""
+    """Settings of the ten updates: the defaults of train.py, a shorter warm-up, and clipping that affects some."""
     s = train.recipe_of("", cfg, False) | dict(batch_size=B, micro_batch_size=B, steps=STEPS, warmup_steps=3)
     return s | dict(min_lr=s["lr"] / 10, grad_clip=2.0, seed=seed, eps=train.ADAM_EPS)
 
 
 def updates(state, ops, s, T):
-    """Ten updates of `state` -> name -> (10,), and parameters and moments by name."""
+    """Run ten updates of `state` -> {name: (10,)} of each update, and the final parameters and moments by name."""
     rows = [
         train.update(state, golden_batch(step, s["batch_size"], T, state.cfg.vocab_size), ops, s)
         for step in range(s["steps"])
@@ -216,10 +216,10 @@ def by_name(cfg, prefix, flat):
 
 
 class Named:
-    """The arrays of a tree of calls, by the way to them."""
+    """Collects the arrays of a tree of calls under the paths of their variables."""
 
     def __init__(self, layers, known):
-        self.layers, self.known = layers, known  # arrays that are in the file already, or views of them
+        self.layers, self.known = layers, known  # arrays that are already in the file
         self.arrays, self.legend, self.first = {}, {}, {}
 
     def put(self, name, x, code):
@@ -228,14 +228,14 @@ class Named:
         place = x.ctypes.data, x.size
         if place not in self.first:
             self.first[place] = name, x.strides
-            self.arrays.setdefault(name, []).append(x)  # the head goes from sequence to sequence
+            self.arrays.setdefault(name, []).append(x)  # the head computes one sequence after another
             self.legend.setdefault(name, f"{code.co_name}, section {section_of(code)}")
         elif self.first[place][1] == x.strides:
             self.legend.setdefault(name, f"is {self.first[place][0]}")
 
     def add(self, call, path):
-        """What a call binds to names, and what those that it made do under the name of their cache."""
-        if path == "head_loss":  # a loop over sequences: at its end, the names are those of the last one
+        """Add the variables of a call and, under the name of its cache, those of each call that it made."""
+        if path == "head_loss":  # loops over sequences, so its own variables are those of the last one
             for each in call.calls:
                 self.add(each, f"{path}.{stem(each)}")
         for name, x in call.names.items():
@@ -250,7 +250,7 @@ class Named:
                 self.add(each, f"{path}.{name}")
 
     def add_model(self, calls):
-        """The sublayers among calls, whoever made them."""
+        """Add all sublayers in a tree of calls."""
         for call in calls:
             if stem(call) in ("embed", "attention_layer", "mlp_layer", "head_loss"):
                 layer = [i for i, p in enumerate(self.layers) if p is call.arguments.get("p")]
@@ -264,7 +264,7 @@ def stem(call):
 
 
 def golden(cfg, flat, s, T):
-    """Flat parameters (count,) in float64 -> (name -> array, name -> where it stands in tinygpt.py)."""
+    """Flat parameters (count,) in float64 -> {name: array}, {name: where tinygpt.py computes it}."""
     batch = golden_batch(0, s["batch_size"], T, cfg.vocab_size)
     p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
@@ -274,7 +274,7 @@ def golden(cfg, flat, s, T):
     named.add_model(calls)
     tinygpt.add_lookup_gradient(g)
     tensors = dict(zip(("tokens", "targets", "weights"), batch)) | by_name(cfg, "parameters", flat)
-    for name, parts in named.arrays.items():  # of the head: one part for each sequence
+    for name, parts in named.arrays.items():  # the head has one part for each sequence
         tensors[name] = np.stack(parts) if name.startswith("head_loss.") and name.count(".") > 1 else parts[0]
     tensors |= {"loss": np.array(calls[0].result[0])} | by_name(cfg, "gradients", gradient)
     tensors |= updates(SpecState(cfg, flat.copy()), ops, s, T)
@@ -303,19 +303,19 @@ def write_golden(path, cfg, flat, s, T):
 # == 4  the picture ====================================================================================================
 
 INK, GREY, LINE, PAPER = "#1f2328", "#59636e", "#57606a", "#ffffff"
-COLOURS = {  # of a sublayer: its panel, its bars
+COLOURS = {  # of a sublayer: panel, bars
     "embed": ("#fff5e1", "#d4870b"),
     "attention_layer": ("#eaf2ff", "#2f6fd0"),
     "mlp_layer": ("#e9f7ed", "#2d9650"),
     "head": ("#fbedf6", "#b5408d"),
 }
-SUMS = {  # what a sublayer does
+SUMS = {  # what a sublayer computes
     "embed": "tokens become x",
     "attention_layer": "x + attention(norm1(x)) out_w + out_b",
     "mlp_layer": "x + f(norm2(x) up_w + up_b) down_w + down_b",
     "head": "norm(x) against every row of the vocabulary",
 }
-WIDTH, STREAM, LEFT, RIGHT, BAR, ROW, TOP = 800, 68, 112, 776, 708, 44, 34  # pixels; TOP: of a panel's title
+WIDTH, STREAM, LEFT, RIGHT, BAR, ROW, TOP = 800, 68, 112, 776, 708, 44, 34  # pixels; TOP: height of a panel's title
 SANS = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'Liberation Mono', monospace"
 
@@ -326,12 +326,12 @@ def text(x, y, words, size=13, colour=INK, **attributes):
 
 
 def shape_of(shape):
-    """Of one sequence: without the axis of sequences."""
+    """Format a shape without the axis B if B = 1."""
     return str(shape[1:] if shape[0] == 1 and len(shape) > 2 else shape)
 
 
 def draw_row(y, rows, total, largest, bar):
-    """One op, or the same op on q and on k, as elements at height y; its FLOPs are those of all layers."""
+    """SVG elements at height y of one op, or of the same op on q and on k. FLOPs are summed over all layers."""
     op, section, work = rows[0].op, rows[0].section, sum(row.flops for row in rows)
     shapes = ", ".join(dict.fromkeys(shape_of(row.out) for row in rows))
     names, size = " ".join(name for row in rows for name in row.names), sum(row.size for row in rows)
@@ -354,11 +354,11 @@ def draw_row(y, rows, total, largest, bar):
 
 
 def picture(title, cfg, rows):
-    """The rows of a trace of one sequence -> the text of an SVG: the residual stream, and what branches off it."""
+    """The rows of a trace of one sequence -> the text of an SVG: the residual stream and its sublayers."""
     panels, total = {}, sum(row.flops for row in rows)
     for name in COLOURS:
         mine = [row for row in rows if row.sublayer == name]
-        each = len(mine) // (cfg.layers if name.endswith("_layer") else 1)  # ops of one layer
+        each = len(mine) // (cfg.layers if name.endswith("_layer") else 1)  # number of ops in one layer
         mine = [row._replace(flops=sum(r.flops for r in mine[i::each])) for i, row in enumerate(mine[:each])]
         panels[name] = [list(group) for _, group in itertools.groupby(mine, lambda row: row.op)]
     largest = max(sum(row.flops for row in group) for groups in panels.values() for group in groups)
@@ -378,7 +378,7 @@ def picture(title, cfg, rows):
     y, tops, under = 100, {}, []
     for name, groups in panels.items():
         fill, bar = COLOURS[name]
-        y += 18 if name in ("attention_layer", "head") else 0  # around the frame of a layer
+        y += 18 if name in ("attention_layer", "head") else 0  # space for the frame of a layer
         height = TOP + ROW * len(groups) + 4
         tops[name] = y, y + height
         under.append(f'<rect x="{LEFT}" y="{y}" width="{RIGHT - LEFT}" height="{height}" rx="8" fill="{fill}"/>')
@@ -401,7 +401,7 @@ def svg_frame(height):
 
 
 def stream(tops, cfg):
-    """The residual stream, where sublayers branch off and add back; tops: name of a panel -> its top and bottom."""
+    """SVG elements of the residual stream and of the arrows to and from it. tops: panel -> (top, bottom)."""
     (_, start), (_, stop) = tops["embed"], tops["head"]
     first, last = tops["attention_layer"][0] - 9, tops["mlp_layer"][1] + 9
     enter, leave = tops["embed"][0] + 17, tops["head"][0] + 17
@@ -445,7 +445,7 @@ def config_of(args):
 
 def command_trace(args):
     if args.tokenizer and not args.checkpoint:
-        raise ValueError("--tokenizer is that of a --checkpoint; name both, or leave it out")
+        raise ValueError("--tokenizer needs --checkpoint; name both or leave it out")
     if args.checkpoint:
         checkpoint, tokenizer = sample.load_model(args.checkpoint, args.tokenizer)
         cfg, flat = checkpoint.cfg, checkpoint.parameters
@@ -467,14 +467,14 @@ def command_golden(args):
         checkpoint = tinygpt.load_checkpoint(args.checkpoint)
         cfg, flat = checkpoint.cfg, checkpoint.parameters.astype(np.float64)
         if args.scaled_down or args.set:
-            raise ValueError("--checkpoint is a model as it is; leave out --scaled-down and --set")
+            raise ValueError("--checkpoint has its own configuration; leave out --scaled-down and --set")
     else:
         cfg = config_of(args)
         noise = np.random.default_rng(args.seed).standard_normal(tinygpt.count_parameters(cfg)[0])
-        flat = tinygpt.init_parameters(cfg, args.seed, np.float64) + noise / math.sqrt(cfg.width)  # gains are not 1
+        flat = tinygpt.init_parameters(cfg, args.seed, np.float64) + noise / math.sqrt(cfg.width)  # no gain is 1
     T = args.seq_len or min(8, cfg.seq_len)
     if T > cfg.seq_len:
-        raise ValueError(f"--seq-len {T} is above the model's seq_len={cfg.seq_len}; leave it out or lower it")
+        raise ValueError(f"--seq-len {T} is above the model's seq_len={cfg.seq_len}; lower it or leave it out")
     count = write_golden(args.out, cfg, flat, golden_settings(cfg, args.batch_size, args.seed), T)
     print(f"{args.out}: {count} tensors, {args.out.stat().st_size:,} bytes")
 
@@ -488,25 +488,25 @@ def command_picture(args):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
+    parser = sample.Parser(prog="explain.py", description="Explain a model: trace of its ops, golden numbers, picture.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, run, what):
         command = commands.add_parser(name, help=what)
         command.set_defaults(run=run)
-        command.add_argument("--size", default="1m", help="a size with fresh parameters (default 1m)")
-        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="its changes")
+        command.add_argument("--size", default="1m", help="a size with initial parameters (default %(default)s)")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="changes")
         return command
 
     command = add("trace", command_trace, "one line for each op of the forward")
-    command.add_argument("text", help="what the model reads, byte by byte or by its checkpoint's tokenizer")
+    command.add_argument("text", help="the text, tokenized into bytes or by the checkpoint's tokenizer")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
-    command.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that holds none, as llama2.c's")
-    command = add("golden", command_golden, "every number of a forward, a backward and ten updates, for a port")
+    command.add_argument("--tokenizer", metavar="FILE", help="for a checkpoint without one, such as llama2.c's")
+    command = add("golden", command_golden, "every number of a forward, a backward and ten updates, for ports")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
     command.add_argument("--scaled-down", action="store_true", help="the same architecture with short axes")
     command.add_argument(
-        "--batch-size", type=train.SOME, default=2, metavar="B", help="sequences (default %(default)s)"
+        "--batch-size", type=train.SOME, default=2, metavar="B", help="sequences per update (default %(default)s)"
     )
     command.add_argument("--seq-len", type=train.SOME, metavar="T", help="tokens of each (default 8, or the window)")
     command.add_argument("--seed", type=train.in_range(int, 0, 2**63 - 1), default=0, help="(default %(default)s)")

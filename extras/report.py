@@ -1,11 +1,11 @@
-"""What runs did, from their logs: one HTML page that needs no network, or the log handed on to a dashboard.
+"""A report of runs from their logs: one HTML page that needs no network, or an export to a dashboard.
 
-    python extras/report.py runs/1m                              # report.html; several runs are compared
-    python extras/report.py runs/sweep-lr-* --out sweep.html     # a folder of runs stands for all of them
-    python extras/report.py --tensorboard runs/1m --follow       # live, until the run's end; --wandb does the same
+    python extras/report.py runs/1m                              # writes report.html; compares several runs
+    python extras/report.py runs/sweep-lr-* --out sweep.html     # a folder stands for all runs in it
+    python extras/report.py --tensorboard runs/1m --follow       # live, until the run ends; also --wandb
 
-Nothing but log.jsonl is read, so a run that still trains, or was killed, is shown as far as it went. Read in order:
-1 the log, 2 what runs reached, 3 plots, 4 the page, 5 handing on, 6 command line.
+Only log.jsonl is read, so a run that is still training, or was killed, is shown up to its last update. Read in order:
+1 the log, 2 results, 3 plots, 4 the page, 5 export to dashboards, 6 command line.
 """
 
 import html
@@ -27,28 +27,28 @@ import train
 
 # == 1  the log ========================================================================================================
 
-COLUMNS = ("step", "loss", "lr", "norm", "tokens", "seconds")  # of an update
+COLUMNS = ("step", "loss", "lr", "norm", "tokens", "seconds")  # fields of an update
 KINDS = {"settings": "settings", "loss": "update", "val_nats": "validation", "final_val_nats": "final"}  # by a field
 
 
 class Log(NamedTuple):
     name: str
-    settings: dict  # those of the trainer and the fields of the model's Config
+    settings: dict  # the trainer's settings and the fields of the model's Config
     config: dict
     command: str
-    updates: list  # of dicts, COLUMNS and `elapsed`: seconds of training, all sittings together
-    validations: list  # of dicts: step, nats, bits, stories
-    final: dict  # nats, bits, tokens of the whole validation text; empty if the run did not get there
-    problems: list  # of lines that say what could not be read
+    updates: list  # dicts of COLUMNS and `elapsed`: seconds of training, summed over restarts
+    validations: list  # dicts of step, nats, bits, stories
+    final: dict  # nats, bits, tokens of the whole validation text; empty if the run did not finish
+    problems: list  # strings: what could not be read
 
 
 def number(x):
-    """x as a float; None if it is no number, or one that no run has and no axis holds."""
+    """x as a float; None if it is not a number, or is NaN, infinite or too large or small to plot."""
     return float(x) if type(x) in (int, float) and (x == 0 or 1e-100 < abs(x) < 1e100) else None
 
 
 def parse(line):
-    """A line of a log, bytes -> (kind, entry), the kind None if it is of no kind that we know."""
+    """A line of a log, bytes -> (kind, entry); (None, None) if it is not an entry of a known kind."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -61,11 +61,11 @@ def parse(line):
 
 
 def read_log(path, name):
-    """The `Log` of a file, as far as it can be read."""
+    """Read a file -> `Log`. Lines that cannot be read are listed in its `problems`."""
     settings, config, command, updates, validations, final, problems = {}, {}, "", [], [], {}, []
     *lines, rest = Path(path).read_bytes().split(b"\n")
     if rest and parse(rest)[0] is None:
-        problems.append("The last line is cut: the run was killed while it wrote, or is writing now.")
+        problems.append("The last line is incomplete: the run was killed while writing it, or is writing now.")
     for place, line in enumerate([*lines, rest], 1):
         kind, entry = parse(line)
         if kind == "settings":
@@ -75,7 +75,7 @@ def read_log(path, name):
         elif kind == "update":
             row = {column: number(entry.get(column)) for column in COLUMNS}
             if None in row.values() or (updates and row["step"] <= updates[-1]["step"]):
-                problems.append(f"Line {place} is left out: its numbers are not those of a next update.")
+                problems.append(f"Line {place} is left out: it is not the next update.")
             else:
                 updates.append(row | {"elapsed": elapsed(updates, row["seconds"])})
         elif kind == "validation":
@@ -87,14 +87,14 @@ def read_log(path, name):
             final = {"nats": number(entry["final_val_nats"]), "bits": number(entry.get("final_val_bits_per_byte"))}
             final["tokens"] = number(entry.get("tokens"))
         elif line and place <= len(lines):
-            problems.append(f"Line {place} is left out: it is no entry of a log.")
+            problems.append(f"Line {place} is left out: it is not an entry of a log.")
     if len(problems) > 5:
         problems[5:] = [f"{len(problems) - 5} more lines are left out."]
     return Log(name, settings | config, config, command, updates, validations, final, problems)
 
 
 def elapsed(updates, seconds):
-    """Seconds of training at an update that follows these: a run that goes on counts from 0 again."""
+    """Seconds of training at the update after `updates`. A resumed run counts `seconds` from 0 again."""
     if not updates:
         return seconds
     before = updates[-1]
@@ -102,20 +102,20 @@ def elapsed(updates, seconds):
 
 
 def find_logs(paths):
-    """Folders of runs, folders of such folders, or log files -> [log file]. ValueError where there is none."""
+    """Folders of runs, folders of such folders, or log files -> [log file]. ValueError if a path has none."""
     found = []
     for path in paths:
         inside = [path / "log.jsonl"] if (path / "log.jsonl").is_file() else sorted(path.glob("*/log.jsonl"))
         if path.is_file():
             inside = [path]
         if not inside:
-            raise ValueError(f"{path} holds no run; expected a folder with log.jsonl in it, as train.py makes them")
+            raise ValueError(f"{path} holds no run; expected a folder with the log.jsonl of a run of train.py")
         found += [log for log in inside if log not in found]
     return found
 
 
 def read_logs(paths):
-    """[Log] of what `find_logs` finds, the best validation first. ValueError if one has nothing to show."""
+    """[Log] of the files that `find_logs` finds, best validation first. ValueError if one has no entries."""
     files = find_logs(paths)
     folders = [path.resolve().parent if path.name == "log.jsonl" else path for path in files]
     names = [folder.name for folder in folders]
@@ -132,17 +132,17 @@ def best_first(logs):
     return sorted(logs, key=lambda log: (score(log) is None, score(log) or 0.0))
 
 
-# == 2  what runs reached ==============================================================================================
+# == 2  results ========================================================================================================
 
 
 class Published(NamedTuple):
     name: str
     source: str
     parameters: int
-    tokens: float  # read in training; None where it is not known
-    nats: float  # a token of its own tokenizer
-    bits: float  # a byte of TinyStories' validation text
-    drawn: str  # its name in the plot, if it is drawn there
+    tokens: float  # read in training; None if unknown
+    nats: float  # per token of its own tokenizer
+    bits: float  # per byte of TinyStories' validation text
+    drawn: str  # its name in the plot; "" leaves it out
 
 
 CS336, LLAMA2C = "Stanford CS336, assignment 1", "llama2.c"
@@ -161,14 +161,14 @@ PUBLISHED = (
 
 
 def score(log):
-    """Bits per byte of all validation text, else of the part that was last validated, else None."""
+    """Bits per byte of the whole validation text, else of the last validation, else None."""
     found = [log.final.get("bits"), *(row["bits"] for row in reversed(log.validations))]
     return next((bits for bits in found if bits is not None), None)
 
 
 def count_parameters(config):
-    """Of a logged configuration; None if it describes no model of ours."""
-    if any(type(x) is int and x > 10**7 for x in config.values()):  # to say why it does not fit would take for ever
+    """The number of parameters of a logged configuration; None if `Config` rejects it."""
+    if any(type(x) is int and x > 10**7 for x in config.values()):  # Config would search long for its divisors
         return None
     try:
         return tinygpt.count_parameters(tinygpt.Config(**config))[0]
@@ -177,7 +177,7 @@ def count_parameters(config):
 
 
 def speeds(log):
-    """[(update, tokens a second since the update before)]; what evaluations take is in the update after them."""
+    """[(update, tokens per second since the previous update)]. The time of an evaluation counts for the next update."""
     return [
         (b, (b["tokens"] - a["tokens"]) / (b["elapsed"] - a["elapsed"]))
         for a, b in zip(log.updates, log.updates[1:])
@@ -186,7 +186,7 @@ def speeds(log):
 
 
 def result(log):
-    """What the table of runs says of one, by name; None is not known."""
+    """The row of a run in the table of runs, as a dict; None where a value is unknown."""
     last, planned = log.updates[-1] if log.updates else {}, number(log.settings.get("steps"))
     steps = int(last.get("step", 0))
     if log.final:
@@ -209,29 +209,29 @@ def result(log):
 
 
 def differing(logs):
-    """Names of settings that are not the same in all runs."""
+    """Names of the settings whose values differ between runs."""
     names = list(dict.fromkeys(name for log in logs for name in log.settings))
     return [name for name in names if len({json.dumps(log.settings.get(name)) for log in logs}) > 1]
 
 
 # == 3  plots ==========================================================================================================
 #
-# An SVG holds only lines, in a square of 1000 x 1000 that is stretched to the place there is; their width does not
-# stretch, and what is written stands around it as HTML. So a plot fits a phone, a wide screen and paper.
+# An SVG holds only lines, in a square of 1000 x 1000 that is stretched to the available size. Line widths do not
+# stretch, and labels are HTML around the SVG, so a plot fits a phone, a wide screen and paper.
 
-POINTS = 240  # of a curve, about: more than a screen tells apart
-LAYERS = ("faint", "line", "dots", "ring")  # kinds of curve, from the back to the front
+POINTS = 240  # of a curve, about; a screen does not show more
+LAYERS = ("faint", "line", "dots", "ring")  # kinds of curve, back to front
 
 
 class Curve(NamedTuple):
-    run: int  # whose colour it has
+    run: int  # index of the run, which decides the colour
     kind: str  # one of LAYERS
     name: str
     points: list  # (x, y)
 
 
 def smooth(points):
-    """The mean of y over a fiftieth of the points around each, and then one point for each of `POINTS` groups."""
+    """Moving average of y over a fiftieth of the points, then every n-th point so that about `POINTS` remain."""
     n = len(points)
     reach, sums = n // 100, [0.0]
     for _, y in points:
@@ -244,7 +244,7 @@ def smooth(points):
 
 
 def extremes(points):
-    """The lowest and the highest of each of `POINTS` groups, in their order: a spike is never lost."""
+    """The lowest and highest point of each of `POINTS` / 2 groups, in order, so that no spike is lost."""
     size, kept = max(1, -(-2 * len(points) // POINTS)), []
     for i in range(0, len(points), size):
         group = points[i : i + size]
@@ -253,7 +253,7 @@ def extremes(points):
 
 
 def bounds(values, log, zero=False):
-    """The ends of an axis: with a margin, in place of one value a range around it; from 0 if it is asked for."""
+    """(low, high) of an axis: the range of the values and a margin, starting at 0 if `zero` is set."""
     low, high = min(values), max(values)
     if log:
         return (low / 1.05, high * 1.05) if low < high else (low / 2, high * 2)
@@ -262,7 +262,7 @@ def bounds(values, log, zero=False):
 
 
 def ticks(low, high, log, count=5):
-    """Round numbers from low to high, some `count` of them."""
+    """About `count` round numbers from low to high."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for digits in ((1,), (1, 3), (1, 2, 5)):
@@ -276,7 +276,7 @@ def ticks(low, high, log, count=5):
 
 
 def short(x):
-    """A number for a tick: 40k, 2.5M, 0.003."""
+    """Format a number for a tick: 40k, 2.5M, 0.003."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size and (size > 1e3 or abs(x) >= 1e4):
             return f"{x / size:.4g}{letter}"
@@ -284,9 +284,9 @@ def short(x):
 
 
 def plot(title, unit, x_name, curves, log_x=False, log_y=False, rules=(), marks=(), css="plot", zero="", top=None):
-    """A figure. rules: (y, what it is) of level lines. marks: where x is written, numbers or, for 0, 1, ..., names.
+    """The HTML of a figure. rules: (y, label) of horizontal lines. marks: ticks of x, numbers or names of 0, 1, ...
 
-    zero: which axes begin at 0, "x", "y" or "xy". top: where y ends, though a curve leaves the plot there.
+    zero: the axes that begin at 0: "x", "y" or "xy". top: the upper end of y; curves may leave the plot there.
     """
     kept = []
     for curve in curves:
@@ -294,7 +294,7 @@ def plot(title, unit, x_name, curves, log_x=False, log_y=False, rules=(), marks=
         kept += [curve._replace(points=points)] if points else []
     caption = f"<figcaption>{escape(title)} <small>{escape(unit)}</small></figcaption>"
     if not kept:
-        return f'<figure class="{css}">{caption}<p class="none">Nothing of this in the log.</p></figure>'
+        return f'<figure class="{css}">{caption}<p class="none">The log has no such values.</p></figure>'
     x_low, x_high = bounds([x for curve in kept for x, _ in curve.points], log_x, "x" in zero)
     names = marks if any(isinstance(mark, str) for mark in marks) else ()
     if names:
@@ -322,7 +322,7 @@ def plot(title, unit, x_name, curves, log_x=False, log_y=False, rules=(), marks=
     for curve in sorted(kept, key=lambda curve: (LAYERS.index(curve.kind), -curve.run)):  # the best run on top
         at = [(f"{across(x):.2f}", f"{down(y):.2f}") for x, y in curve.points]
         classes = f'class="r{curve.run} {curve.kind}" data-name="{escape(curve.name)}"'
-        if curve.kind in ("dots", "ring"):  # a line of no length with round ends is a dot
+        if curve.kind in ("dots", "ring"):  # a line of length 0 with round ends is a dot
             dots = "".join(f"M{x} {y}h0" for x, y in at)
             shapes.append(f'<path {classes} d="{dots}"/>')
             shapes += [f'<path class="hole" d="{dots}"/>'] if curve.kind == "ring" else []
@@ -342,22 +342,22 @@ def plot(title, unit, x_name, curves, log_x=False, log_y=False, rules=(), marks=
 
 
 def curve_of(log, run, x, y, title, raw=False):
-    """A column of the updates, smoothed, and beneath it, if it is asked for, as it is."""
+    """Curves of a column of the updates: smoothed and, if `raw`, also unsmoothed behind it."""
     points = [(row[x] / (60 if x == "elapsed" else 1), row[y]) for row in log.updates]
     curves = [Curve(run, "faint", f"{title}, each update", extremes(points))] if raw else []
     return [*curves, Curve(run, "line", title, smooth(points))]
 
 
 def validation_points(log, x, y):
-    """[(x, y)] of the validations that stand at an update of the log."""
+    """[(x, y)] of the validations whose update is in the log."""
     places = {row["step"]: row[x] / (60 if x == "elapsed" else 1) for row in log.updates}
     return [(places[v["step"]], v[y]) for v in log.validations if v["step"] in places and v[y] is not None]
 
 
 def loss_plots(logs):
-    """The loss in four views, of which the page shows one at a time."""
+    """The views of the loss. The page shows one at a time."""
     raw, figures = len(logs) <= 3, []
-    top = 1.2 * max([log.updates[0]["loss"] for log in logs if log.updates] + [1.0])  # a run that explodes goes beyond
+    top = 1.2 * max([log.updates[0]["loss"] for log in logs if log.updates] + [1.0])  # a diverging run leaves the plot
     views = (("tokens", "tokens read", False), ("step", "updates", False), ("elapsed", "minutes of training", False))
     views += (("tokens", "tokens read", True),)
     for index, (x, x_name, log_scale) in enumerate(views):
@@ -394,7 +394,7 @@ def bits_curves(logs):
 
 
 def other_plots(logs):
-    """Validation in bits per byte with what others reached; rate, norm, speed."""
+    """Validation in bits per byte beside published results; learning rate, gradient norm, speed."""
     raw, rates, norms, speed = len(logs) <= 3, [], [], []
     for run, log in enumerate(logs):
         rates += [Curve(run, "line", log.name, extremes([(row["step"], row["lr"]) for row in log.updates]))]
@@ -422,30 +422,30 @@ def other_plots(logs):
         + '<div class="three">'
         + plot("Learning rate", "of each update", "updates", rates, log_y=spread(peaks), zero="xy")
         + plot("Gradient norm", "before clipping", "updates", norms, log_y=spread(seen), rules=clips, zero="xy")
-        + plot("Speed", "tokens a second, evaluations included", "updates", speed, zero="xy")
+        + plot("Speed", "tokens per second, evaluations included", "updates", speed, zero="xy")
         + "</div>"
     )
 
 
 def spread(values):
-    """Whether a level axis would press most of them together."""
+    """True if the values spread so widely that a linear axis would squeeze most of them together."""
     return bool(values) and max(values) > 20 * max(min(values), 1e-12)
 
 
 def medians(points):
-    """The median of y in each of at most 60 groups: what one update took says little."""
+    """The median of y in each of at most 60 groups, because the time of a single update is noisy."""
     size = max(1, -(-len(points) // 60))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[len(group) // 2][0], median(y for _, y in group)) for group in groups]
 
 
-NOT_LISTED = ("files", "checksums", "prompts")  # in no table: too long, or shown elsewhere
+NOT_LISTED = ("files", "checksums", "prompts")  # left out of tables: too long, or shown elsewhere
 FOLLOWS = ("min_lr", "steps", "warmup_steps", "eval_every", "eval_tokens", "train_tokens", "micro_batch_size")
-FOLLOWS += ("kv_heads", "head_width", "hidden", "position_rows", *NOT_LISTED)  # from other settings, mostly
+FOLLOWS += ("kv_heads", "head_width", "hidden", "position_rows", *NOT_LISTED)  # mostly derived from other settings
 
 
 def effect_plots(logs):
-    """For each setting that differs, what runs reached with each of its values."""
+    """For each setting that differs, a plot of bits per byte against its values."""
     columns = {name: [log.settings.get(name) for log in logs] for name in differing(logs) if name not in FOLLOWS}
     columns["parameters"] = [count_parameters(log.config) for log in logs]
     figures = []
@@ -563,7 +563,7 @@ body{max-width:none;padding:0;font-size:11px;print-color-adjust:exact;-webkit-pr
 .wide{overflow:visible}th,td{padding:.2rem .35rem;white-space:normal}tr{break-inside:avoid}}
 """
 
-# The values under the pointer, read back from the points that are drawn.
+# A tooltip with the values at the pointer, computed from the coordinates of the drawn points.
 SCRIPT = """
 const make = kind => document.createElement(kind), tip = make("div");
 const near = (points, x) => points.reduce((p, q) => Math.abs(q[0] - x) < Math.abs(p[0] - x) ? q : p);
@@ -601,7 +601,7 @@ def escape(x):
 
 
 def setting(value):
-    """A logged value as a reader writes it."""
+    """Format a logged value."""
     if isinstance(value, str):
         return value
     if number(value) is None:
@@ -610,7 +610,7 @@ def setting(value):
 
 
 def colours(count):
-    """CSS: the colour of run i is that of class ri; beyond eight runs a scale from the best to the last."""
+    """CSS that gives class ri the colour of run i; more than eight runs get a scale from the best to the last."""
     light, dark = COLOURS, COLOURS_IN_THE_DARK
     if count > len(light):
         hues = [265 - 225 * i / (count - 1) for i in range(count)]
@@ -620,7 +620,7 @@ def colours(count):
         return "".join(f".r{i}{{color:{palette[i]}}}" for i in range(count))
 
     css = f"{rules(light)}@media(prefers-color-scheme:dark){{{rules(dark)}}}@media print{{{rules(light)}}}"
-    if count > 1:  # a run that is not ticked is hidden; the others fade while the pointer is on one
+    if count > 1:  # hide unchecked runs; while the pointer is on a label, fade the other runs
         for i in range(count):
             css += f"body:has(#run{i}:not(:checked)) svg .r{i}{{display:none}}"
             css += f"body:has(label[for=run{i}]:hover) svg [data-name]:not(.r{i}){{opacity:.12}}"
@@ -643,7 +643,7 @@ def cards(log):
         (f"{r['updates']:,}", "updates" if log.final else f"updates; {r['state']}"),
         (short(r["tokens"]), "tokens read"),
         (shown(r["parameters"], "{:,}"), "parameters"),
-        (shown(r["tokens_per_second"], "{:,}"), "tokens a second"),
+        (shown(r["tokens_per_second"], "{:,}"), "tokens per second"),
         (duration(r["seconds"]), "training"),
     )
     return (
@@ -652,7 +652,7 @@ def cards(log):
 
 
 def runs_table(logs):
-    """The runs, the best first, with every setting in which they differ."""
+    """The table of runs, best first, with every setting whose values differ."""
     names = [name for name in differing(logs) if name not in NOT_LISTED]
     chosen, follow = ([name for name in names if (name in FOLLOWS) == late] for late in (False, True))
 
@@ -674,15 +674,15 @@ def runs_table(logs):
         row = f'<td class="left"><span class="swatch r{run}"></span>{escape(log.name)}</td><td>{bits}</td>'
         row += valued(log, chosen) + "".join(f"<td>{cell}</td>" for cell in cells) + valued(log, follow)
         rows.append(f"<tr>{row}</tr>")
-    note = "Best first. A shaded column is a setting in which the runs differ."
+    note = "Best first. Shaded columns are settings in which the runs differ."
     if any(not log.final and score(log) is not None for log in logs):
-        note += " * of the beginning of the validation text: this run has not scored all of it."
+        note += " * Measured on the beginning of the validation text: this run has not scored all of it."
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<h2 id="runs">Runs</h2><div class="wide">{table}</div><p class="note">{note}</p>'
 
 
 def published_table(logs):
-    """Bits per byte of these runs among those of others, the fewest first; the ten best of these, if they are many."""
+    """Table of bits per byte, lowest first: published results and at most ten of these runs."""
     rows = [(p.bits, p.name, p.source, p.parameters, p.tokens, p.nats, None) for p in PUBLISHED]
     for run, log in enumerate(logs[:10]):
         r = result(log)
@@ -698,31 +698,31 @@ def published_table(logs):
             f'<td class="more">{shown(parameters, "{:,}")}</td><td>{"" if tokens is None else short(tokens)}</td>'
             f'<td class="more">{shown(nats, "{:.4g}")}</td><td>{bits:.3f}</td><td class="bar">{bar}</td></tr>'
         )
-    titles = '<th>model <small>whose figure</small></th><th class="more">parameters</th><th>tokens read</th>'
+    titles = '<th>model <small>source</small></th><th class="more">parameters</th><th>tokens read</th>'
     titles += '<th class="more">nats/token</th><th>bits/byte</th><th></th>'
     return (
-        f'<h2 id="published">Beside what others reached</h2><div class="wide"><table><thead><tr>{titles}</tr></thead>'
+        f'<h2 id="published">Beside published results</h2><div class="wide"><table><thead><tr>{titles}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
-        '<p class="note">Bits per byte are nats / ln 2 / bytes per token: the figure that compares across tokenizers, '
-        "but not across texts. Those of others are for TinyStories' validation text; a run that was validated on other "
-        "text cannot be set beside them.</p>"
+        '<p class="note">Bits per byte are nats / ln 2 / bytes per token: comparable across tokenizers, but not across '
+        "texts. Published results are for TinyStories' validation text; do not compare them with a run that was "
+        "validated on other text.</p>"
     )
 
 
 def settings_list(logs):
-    """The settings that all runs share."""
+    """The settings with the same value in all runs."""
     apart = differing(logs)
     rows = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(setting(value))}</dd></div>"
         for name, value in logs[0].settings.items()
         if name not in apart and name not in NOT_LISTED
     ]
-    title = "Settings" if len(logs) == 1 else "Settings, the same in all"
+    title = "Settings" if len(logs) == 1 else "Settings shared by all runs"
     return f'<h2 id="settings">{title}</h2><dl class="settings">{"".join(rows)}</dl>' if rows else ""
 
 
 def stories_list(logs):
-    """The stories of every validation, prompt by prompt; of several runs, the best is open."""
+    """The stories of every validation, grouped by prompt. The details of the best run are open."""
     parts = []
     for run, log in enumerate(logs):
         told = [row for row in log.validations if row["stories"]]
@@ -740,11 +740,11 @@ def stories_list(logs):
                 body.append(f'<div class="story"><span>update {row["step"]:,.0f}{bits}</span><p>{text}</p></div>')
         title = f'<span class="swatch r{run}"></span>{escape(log.name)}'
         parts.append(f"<details{' open' * (not parts)}><summary>{title}</summary>{''.join(body)}</details>")
-    return f'<h2 id="stories">Stories, as it learned</h2>{"".join(parts)}' if parts else ""
+    return f'<h2 id="stories">Stories during training</h2>{"".join(parts)}' if parts else ""
 
 
 def page(logs):
-    """The whole document, a string; logs as `read_logs` gives them."""
+    """The whole HTML document; logs as `read_logs` returns them."""
     several = len(logs) > 1
     title = f"{len(logs)} runs" if several else logs[0].name
     parts = [f"<h1>{escape(title)}</h1>"]
@@ -764,10 +764,10 @@ def page(logs):
         parts.append(cards(logs[0]))
     parts.append(f'<h2 id="curves">Curves</h2>{loss_plots(logs)}{other_plots(logs)}')
     if several and (effects := effect_plots(logs)):
-        parts.append(f'<h2 id="effects">What each setting did</h2>{effects}')
+        parts.append(f'<h2 id="effects">Effect of each setting</h2>{effects}')
     parts += [published_table(logs), settings_list(logs), stories_list(logs)]
     commands = "".join(f"<pre>{escape(log.command)}</pre>" for log in logs if log.command)
-    parts.append(f'<h2 id="repeat">To repeat {"them" if several else "it"}</h2>{commands}' if commands else "")
+    parts.append(f'<h2 id="repeat">Command{"s" if several else ""}</h2>{commands}' if commands else "")
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
@@ -777,15 +777,15 @@ def page(logs):
 
 
 def write_page(logs, path):
-    """`page` into a file; half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark."""
+    """Write `page` to a file. A lone surrogate, which JSON allows and UTF-8 does not, becomes a question mark."""
     with open(path, "w", encoding="utf-8", errors="replace", newline="\n") as file:
         file.write(page(logs))
 
 
-# == 5  handing on =====================================================================================================
+# == 5  export to dashboards ===========================================================================================
 
-PAUSE = 1.0  # seconds between two looks at a log that grows
-HANDED = {  # kind of entry -> its field: name in the dashboard
+PAUSE = 1.0  # seconds between two reads of a growing log
+HANDED = {  # kind of entry -> {field: name in the dashboard}
     "update": {"loss": "train/loss", "lr": "train/lr", "norm": "train/norm", "tokens": "train/tokens"},
     "validation": {"val_nats": "validation/nats_per_token", "val_bits_per_byte": "validation/bits_per_byte"},
     "final": {"final_val_nats": "final/nats_per_token", "final_val_bits_per_byte": "final/bits_per_byte"},
@@ -793,9 +793,9 @@ HANDED = {  # kind of entry -> its field: name in the dashboard
 
 
 def entries(path, live):
-    """(kind, entry) of a log, each once; live: as they come, until the run's last figures.
+    """Yield (kind, entry) of a log, each once; if `live`, wait for new entries until the final one.
 
-    A run that was killed goes on from its last checkpoint and writes again what came after it: the same, so skipped.
+    A killed run resumes from its last checkpoint and writes the entries after it again; these duplicates are skipped.
     """
     seen, position, rest = set(), 0, b""
     while True:
@@ -819,7 +819,7 @@ def entries(path, live):
 
 
 def hand_on(path, receivers, live):
-    """Every entry of a log to receivers: objects with settings(entry), scalars(values, step), stories(texts, step)."""
+    """Send every entry of a log to `receivers`: objects such as `TensorBoard` and `Wandb`."""
     for kind, entry in entries(path, live):
         if kind == "settings":
             for receiver in receivers:
@@ -836,7 +836,7 @@ def hand_on(path, receivers, live):
 
 
 class TensorBoard:
-    """Event files in the run's folder `tensorboard`, by tensorboardX: it needs NumPy and protobuf, and no torch."""
+    """Writes event files to RUN/tensorboard through tensorboardX, which needs NumPy and protobuf but not torch."""
 
     def __init__(self, folder):
         try:
@@ -844,10 +844,8 @@ class TensorBoard:
         except ImportError:
             raise ValueError("--tensorboard needs tensorboardX; pip install tensorboardX tensorboard") from None
         path = folder / "tensorboard"
-        self.writer = SummaryWriter(
-            str(path), purge_step=0, flush_secs=5
-        )  # purge: in place of what was handed on before
-        train.note(f"to see it:  {shlex.join(['tensorboard', '--logdir', str(path)])}")
+        self.writer = SummaryWriter(str(path), purge_step=0, flush_secs=5)  # purge_step=0 replaces an earlier export
+        train.note(f"to view it:  {shlex.join(['tensorboard', '--logdir', str(path)])}")
 
     def settings(self, entry):
         self.writer.add_text("settings", "    " + json.dumps(entry, indent=2).replace("\n", "\n    "), 0)
@@ -865,7 +863,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables have their say."""
+    """Logs to a run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and its other variables apply."""
 
     def __init__(self, folder):
         try:
@@ -876,7 +874,7 @@ class Wandb:
         try:
             project = os.environ.get("WANDB_PROJECT", "tinygpt")
             self.run = wandb.init(project=project, name=folder.name, dir=str(folder))
-        except Exception as error:  # of wandb's own kinds: no account, no network
+        except Exception as error:  # wandb's own exceptions: no account, no network
             raise ValueError(
                 f"wandb did not start: {str(error).rstrip('.')}; WANDB_MODE=offline needs no account"
             ) from None
@@ -896,10 +894,10 @@ class Wandb:
 
 
 def hand_on_runs(args):
-    """--wandb and --tensorboard: 0, or 130 if Ctrl-C ended the waiting."""
+    """Run --wandb and --tensorboard -> exit status: 130 if Ctrl-C ended --follow, else 0."""
     paths = find_logs(args.runs)
     if args.follow and len(paths) > 1:
-        raise ValueError(f"--follow waits for the end of one run; got {len(paths)}")
+        raise ValueError(f"--follow follows a single run; got {len(paths)}")
     for path in paths:
         receivers, folder = [], path.resolve().parent
         try:
@@ -918,16 +916,16 @@ def hand_on_runs(args):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="report.py", description="A page about runs, from their logs; or the logs handed on.")
+    parser = sample.Parser(prog="report.py", description="Write a page about runs from their logs, or export the logs.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a folder of runs, or a log.jsonl")
     add("--out", type=Path, metavar="FILE", help="the page to write (default report.html)")
-    add("--tensorboard", action="store_true", help="no page: event files for TensorBoard, in RUN/tensorboard")
-    add("--wandb", action="store_true", help="no page: a run of Weights & Biases for each RUN")
-    add("--follow", action="store_true", help="hand on what the run writes, as it writes it, until its end")
+    add("--tensorboard", action="store_true", help="write event files for TensorBoard to RUN/tensorboard, no page")
+    add("--wandb", action="store_true", help="log each RUN to Weights & Biases, no page")
+    add("--follow", action="store_true", help="export entries as the run writes them, until it ends")
     args = parser.parse_args(argv)
     if args.follow and not (args.tensorboard or args.wandb):
-        parser.error("--follow hands a log on while it grows; add --tensorboard or --wandb")
+        parser.error("--follow exports a growing log; add --tensorboard or --wandb")
     if args.out and (args.tensorboard or args.wandb):
         parser.error("--tensorboard and --wandb write no page; leave out --out")
     try:

@@ -1,12 +1,12 @@
-"""Short runs of train.py, one for each combination of settings, and what they reached.
+"""Hyperparameter sweeps: a run of train.py for each combination of settings, and a table of the results.
 
     python extras/sweep.py lr=1e-3,2e-3,4e-3 --size 1m --minutes 2
-    python extras/sweep.py 'size=graphcore-*' --steps 200 --list       # what would run; without --list it runs
+    python extras/sweep.py 'size=graphcore-*' --steps 200 --list       # print the trials; without --list, run them
 
-Words before the first flag name a flag of train.py or a field of --set and its values; the flags go to every trial. A
-trial is a run in a folder of its own: ended with Ctrl-C, the sweep goes on when it is started with the same words.
-One process runs a sweep at a time; where another process trains in the folder of a trial, the sweep waits for its end.
-Read in order: 1 the trials, 2 running them, 3 the table, 4 command line.
+Each argument before the first flag names a flag of train.py, or a field of --set, and its values. The flags are passed
+to every trial. A trial is a run in its own folder, so a sweep that was stopped with Ctrl-C resumes when it is started
+with the same arguments. Only one process at a time runs a sweep; if another trains in the folder of a trial, the sweep
+waits until it ends. Read in order: 1 the trials, 2 running them, 3 the table, 4 command line.
 """
 
 import contextlib
@@ -38,59 +38,59 @@ import train
 
 # == 1  the trials =====================================================================================================
 
-OURS = ("out", "resume", "list_sizes", "help", "set")  # flags of train.py that a sweep sets by itself, or cannot
+OURS = ("out", "resume", "list_sizes", "help", "set")  # flags of train.py that cannot be swept
 
 
 class Trial(NamedTuple):
-    name: str  # "lr=1e-3,layers=2", also that of its folder
-    words: list  # for train.py, without --out
+    name: str  # "lr=1e-3,layers=2"; also the name of its folder
+    words: list  # arguments of train.py, without --out
 
 
 def read_axis(word, parser):
-    """FIELD=A,B,C -> the name, and [(value, words for train.py)]. ValueError if there is no such field or value."""
+    """FIELD=A,B,C -> name, [(value, arguments of train.py)]. ValueError if there is no such field or value."""
     name, equals, text = word.partition("=")
     actions = {action.dest: action for action in parser._actions if action.nargs != 0 and action.dest not in OURS}
     field, action = name.replace("-", "_"), actions.get(name.replace("-", "_"))
     known_fields = [f.name for f in fields(tinygpt.Config)]
     if action is None and field not in known_fields:
         near = get_close_matches(field, [*actions, *known_fields], 1)
-        hint = f"; {near[0]} is" if near else ""
-        raise ValueError(f"{word}: {name!r} is no flag of train.py with a value and no field of --set{hint}")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{word}: {name!r} is neither a flag of train.py with a value nor a field of --set{hint}")
     known = list(action.choices or ()) if action else tinygpt.CHOICES.get(field, ())
     values = [value for pattern in text.split(",") for value in expand(pattern, known)]
     if not equals or not all(values):
         raise ValueError(f"{word}: expected values, as in {name}=A,B,C")
     if twice := next((value for value in values if values.count(value) > 1), None):
-        raise ValueError(f"{word}: {twice} is there twice")
+        raise ValueError(f"{word}: {twice} is given twice")
     if action is None:
         return field, [(value, ["--set", f"{field}={value}"]) for value in values]
     return field, [(value, [f"{action.option_strings[-1]}={value}"]) for value in values]
 
 
 def expand(pattern, known):
-    """The known values that a pattern such as graphcore-* fits, in their order; itself if it is no pattern."""
+    """The known values that match a pattern such as graphcore-*, in order; the pattern if it has no wildcard."""
     if not known or not re.search(r"[*?[]", pattern):
         return [pattern]
     found = [value for value in known if fnmatchcase(value, pattern)]
     if not found:
-        raise ValueError(f"{pattern} fits none of the {len(known)} values; the first is {known[0]}")
+        raise ValueError(f"{pattern} matches none of the {len(known)} values, such as {known[0]}")
     return found
 
 
 def make_trials(swept, rest):
-    """The words of a sweep -> [Trial], each combination once. ValueError if train.py would refuse the words of one."""
+    """The arguments of a sweep -> [Trial], one for each combination. ValueError if train.py would reject one."""
     parser = train.make_parser()
     parser.error = lambda message: refuse(message)
     given = parser.parse_args(rest)
     for flag in ("out", "resume", "list-sizes"):
         if getattr(given, flag.replace("-", "_")):
-            raise ValueError(f"a sweep names the folders of its trials and goes on by itself; leave out --{flag}")
+            raise ValueError(f"a sweep names the folders of its trials and resumes them; leave out --{flag}")
     axes = [read_axis(word, parser) for word in swept]
     names = [name for name, _ in axes]
     for name in names:
         set_before = name in tinygpt.overrides(given.set or [])
         if names.count(name) > 1 or set_before or getattr(given, name, None) != parser.get_default(name):
-            raise ValueError(f"{name} is swept and given once more; name it once")
+            raise ValueError(f"{name} is given more than once; name it once")
     trials, used = [], set()
     for chosen in itertools.product(*(values for _, values in axes)):
         name = ",".join(f"{name}={value}" for name, (value, _) in zip(names, chosen))
@@ -100,7 +100,7 @@ def make_trials(swept, rest):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         folder = re.sub(r"[^\w.,=+-]", "_", name)[:150]
-        if folder.casefold() in used:  # some file systems do not tell a from A
+        if folder.casefold() in used:  # some file systems ignore case
             folder += f"-{len(trials) + 1}"
         used.add(folder.casefold())
         trials.append(Trial(folder, words))
@@ -112,14 +112,14 @@ def refuse(message):
 
 
 def check(args):
-    """ValueError if train.py would refuse these settings whatever the text."""
+    """ValueError if train.py would reject these settings for any text."""
     args.size = args.size or "1m"
     base = tinygpt.SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
     train.resolve(args, base.changed(seq_len=args.seq_len or base.seq_len))
 
 
 def folder_of(swept, trials):
-    """A folder for these trials and no others: the same words find it again."""
+    """The folder of a sweep. Its name contains a hash of the trials, so the same arguments give the same folder."""
     key = hashlib.sha256(json.dumps(trials).encode()).hexdigest()[:6]
     names = "-".join(re.sub(r"\W", "", word.partition("=")[0]) for word in swept)
     return Path("runs", f"sweep-{names[:60]}-{key}")
@@ -136,16 +136,16 @@ def is_finished(folder):
 
 
 def has_checkpoint(folder):
-    """Whether train.py --resume goes on from a checkpoint; without one it begins the run."""
+    """True if train.py --resume would continue from a checkpoint rather than start the run."""
     return (folder / "last.safetensors").exists()
 
 
 def state_of(folder):
-    return "finished" if is_finished(folder) else "goes on" if has_checkpoint(folder) else "to run"
+    return "finished" if is_finished(folder) else "resumes" if has_checkpoint(folder) else "to run"
 
 
 def read_trial(trial, folder):
-    """The Log of a trial, None if it has not begun. ValueError if its folder holds a run with other flags."""
+    """The Log of a trial; None if it has not started. ValueError if its folder holds a run with other flags."""
     try:
         log = report.read_log(folder / "log.jsonl", trial.name)
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def read_trial(trial, folder):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM while trials run: the first asks the trial to save and end, a second ends it at once."""
+    """Signal handler while trials run: the first signal makes the trial save and exit, the second kills it."""
 
     def __init__(self):
         self.asked, self.process = 0, None
@@ -169,22 +169,22 @@ class Stop:
     def pass_on(self):
         if self.process and self.asked > 1:
             self.process.kill()
-        elif self.process and self.asked and os.name == "posix":  # elsewhere Ctrl-C reaches the trial by itself
+        elif self.process and self.asked and os.name == "posix":  # on Windows, Ctrl-C reaches the trial directly
             self.process.terminate()
 
 
 def run_process(trial, folder, stop, show):
-    """One train.py process -> its exit status and last line. What it prints goes to output.txt in its folder."""
+    """Run train.py -> its exit status and last line. Its output is appended to output.txt in its folder."""
     program = [sys.executable, str(Path(train.__file__).resolve())]
     command = [*program, *trial.words, "--resume", "--out", str(folder)]
     last, how = "", dict(stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
-    how |= dict(env=os.environ | {"PYTHONIOENCODING": "utf-8"}, start_new_session=True)  # Ctrl-C comes through `stop`
+    how |= dict(env=os.environ | {"PYTHONIOENCODING": "utf-8"}, start_new_session=True)  # `stop` forwards Ctrl-C
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         output.write(shlex.join(command) + "\n")
         output.flush()
         with subprocess.Popen(command, stdout=output, **how) as process:
             stop.process = process
-            stop.pass_on()  # a signal that came while it was started
+            stop.pass_on()  # forward a signal that arrived while the process was being started
             try:
                 for line in process.stderr:
                     output.write(line)
@@ -200,7 +200,7 @@ def run_process(trial, folder, stop, show):
 
 
 class Status:
-    """The last line of a trial, on one line of a terminal; nothing where stderr is a file."""
+    """Shows the last line of a trial, overwriting one line of the terminal. Does nothing if stderr is a file."""
 
     def __init__(self, head):
         self.head, self.terminal = head, sys.stderr.isatty()
@@ -216,8 +216,8 @@ class Status:
 
 
 def lock_trial(folder, stop, head):
-    """The locked log of a trial; None if the sweep was asked to stop. While another process has it (a trial that
-    outlived its sweep, a run that was started by hand), wait for its end."""
+    """Lock the log of a trial and return it; None if the sweep is stopping. Waits while another process holds the lock
+    (a trial that outlived its sweep, or a run that was started by hand)."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = False
     while not stop.asked:
@@ -225,13 +225,13 @@ def lock_trial(folder, stop, head):
             return train.lock_log(folder)
         except ValueError as error:
             if not waiting:
-                train.note(f"{head}: {str(error).partition(';')[0]}; waiting for its end ...")
+                train.note(f"{head}: {str(error).partition(';')[0]}; waiting until it ends ...")
             waiting = True
             time.sleep(0.5)
 
 
 def run_trial(trial, folder, stop, head):
-    """A trial to its end -> why it failed, "" if it did not; None if it was finished before or the sweep is to stop."""
+    """Run a trial -> "" or the reason why it failed; None if it had finished before or the sweep is stopping."""
     show = Status(head)
     while lock := lock_trial(folder, stop, head):
         with lock:
@@ -240,9 +240,9 @@ def run_trial(trial, folder, stop, head):
             except ValueError as error:
                 return str(error)
             if is_finished(folder):
-                train.note(f"{head}: finished before")
+                train.note(f"{head}: already finished")
                 return None
-            if not has_checkpoint(folder):  # killed early: it begins again; its best model would be in the way
+            if not has_checkpoint(folder):  # killed early: start again, without its best model
                 lock.truncate(0)
                 for path in folder.glob("*.safetensors"):
                     path.unlink()
@@ -256,14 +256,14 @@ def run_trial(trial, folder, stop, head):
             bits = report.score(report.read_log(folder / "log.jsonl", trial.name))
             train.note(f"{head}: {bits:.4f} bits/byte in {train.clock(time.monotonic() - begun)}")
             return ""
-        if train.BUSY not in last:  # else another process was faster to lock the log
+        if train.BUSY not in last:  # otherwise another process locked the log first: wait for it
             killed = status < 0 or not last
             return f"train.py ended with status {status}" if killed else last.removeprefix("train.py: error: ")
     return None
 
 
 def run_all(trials, folder):
-    """Every trial that is not finished -> {name of a trial that failed: why}, whether it was asked to stop."""
+    """Run the unfinished trials -> {name of a failed trial: reason}, True if the sweep was stopped."""
     failed, stop, old = {}, Stop(), {}
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():
@@ -290,7 +290,7 @@ def run_all(trials, folder):
 
 
 def read_begun(trials, folder):
-    """name -> Log of the trials that have written their settings at least."""
+    """name -> Log of the trials that have written at least their settings."""
     logs = {}
     for trial in trials:
         with contextlib.suppress(OSError, ValueError):
@@ -300,7 +300,7 @@ def read_begun(trials, folder):
 
 
 def results(trials, folder, failed):
-    """A dict for each trial that has begun or failed: the best first, then those that did not get to the end."""
+    """A dict for each trial that has started or failed: finished ones first, best first."""
     logs, rows = read_begun(trials, folder), []
     for trial in trials:
         row = report.result(logs[trial.name]) if trial.name in logs else {}
@@ -311,13 +311,13 @@ def results(trials, folder, failed):
 
 
 def write_results(trials, folder, failed):
-    """results.jsonl, whole at any moment."""
+    """Write results.jsonl atomically."""
     lines = (json.dumps(row).encode() + b"\n" for row in results(trials, folder, failed))
     tinygpt.write_aside(folder / "results.jsonl", lines)
 
 
 def table(rows):
-    """The lines of the table of `results`."""
+    """Format `results` as the lines of a table."""
     wide = max([len(row["trial"]) for row in rows] + [5])
     lines = [f"{'trial':{wide}} {'bits/byte':>9} {'tokens read':>13} {'tok/s':>9} {'parameters':>13}"]
     for row in rows:
@@ -334,7 +334,7 @@ def table(rows):
 
 
 def finish(trials, folder, failed):
-    """The table on stdout, results.jsonl and the page of the runs that have begun."""
+    """Print the table; write results.jsonl and the page of the runs that have started."""
     write_results(trials, folder, failed)
     rows = results(trials, folder, failed)
     if not rows:
@@ -350,17 +350,17 @@ def finish(trials, folder, failed):
 
 
 def claim(folder, trials):
-    """Make the folder, for these trials alone -> its sweep.json, locked until it is closed. ValueError if the folder
-    holds something else or another process runs the sweep."""
+    """Make the folder of these trials -> its sweep.json, locked until it is closed. ValueError if the folder holds
+    something else or another process is running the sweep."""
     path, text = folder / "sweep.json", json.dumps([list(trial) for trial in trials]) + "\n"
     if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no sweep; name another --out, or none")
+        raise ValueError(f"{folder} is not empty and holds no sweep; name another --out or leave it out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = train.open_locked(path, f"another process runs the sweep in {folder}")
+    lock = train.open_locked(path, f"another process is running the sweep in {folder}")
     found = path.read_text(encoding="utf-8", errors="replace")
     if found not in ("", text):
         lock.close()
-        raise ValueError(f"{folder} holds another sweep; name another --out, or none")
+        raise ValueError(f"{folder} holds another sweep; name another --out or leave it out")
     if not found:
         lock.write(text)
         lock.flush()
@@ -372,17 +372,17 @@ def main(argv=None):
     parser = sample.Parser(
         prog="sweep.py",
         usage="sweep.py FIELD=A,B,C [FIELD=...] [--out FOLDER] [--list] [flags of train.py]",
-        description="Runs of train.py over every combination of values; size='graphcore-*' stands for all that fit.",
+        description="Run train.py for every combination of values; size='graphcore-*' stands for all matching sizes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the trials (default runs/sweep-FIELD-...)")
-    parser.add_argument("--list", action="store_true", help="print the trials and their commands, run nothing")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the sweep (default runs/sweep-FIELD-...)")
+    parser.add_argument("--list", action="store_true", help="print the trials and their commands without running them")
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     swept = argv[:first]
     args, rest = parser.parse_known_args(argv[first:])
     try:
         if not swept:
-            raise ValueError("name what to vary before the flags: lr=1e-3,2e-3,4e-3 --size 1m --minutes 2")
+            raise ValueError("name the settings to vary before the flags: lr=1e-3,2e-3,4e-3 --size 1m --minutes 2")
         trials = make_trials(swept, rest)
         folder = args.out or folder_of(swept, trials)
         if args.list:
@@ -397,7 +397,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         parser.error(error)
     if stopped:
-        train.note(f"stopped; to go on:  {train.command('extras/sweep.py', *argv)}")
+        train.note(f"stopped; to resume:  {train.command('extras/sweep.py', *argv)}")
         return 130
     return 1 if failed else 0
 

@@ -70,7 +70,7 @@ def test_the_command_prints_the_ops_and_refuses_what_is_no_size(capsys):
         (["golden", "--scaled-down", "--out", "nowhere/x.safetensors"], "No such file"),
         (["golden", "--checkpoint", "gone.safetensors", "--out", "x.safetensors"], "gone.safetensors: No such file"),
         (["golden", "--scaled-down"], "required: --out"),
-        (["trace", "Lily", "--tokenizer", "gone.json"], "--tokenizer is that of a --checkpoint"),
+        (["trace", "Lily", "--tokenizer", "gone.json"], "--tokenizer needs --checkpoint"),
         (["trace", "Lily", "--checkpoint", "gone.safetensors"], "gone.safetensors: No such file"),
         (["picture", "--out", "nowhere/x.svg"], "nowhere/x.svg: No such file"),
         (["draw"], "invalid choice"),

@@ -1,5 +1,5 @@
 """Every family of the field's story-tellers learns: a few hundred updates by the real trainer, small but with the
-family's own switches, initial weights and dropout, on stories that stories.py makes up."""
+family's own switches, initial weights and dropout, on stories that extras/stories.py generates."""
 
 import contextlib
 import dataclasses

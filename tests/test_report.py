@@ -159,7 +159,7 @@ def test_a_log_that_is_cut_anywhere_is_shown_as_far_as_it_goes(tmp_path):
         assert [row["loss"] for row in log.updates] == [e["loss"] for e in entries if "loss" in e]
         assert bool(log.problems) == (not is_whole and lines[-1] != b"")
         page = page_of(folder)
-        assert any("is cut" in text for text in page.text("/p")) == bool(log.problems)
+        assert any("is incomplete" in text for text in page.text("/p")) == bool(log.problems)
         steps = sum("loss" in e for e in entries)
         state = "finished" if "final_val_nats" in entries[-1] else "not scored" if steps == 20 else "at update"
         assert report.result(log)["state"].startswith(state)
@@ -222,7 +222,7 @@ def test_whatever_a_log_says_a_page_comes_out(tmp_path):
 
 def test_a_run_of_settings_alone_has_a_page(tmp_path):
     page = page_of(write_log(tmp_path / "begun", [settings()]))
-    assert "a text" in page.text("/dd") and page.text("/p").count("Nothing of this in the log.") >= 5
+    assert "a text" in page.text("/dd") and page.text("/p").count("The log has no such values.") >= 5
 
 
 def test_checksums_of_data_are_in_no_table(tmp_path):
@@ -589,13 +589,13 @@ def test_tensorboard_reads_back_what_it_was_handed_also_the_second_time(real):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["nothing-here"], "nothing-here holds no run; expected a folder with log.jsonl"),
+    (["nothing-here"], "nothing-here holds no run; expected a folder with the log.jsonl"),
     (["empty"], "has no entry yet"),
     (["run", "--follow"], "add --tensorboard or --wandb"),
     (["run", "--tensorboard", "--out", "x.html"], "leave out --out"),
     (["run", "--tensorboard"], "pip install tensorboardX"),
     (["run", "--wandb"], "pip install wandb"),
-    (["run", "other", "--wandb", "--follow"], "the end of one run; got 2"),
+    (["run", "other", "--wandb", "--follow"], "a single run; got 2"),
     (["run", "--out", "no/folder/r.html"], "No such file"),
     ([], "the following arguments are required: RUN"),
 ])  # fmt: skip

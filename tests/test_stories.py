@@ -1,4 +1,4 @@
-"""stories.py: the download against a server on this machine, and the generated stories as an editor would read them."""
+"""extras/stories.py: the download against a server on this machine, and files of generated stories."""
 
 import contextlib
 import gzip
@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -24,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bpe
-import stories
+from extras import generate, stories
 
 MIB = 1 << 20
 
@@ -108,8 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:1000])
             self.wfile.flush()
             return self.server.released.wait(20)
-        self.server.sent += len(body)  # first: the client may be done before this thread goes on
-        with contextlib.suppress(OSError):  # the client had enough: that is what some tests do
+        self.server.sent += len(body)  # before writing: the client may finish before this thread runs again
+        with contextlib.suppress(OSError):  # some tests make the client close the connection early
             if self.server.mode == "slow":
                 for start in range(0, len(body), 50_000):
                     self.wfile.write(body[start : start + 50_000])
@@ -140,7 +139,8 @@ def server(monkeypatch):
 
 
 PROCESS = """
-import sys, stories
+import sys
+from extras import stories
 for name, size, sha256 in (sys.argv[3:6], sys.argv[6:9]):
     setattr(stories, name, getattr(stories, name)._replace(size=int(size), sha256=sha256))
 source = stories.get(sys.argv[1], int(sys.argv[2]))
@@ -149,16 +149,16 @@ print(source.name, source.train, sep="\\n")
 
 
 def start(folder, num_bytes):
-    """Another process that calls get(), with the two files of this one's server."""
+    """Start a process that calls get() with the files of this process's server."""
     words = [sys.executable, "-c", PROCESS, folder, num_bytes]
     for name in ("TRAIN", "VALID"):
         words += [name, getattr(stories, name).size, getattr(stories, name).sha256]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*map(str, words)], cwd=Path(stories.__file__).parent, **pipes)
+    return subprocess.Popen([*map(str, words)], cwd=Path(stories.__file__).parents[1], **pipes)
 
 
 def finish(process):
-    """(name, path of the training stories, stderr) of a process that must succeed."""
+    """Wait for a process that must succeed -> (name, path of the training stories, stderr)."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     name, path = out.splitlines()
@@ -173,10 +173,10 @@ def wait_for(condition):
 
 
 def put_part(folder, data):
-    """A download that was interrupted after these bytes."""
+    """Write the files of a download that was interrupted after these bytes."""
     part = folder / (stories.TRAIN.name + ".part")
     part.write_bytes(data)
-    stories.note_of(part).write_bytes(stories.noted(len(data), zlib.crc32(data)))
+    stories.note_path(part).write_bytes(stories.format_note(len(data), zlib.crc32(data)))
     return part
 
 
@@ -198,7 +198,7 @@ def quick(monkeypatch):
 
 
 def fails(folder, capsys, reason, name=stories.TRAIN.name, num_bytes=100_000):
-    """get() prints one line with the reason, the address and the place for a copy, and gives generated stories."""
+    """Check that get() prints one line (reason, URL, path for a copy) and returns generated stories."""
     source = stories.get(folder, num_bytes)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.endswith("\n"), err
@@ -210,7 +210,7 @@ def fails(folder, capsys, reason, name=stories.TRAIN.name, num_bytes=100_000):
     return source
 
 
-# == 1  what a caller gets ============================================================================================
+# == 1  choosing the text =============================================================================================
 
 
 def test_whole_files_are_downloaded_and_checked(server, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_whole_files_are_downloaded_and_checked(server, tmp_path, capsys):
     assert not list(tmp_path.glob("*.part")) and capsys.readouterr().err == ""
 
 
-def test_a_run_that_needs_little_asks_for_little(server, tmp_path):
+def test_a_small_request_downloads_a_prefix(server, tmp_path):
     source = stories.get(tmp_path, 900_000)
     assert server.requests[0] == (stories.TRAIN.name, f"bytes=0-{MIB - 1}")
     assert server.sent == MIB + len(VALID_BYTES)
@@ -231,11 +231,11 @@ def test_a_run_that_needs_little_asks_for_little(server, tmp_path):
 
 
 @pytest.mark.parametrize("num_bytes", [MIB - 1, MIB, MIB + 1])
-def test_there_are_at_least_as_many_bytes_as_asked_for(server, tmp_path, num_bytes):
+def test_the_prefix_has_at_least_the_requested_bytes(server, tmp_path, num_bytes):
     assert stories.get(tmp_path, num_bytes).train.stat().st_size >= num_bytes
 
 
-def test_a_later_call_for_more_goes_on_where_the_first_ended(server, tmp_path):
+def test_a_later_call_for_more_resumes_where_the_first_ended(server, tmp_path):
     small = stories.get(tmp_path, 900_000).train
     have = small.stat().st_size
     server.requests.clear()
@@ -246,8 +246,8 @@ def test_a_later_call_for_more_goes_on_where_the_first_ended(server, tmp_path):
     assert whole.train.read_bytes() == TRAIN_BYTES
 
 
-def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stories, "connect", lambda *_: pytest.fail("used the network"))
+def test_existing_files_are_used_without_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stories, "open_url", lambda *_: pytest.fail("used the network"))
     (tmp_path / stories.TRAIN.name).write_text("Mine.")
     (tmp_path / stories.VALID.name).write_text("Mine, too.")
     source = stories.get(tmp_path, 10**9)
@@ -255,7 +255,7 @@ def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch)
     assert source.name == "TinyStoriesV2" and capsys.readouterr().err == ""
 
 
-def test_a_part_that_holds_enough_is_taken_without_network(tmp_path, monkeypatch):
+def test_a_part_that_is_large_enough_is_used_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     part = put_part(tmp_path, TRAIN_BYTES[:MIB])
     (tmp_path / stories.VALID.name).write_text("Mine.")
@@ -277,6 +277,14 @@ def test_offline_zero_means_online(server, tmp_path, monkeypatch):
     assert stories.get(tmp_path, 1000).name.startswith("TinyStoriesV2")
 
 
+def test_an_installed_package_named_extras_does_not_hide_ours(tmp_path):
+    (tmp_path / "extras").mkdir()
+    (tmp_path / "extras" / "__init__.py").write_text("")
+    command = [sys.executable, "-c", "from extras import stories"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run(command, env=environment, cwd=Path(stories.__file__).parents[1], check=True)
+
+
 # == 2  the download ==================================================================================================
 
 
@@ -289,7 +297,7 @@ def test_a_cut_connection_is_resumed_within_the_call(server, tmp_path, capsys):
     assert source.train.read_bytes() == TRAIN_BYTES and capsys.readouterr().err == ""
 
 
-def test_a_connection_cut_again_and_again_keeps_what_came(server, tmp_path, capsys):
+def test_a_connection_cut_repeatedly_keeps_the_bytes_received(server, tmp_path, capsys):
     server.cuts = [300_000, 200_000, 100_000]
     fails(tmp_path, capsys, "the connection was cut after 600,000 of")
     server.requests.clear()
@@ -306,17 +314,17 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
     assert TRAIN_BYTES.startswith(source.train.read_bytes()) and source.train.stat().st_size <= MIB
 
 
-def test_a_part_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
+def test_a_part_of_another_file_fails_the_hash_and_is_deleted(server, tmp_path, capsys):
     part = put_part(tmp_path, b"something else" * 1000)
     fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
     assert not part.exists()
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
-def test_a_beginning_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
+def test_a_prefix_of_another_file_fails_the_hash_and_is_deleted(server, tmp_path, capsys):
     server.mode = "other contents"
     assert stories.get(tmp_path, 900_000).name.startswith("generated")  # its validation stories are wrong
-    assert stories.beginnings(stories.TRAIN, tmp_path)
+    assert stories.list_prefixes(stories.TRAIN, tmp_path)
     server.mode = ""
     capsys.readouterr()
     fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
@@ -324,7 +332,7 @@ def test_a_beginning_of_another_file_is_found_by_the_hash_and_dropped(server, tm
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
-def test_redirections_are_followed_with_the_range(server, tmp_path):
+def test_redirections_keep_the_range(server, tmp_path):
     server.mode = "redirect"
     assert stories.get(tmp_path, 900_000).name == "TinyStoriesV2 (first 1 MiB)"
     assert server.requests[1] == (stories.TRAIN.name, f"bytes=0-{MIB - 1}")
@@ -334,18 +342,18 @@ def test_redirections_are_followed_with_the_range(server, tmp_path):
     "mode, reason",
     [
         ("missing", "the server answered 404"),
-        ("page", "a web page came instead of the file"),
-        ("disguised page", "a web page came instead of the file"),
+        ("page", "a web page instead of the file"),
+        ("disguised page", "a web page instead of the file"),
         ("other size", "wrong size"),
-        ("other range", "another range than was asked for"),
+        ("other range", "a different range than requested"),
         ("other total", "wrong size: the server has 1,000,000,000,000,000 bytes"),
         ("redirect for ever", "the server answered 302"),
         ("no range left", "the server answered 416"),
         ("no HTTP", "the connection failed: "),
         ("compressed", "encoded as gzip"),
-        ("no size", "does not say how large"),
-        ("a size of letters", "does not say how large"),
-        ("a negative size", "does not say how large"),
+        ("no size", "did not send the size"),
+        ("a size of letters", "did not send the size"),
+        ("a negative size", "did not send the size"),
     ],
 )
 def test_a_wrong_answer_is_one_line_and_generated_stories(server, tmp_path, capsys, mode, reason):
@@ -356,7 +364,7 @@ def test_a_wrong_answer_is_one_line_and_generated_stories(server, tmp_path, caps
 
 def test_a_wrong_hash_is_one_line_and_generated_stories(server, tmp_path, capsys):
     server.mode = "other contents"
-    fails(tmp_path, capsys, "wrong contents: its sha256", num_bytes=len(TRAIN_BYTES))
+    fails(tmp_path, capsys, "wrong contents: sha256", num_bytes=len(TRAIN_BYTES))
     assert not list(tmp_path.glob("*.part")) and not (tmp_path / stories.TRAIN.name).exists()
 
 
@@ -365,27 +373,25 @@ def test_wrong_validation_stories_are_named(server, tmp_path, capsys):
     fails(tmp_path, capsys, "wrong contents", name=stories.VALID.name)
 
 
-def test_a_page_in_the_middle_of_a_download_leaves_what_came(server, tmp_path, capsys):
+def test_a_page_in_the_middle_of_a_download_leaves_the_part_unchanged(server, tmp_path, capsys):
     part, server.mode = put_part(tmp_path, TRAIN_BYTES[:5000]), "page at the range"
-    fails(tmp_path, capsys, "a web page came instead of the file")
+    fails(tmp_path, capsys, "a web page instead of the file")
     assert part.read_bytes() == TRAIN_BYTES[:5000]
     server.mode = ""
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
-def test_a_server_that_gives_less_than_the_range_is_asked_for_the_rest(server, tmp_path):
+def test_the_rest_of_a_range_that_came_short_is_requested(server, tmp_path):
     server.mode = "short ranges"
     assert TRAIN_BYTES.startswith(stories.get(tmp_path, 900_000).train.read_bytes())
-    asked = [int(wanted[len("bytes=") :].split("-")[0]) for _, wanted in server.requests if wanted]
-    assert asked[:3] == [0, 400_000, 800_000]
+    starts = [int(wanted[len("bytes=") :].split("-")[0]) for _, wanted in server.requests if wanted]
+    assert starts[:3] == [0, 400_000, 800_000]
 
 
-def test_a_stall_ends_and_keeps_what_came(server, tmp_path, capsys, monkeypatch):
+def test_a_stall_ends_and_keeps_the_bytes_received(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stories, "STALL_SECONDS", 0.2)
     server.mode = "stall"
-    start = time.monotonic()
     fails(tmp_path, capsys, "the server sent nothing for 0.2 s")
-    assert time.monotonic() - start < 5
     assert (tmp_path / (stories.TRAIN.name + ".part")).stat().st_size >= 1000
 
 
@@ -406,30 +412,28 @@ def test_a_name_that_does_not_resolve_is_one_line(tmp_path, capsys, monkeypatch)
     assert "cannot be resolved" in err or "no answer within 8 s" in err  # the resolver may be slower than we wait
 
 
-def test_a_server_that_never_answers_is_given_up(tmp_path, capsys, monkeypatch):
+def test_a_server_that_never_answers_ends_in_one_line(tmp_path, capsys, monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(stories, "OPEN_SECONDS", 0.3)
-        start = time.monotonic()
         fails(tmp_path, capsys, "no answer within 0.3 s")
-        assert time.monotonic() - start < 5
 
 
-# -- several processes, and what a killed one leaves
+# -- several processes, killed processes
 
 
-def test_first_runs_at_once_download_once_and_have_the_same_stories(server, tmp_path):
+def test_processes_that_start_at_once_download_once_and_get_the_same_stories(server, tmp_path):
     server.mode = "slow"
     found = [finish(process) for process in [start(tmp_path, 900_000) for _ in range(3)]]
     assert len({path for _, path, _ in found}) == 1 and server.sent == MIB + len(VALID_BYTES)
     assert {name for name, _, _ in found} == {"TinyStoriesV2 (first 1 MiB)"}
     assert TRAIN_BYTES.startswith(found[0][1].read_bytes())
-    assert sum("another process is making" in err for _, _, err in found) >= 1
+    assert sum("another process is writing" in err for _, _, err in found) >= 1
 
 
-def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(server, tmp_path):
+def test_processes_that_need_different_amounts_all_get_true_stories(server, tmp_path):
     server.mode = "slow"
     for process, num_bytes in [(start(tmp_path, num_bytes), num_bytes) for num_bytes in (900_000, 1_500_000, 10**9)]:
         name, path, _ = finish(process)
@@ -437,31 +441,31 @@ def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(s
         assert path.stat().st_size >= min(num_bytes, len(TRAIN_BYTES))
 
 
-def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(server, tmp_path):
+def test_a_waiting_process_says_so_in_one_line_and_then_uses_the_files(server, tmp_path):
     with open(tmp_path / "stories.lock", "ab") as lock:
         assert bpe.lock_file(lock)
         waiting = start(tmp_path, 900_000)
         line = waiting.stderr.readline()
         path = tmp_path / stories.TRAIN.name
-        assert line == f"stories: another process is making {path}; waiting for it ...\n" and not server.requests
+        assert line == f"stories: another process is writing {path}; waiting ...\n" and not server.requests
         path.write_bytes(TRAIN_BYTES)
         (tmp_path / stories.VALID.name).write_bytes(VALID_BYTES)
     assert finish(waiting) == ("TinyStoriesV2", path, "") and not server.requests
 
 
-def test_a_download_that_was_killed_is_resumed_and_its_lock_blocks_nobody(server, tmp_path, capsys):
+def test_a_killed_download_is_resumed_and_leaves_no_lock(server, tmp_path, capsys):
     server.mode, part = "slow", tmp_path / (stories.TRAIN.name + ".part")
     process = start(tmp_path, 10**9)
-    wait_for(lambda: stories.size(part) > 400_000)
+    wait_for(lambda: stories.file_size(part) > 400_000)
     process.kill()
     process.communicate()
-    server.mode, have = "", stories.received(part)[0]
+    server.mode, have = "", stories.check_note(part)[0]
     server.requests.clear()
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES and capsys.readouterr().err == ""
     assert have > 300_000 and server.requests[0][1] == f"bytes={have}-{len(TRAIN_BYTES) - 1}"
 
 
-def test_bytes_that_no_note_vouches_for_are_fetched_again(server, tmp_path):
+def test_bytes_that_the_note_does_not_cover_are_downloaded_again(server, tmp_path):
     part = put_part(tmp_path, TRAIN_BYTES[:500_000])
     with open(part, "ab") as file:
         file.write(TRAIN_BYTES[:500_000])  # the same stories twice
@@ -470,22 +474,22 @@ def test_bytes_that_no_note_vouches_for_are_fetched_again(server, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no note", "other bytes", "fewer bytes", "an empty note"])
-def test_a_part_that_is_not_what_was_received_is_fetched_again(server, tmp_path, damage):
+def test_a_damaged_part_is_downloaded_again(server, tmp_path, damage):
     part = put_part(tmp_path, TRAIN_BYTES[:500_000] * 2 if damage == "no note" else TRAIN_BYTES[:MIB])
-    if damage == "no note":  # of an earlier version: two processes wrote it
-        stories.note_of(part).unlink()
+    if damage == "no note":  # written by an earlier version, possibly by two processes
+        stories.note_path(part).unlink()
     if damage == "other bytes":
         part.write_bytes(b"X" + TRAIN_BYTES[1:MIB])
     if damage == "fewer bytes":
         os.truncate(part, MIB - 1)
     if damage == "an empty note":
-        stories.note_of(part).write_bytes(b"")
+        stories.note_path(part).write_bytes(b"")
     text = stories.get(tmp_path, 900_000).train.read_bytes()
     assert server.requests[0][1] == f"bytes=0-{MIB - 1}" and TRAIN_BYTES.startswith(text)
 
 
 @pytest.mark.parametrize("damaged", [lambda text: b"X" + text[1:], lambda text: text[:-1], lambda text: text + b"X"])
-def test_stories_that_were_handed_out_are_checked_before_they_are_used_again(server, tmp_path, damaged):
+def test_a_prefix_is_checked_before_it_is_used_again(server, tmp_path, damaged):
     first = stories.get(tmp_path, 900_000).train
     text = first.read_bytes()
     first.write_bytes(damaged(text))
@@ -495,31 +499,31 @@ def test_stories_that_were_handed_out_are_checked_before_they_are_used_again(ser
 
 
 @pytest.mark.parametrize("num_bytes", [1_500_000, 10**9])
-def test_stories_that_were_handed_out_do_not_change_while_more_is_fetched(server, tmp_path, num_bytes):
+def test_a_prefix_does_not_change_while_more_is_downloaded(server, tmp_path, num_bytes):
     first = stories.get(tmp_path, 900_000).train
     before, modified = first.read_bytes(), first.stat().st_mtime_ns
     assert stories.get(tmp_path, num_bytes).train != first
     assert first.read_bytes() == before and first.stat().st_mtime_ns == modified
-    os.utime(first, (1, 1))  # read long ago
+    os.utime(first, (1, 1))  # a day old: no run reads it any more
     (tmp_path / stories.TRAIN.name).unlink(missing_ok=True)
     stories.get(tmp_path, 10**9)
-    assert not first.exists() and not stories.note_of(first).exists()
+    assert not first.exists() and not stories.note_path(first).exists()
 
 
-def test_a_second_writer_of_a_part_is_noticed_at_the_next_block(server, tmp_path, capsys, monkeypatch):
-    """On a file system without locks."""
-    part, read, added = tmp_path / (stories.TRAIN.name + ".part"), stories.read, []
+def test_a_second_writer_of_a_part_is_detected_at_the_next_block(server, tmp_path, capsys, monkeypatch):
+    """As on a file system without locks."""
+    part, read, added = tmp_path / (stories.TRAIN.name + ".part"), stories.read_block, []
 
     def meddle(response, size):
         block = read(response, min(size, 100_000))
-        if stories.size(part) >= 300_000 and not added:
+        if stories.file_size(part) >= 300_000 and not added:
             with open(part, "ab") as file:
                 added.append(file.write(block))
         return block
 
-    monkeypatch.setattr(stories, "read", meddle)
-    fails(tmp_path, capsys, "another process writes")
-    monkeypatch.setattr(stories, "read", read)
+    monkeypatch.setattr(stories, "read_block", meddle)
+    fails(tmp_path, capsys, "another process is writing")
+    monkeypatch.setattr(stories, "read_block", read)
     assert TRAIN_BYTES.startswith(stories.get(tmp_path, 900_000).train.read_bytes())
 
 
@@ -527,17 +531,17 @@ def no_locks(_):
     raise OSError(stories.errno.ENOLCK, "No locks available")
 
 
-def test_without_locks_one_line_says_so_and_the_download_goes_on(server, tmp_path, capsys, monkeypatch):
+def test_without_locks_one_line_says_so_and_the_download_continues(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bpe, "lock_file", no_locks)
     assert stories.get(tmp_path, 900_000).name.startswith("TinyStoriesV2")
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err.splitlines()[0]
+    assert f"cannot lock {tmp_path} (No locks available)" in capsys.readouterr().err.splitlines()[0]
 
 
-def test_what_lies_there_is_used_without_a_lock(server, tmp_path, monkeypatch):
-    """The folder may be one that this user cannot write."""
+def test_existing_files_are_used_without_a_lock(server, tmp_path, monkeypatch):
+    """The user may have no permission to write there."""
     stories.get(tmp_path, 900_000)
     stories.write_generated(tmp_path, 10_000)
-    monkeypatch.setattr(stories, "alone", lambda _: pytest.fail("took the lock"))
+    monkeypatch.setattr(stories, "folder_lock", lambda _: pytest.fail("took the lock"))
     assert stories.get(tmp_path, 900_000).name == "TinyStoriesV2 (first 1 MiB)"
     assert stories.write_generated(tmp_path, 10_000).train.exists()
 
@@ -551,7 +555,7 @@ def test_only_a_trusted_certificate_is_accepted(server, tmp_path, capsys, monkey
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    server.handle_error = lambda *_: None  # the client hangs up on a certificate that it does not trust
+    server.handle_error = lambda *_: None  # the client closes the connection if it does not trust the certificate
     monkeypatch.setenv("HF_ENDPOINT", f"https://localhost:{server.server_address[1]}")
     fails(tmp_path, capsys, "the server's certificate is not trusted")
     monkeypatch.setenv("SSL_CERT_FILE", certificate)
@@ -564,215 +568,38 @@ def test_a_full_disk_is_one_line(server, tmp_path, capsys, monkeypatch):
     assert server.requests == []
 
 
-def test_the_disk_filling_up_is_one_line(server, tmp_path, capsys, monkeypatch):
-    class Full(stories.Bar):
+def test_a_disk_that_fills_up_is_one_line(server, tmp_path, capsys, monkeypatch):
+    class Full(stories.ProgressBar):
         def show(self, have):
             raise OSError(stories.errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(stories, "Bar", Full)
+    monkeypatch.setattr(stories, "ProgressBar", Full)
     fails(tmp_path, capsys, "the disk is full")
 
 
-def test_the_bar_is_for_terminals(capsys, monkeypatch):
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = stories.Bar("file", 0, 2_000_000)
+    bar = stories.ProgressBar("file", 0, 2_000_000)
     bar.show(2_000_000)
     bar.close()
     err = capsys.readouterr().err
     assert err.startswith("\rfile [########################] 2.0 of 2.0 MB | ") and "MB/s | 0:00 left" in err
 
 
-# == 3  generated stories =============================================================================================
-
-
-@pytest.fixture(scope="module")
-def many():
-    return list(itertools.islice(stories.generate(7), 10_000))
-
-
-def test_the_same_seed_tells_the_same_stories():
-    first, again, other = (list(itertools.islice(stories.generate(seed), 200)) for seed in (3, 3, 4))
-    assert first == again and not set(first) & set(other)
-
-
-def test_stories_do_not_depend_on_the_hash_seed_of_python():
-    code = "import stories; print(next(stories.generate(5)), stories.generator_version())"
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=Path(stories.__file__).parent,
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(told) == 1 and told != {b""}
-
-
-def test_train_and_validation_share_no_story(many):
-    valid = set(itertools.islice(stories.generate(7, "valid"), 1_250))
-    assert len(valid) > 1_248 and not valid & set(many)
-    assert not any(map(stories.is_valid, many)) and all(map(stories.is_valid, valid))
-
-
-def test_hardly_any_story_comes_twice(many):
-    assert len(set(many)) >= len(many) - 2
-
-
-def test_every_plot_occurs(monkeypatch):
-    told = []
-    monkeypatch.setattr(stories, "tell", lambda _, plot, parts: told.append(plot) or f"Story {len(told)}.")
-    list(itertools.islice(stories.generate(0), 500))
-    assert len(stories.PLOTS) >= 8 and {plot.text for plot in told} == {plot.text for plot in stories.PLOTS.values()}
-
-
-def test_every_row_of_every_table_makes_good_stories():
-    random_ = random.Random(1).random
-    for plot, parts in stories.compiled().values():
-        for place, table in enumerate(plot.tables):
-            for row in table:
-                tables = [[row] if other == place else plot.tables[other] for other in range(len(plot.tables))]
-                for _ in range(6):
-                    story = stories.tell(random_, plot._replace(tables=tables), parts)
-                    assert mistakes(story) == [], story
-
-
-def test_common_beginnings_are_common(many):
-    assert sum(story.startswith("Once upon a time, there was a ") for story in many) > len(many) / 4
-    assert sum("named Lily." in story for story in many) > len(many) / 100
-    assert sum("One day, Lily found a" in story for story in many) > len(many) / 1000
-
-
-def test_stories_are_as_long_as_stories(many):
-    words = sorted(len(story.split()) for story in many)
-    assert words[0] >= 90 and words[-1] <= 260 and words[len(words) * 9 // 10] <= 220
-    assert {story.count("\n") + 1 for story in many} >= {1, 7, 8, 9, 10}
-
-
-def mistakes(story):
-    """What an editor would mark, as the names of the rules broken."""
-    spoken = story.replace("\n", " ")
-    sounds = re.findall(r"\b([Aa]n?) (\w+)", spoken)
-    rules = {
-        "placeholder": re.search(r"[{}<>\[\]|_]", story),
-        "doubled word": re.search(r"\b(?!had\b|la\b)(\w+) \1\b", spoken, re.IGNORECASE),
-        "spaces": re.search(r"  | [.,!?;]|^\s|\s$|\n\n| \n|\n ", story),
-        "full stop": re.search(r'[.,!?]{2}|[.!?,]"[.,]|[a-z]"(?: |$)(?=[A-Z]|$)', spoken.replace('"la, la, la"', "")),
-        "capital": re.search(r'(?:^|\n|[.!?] )"?[a-z]|said, "[a-z]', story),
-        "after speech": re.search(r',"(?! [a-zA-Z])', spoken)
-        or re.search(r'[.]" (?:said|asked|cried|she|he) ', spoken),
-        "quotes": story.count('"') % 2 or any(line.count('"') % 2 for line in story.split("\n")),
-        "end": not re.search(r'[.!?]"?$', story),
-        "a or an": any((article.lower() == "an") != vowel_sound(word) for article, word in sounds),
-        "ascii": not story.isascii(),
-        "I": re.search(r"\bi\b", story),
-    }
-    return [name for name, broken in rules.items() if broken]
-
-
-def vowel_sound(word):
-    return word[0].lower() in "aeiou" and not re.match(r"(?i)one\b|once\b|uni|use", word)
-
-
-def test_an_editor_finds_no_mistake(many):
-    for story in many[:3000]:
-        assert mistakes(story) == [], story
-
-
-@pytest.mark.parametrize(
-    "story, name",
-    [
-        ("Lily had a apple.", "a or an"),
-        ("Lily had an kite.", "a or an"),
-        ("Lily saw the the sea.", "doubled word"),
-        ("Lily saw {thing}.", "placeholder"),
-        ("Lily sat down. she slept.", "capital"),
-        ('"Look!" said Lily. "the sea."', "capital"),
-        ("Lily slept..", "full stop"),
-        ('Lily said, "Yes!".', "full stop"),
-        ('"Yes." said Lily.', "after speech"),
-        ('"Yes, said Lily.', "quotes"),
-        ("Lily  slept.", "spaces"),
-        ("Lily slept", "end"),
-    ],
-)
-def test_the_editor_would_find_them(story, name):
-    assert name in mistakes(story)
-
-
-def test_pronouns_agree_with_the_hero():
-    """With a cast of one sex, no word of the other sex may occur."""
-    random_ = random.Random(2).random
-    words = {"he": r"\b(he|him|his|himself|boy|dad|grandpa)\b", "she": r"\b(she|her|hers|herself|girl|mom|grandma)\b"}
-    others = (
-        r"(?i)\b(Mrs?|Miss|Captain|farmer|baker|keeper|man|lady|fireman|gardener|guard|mother|king|queen|dentist|"
-        r"doctor)\b"
-    )
-    told = {"he": 0, "she": 0}
-    for _ in range(80):
-        for plot, parts in stories.compiled().values():
-            sexes = []
-            story = tell_with(random_, plot, parts, sexes)
-            if len(set(sexes)) == 1 and not re.search(others, story):
-                told[sexes[0]] += 1
-                other = words["she" if sexes[0] == "he" else "he"]
-                if "dog" not in story:  # the dog next door is a he of his own
-                    assert not re.search(other, story, re.IGNORECASE), story
-    assert min(told.values()) > 50
-
-
-def tell_with(random_, plot, parts, sexes):
-    """A story, and the pronouns of its hero, friend and parent."""
-    real = stories.cast
-
-    def cast(*args):
-        words = real(*args)
-        sexes.extend(words[key] for key in ("he", "fhe", "phe"))
-        return words
-
-    stories.cast = cast
-    try:
-        return stories.tell(random_, plot, parts)
-    finally:
-        stories.cast = real
-
-
-def test_hero_and_friend_are_two():
-    random_ = random.Random(3).random
-    for _ in range(3000):
-        words = stories.cast(random_, True)
-        assert words["name"] != words["friend"]
-        assert words["kind"] in ("girl", "boy") or words["newfriend"] != f"{words['friend']} the {words['kind']}"
-
-
-def test_a_word_that_no_table_has_is_an_error():
-    plot = stories.Plot((), "")
-    with pytest.raises(KeyError):
-        stories.tell(random.Random(0).random, plot, stories.parse("{name} had a {nonsense}."))
-    with pytest.raises(ValueError):
-        stories.parse("an [open bracket")
-
-
-def test_an_unknown_split_is_an_error():
-    with pytest.raises(ValueError, match="expected 'train' or 'valid'"):
-        next(stories.generate(0, "test"))
-
-
-# == 4  generated files ===============================================================================================
+# == 3  generated files ===============================================================================================
 
 
 def test_generated_files_have_the_layout_of_the_data_set(tmp_path):
     source = stories.write_generated(tmp_path, 100_000)
     text = source.train.read_bytes().decode("ascii")
-    told = text.split(f"\n{stories.END}\n")
-    assert told.pop() == "" and len(told) == len(set(told)) and len(text) >= 100_000
-    assert told == list(dict.fromkeys(itertools.islice(stories.generate(0), len(told))))
-    assert not set(told) & set(source.valid.read_text().split(f"\n{stories.END}\n")[:-1])
+    found = text.split(f"\n{stories.END}\n")
+    assert found.pop() == "" and len(found) == len(set(found)) and len(text) >= 100_000
+    assert found == list(dict.fromkeys(itertools.islice(stories.generate(0), len(found))))
+    assert not set(found) & set(source.valid.read_text().split(f"\n{stories.END}\n")[:-1])
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
+def test_generated_files_are_reused_while_they_are_current(tmp_path, monkeypatch):
     source = stories.write_generated(tmp_path, 100_000)
     before = source.train.read_bytes()
 
@@ -784,16 +611,18 @@ def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
     assert untouched(100_000) and untouched(50_000)
     assert not untouched(150_000) and source.train.read_bytes().startswith(before)
     assert not untouched(1000, seed=1)
-    source.train.write_bytes(before[:-5])  # somebody cut it
+    source.train.write_bytes(before[:-5])  # truncated
     assert not untouched(1000, seed=1)
-    monkeypatch.setitem(stories.CAST, "she", ["Lily", "Zora"])  # another generator
+    grammar = tmp_path / "plots.txt"
+    grammar.write_text(generate.GRAMMAR.read_text("utf-8").replace("Lily, ", "Zora, "), "utf-8")
+    monkeypatch.setattr(generate, "GRAMMAR", grammar)
     assert not untouched(1000, seed=1)
     (tmp_path / "generated.json").write_text("{")
     assert not untouched(1000, seed=1)
     assert json.loads((tmp_path / "generated.json").read_text())["seed"] == 1
 
 
-def test_processes_that_generate_at_once_leave_whole_files(tmp_path, monkeypatch):
+def test_processes_that_generate_at_once_write_whole_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     sizes = (400_000, 3_000_000, 3_000_000, 500_000)
     for process, num_bytes in [(start(tmp_path, num_bytes), num_bytes) for num_bytes in sizes]:
@@ -801,7 +630,7 @@ def test_processes_that_generate_at_once_leave_whole_files(tmp_path, monkeypatch
         assert name == "generated stories, seed 0" and path.stat().st_size >= num_bytes
     made = list(itertools.islice(stories.generate(0), 20_000))
     assert path.read_bytes().decode().split(f"\n{stories.END}\n")[:-1] == list(dict.fromkeys(made))[: count(path)]
-    monkeypatch.setattr(stories, "generate", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(stories, "generate", lambda *_: pytest.fail("generated again"))
     stories.write_generated(tmp_path, 3_000_000)
     files = ["generated-train.txt", "generated-valid.txt", "generated.json", "stories.lock"]
     assert sorted(os.listdir(tmp_path)) == files
@@ -811,8 +640,8 @@ def count(path):
     return path.read_bytes().count(stories.END.encode())
 
 
-def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monkeypatch):
-    """Even where nothing is locked: each has a file of its own until it is whole."""
+def test_two_writers_of_generated_stories_never_write_to_one_file(tmp_path, monkeypatch):
+    """Even without locks: each writes to a file of its own and renames it when it is whole."""
     monkeypatch.setattr(bpe, "lock_file", no_locks)
     real, inner = stories.generate, []
 
@@ -825,24 +654,18 @@ def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monk
 
     monkeypatch.setattr(stories, "generate", generate)
     source = stories.write_generated(tmp_path, 60_000)
-    told = source.train.read_text().split(f"\n{stories.END}\n")[:-1]
-    assert told == list(itertools.islice(real(0), len(told))) and source.train.stat().st_size >= 60_000
+    found = source.train.read_text().split(f"\n{stories.END}\n")[:-1]
+    assert found == list(itertools.islice(real(0), len(found))) and source.train.stat().st_size >= 60_000
     assert sorted(os.listdir(tmp_path))[:3] == ["generated-train.txt", "generated-valid.txt", "generated.json"]
 
 
-def test_generating_is_fast_enough():
-    start = time.perf_counter()
-    size = sum(len(story) for story in itertools.islice(stories.generate(0), 3000))
-    assert size / (time.perf_counter() - start) > 1e6  # measured: 8e6; the margin is for a busy machine
-
-
-# == 5  the command line ==============================================================================================
+# == 4  the command line ==============================================================================================
 
 
 def test_show_prints_stories(capsys):
     assert stories.main(["--show", "3", "--seed", "9"]) == 0
-    told = capsys.readouterr().out.split(f"\n{stories.END}\n")
-    assert told == [*itertools.islice(stories.generate(9), 3), ""]
+    found = capsys.readouterr().out.split(f"\n{stories.END}\n")
+    assert found == [*itertools.islice(stories.generate(9), 3), ""]
 
 
 def test_download_names_the_files(server, tmp_path, capsys):
@@ -867,7 +690,7 @@ def test_an_unwritable_folder_is_one_line_and_status_2(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("stories.py: error: ")
 
 
-def test_a_reader_of_the_stories_may_have_enough(tmp_path):
+def test_a_reader_that_closes_the_pipe_causes_no_error(tmp_path):
     words = [sys.executable, stories.__file__, "--show", "20000"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert process.stdout.readline()

@@ -101,21 +101,21 @@ def test_the_same_words_have_the_same_folder_and_others_another():
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--size 1m", "name what to vary before the flags"),
-    ("lrr=1,2", "'lrr' is no flag of train.py with a value and no field of --set; lr is"),
-    ("resume=1", "'resume' is no flag"),
-    ("out=a,b", "'out' is no flag"),
+    ("--size 1m", "name the settings to vary before the flags"),
+    ("lrr=1,2", "'lrr' is neither a flag of train.py with a value nor a field of --set; did you mean lr?"),
+    ("resume=1", "'resume' is neither a flag"),
+    ("out=a,b", "'out' is neither a flag"),
     ("lr", "expected values, as in lr=A,B,C"),
     ("lr=1e-3,,2e-3", "expected values"),
-    ("lr=1e-3,2e-3,1e-3", "1e-3 is there twice"),
+    ("lr=1e-3,2e-3,1e-3", "1e-3 is given twice"),
     ("lr=1e-3,fast", "lr=fast: argument --lr: invalid float value"),
     ("lr=1e-3,-1", "lr=-1: argument --lr: -1 is out of range"),
     ("lr=1e-3 --wrong 3", "unrecognized arguments: --wrong 3"),
-    ("lr=1e-3 --lr 2e-3", "lr is swept and given once more"),
-    ("lr=1e-3 lr=2e-3", "lr is swept and given once more"),
-    ("layers=1,2 --set layers=3", "layers is swept and given once more"),
+    ("lr=1e-3 --lr 2e-3", "lr is given more than once"),
+    ("lr=1e-3 lr=2e-3", "lr is given more than once"),
+    ("layers=1,2 --set layers=3", "layers is given more than once"),
     ("norm=rmsnorm,rms", "norm=rms: norm is 'rms'"),
-    ("norm=layer*,x*", "x* fits none of the 2 values"),
+    ("norm=layer*,x*", "x* matches none of the 2 values"),
     ("layers=1,two", "expected layers=int"),
     ("heads=4,7 --size 1m", "heads=7: width 128 does not divide"),
     ("batch-size=8,6 --micro-batch-size 4", "batch_size=6: --micro-batch-size 4 does not divide"),
@@ -183,7 +183,7 @@ def test_trials_run_fail_and_are_kept(place):
     before = {name: (folder / name / "log.jsonl").stat().st_mtime_ns for name in good}
     write_stories(place / "missing.txt", seed=5, count=20)  # the same words run what failed, and nothing else
     status, out, err = invoke(sweep.main, *words)
-    assert status == 0 and err.count("finished before") == 2, err
+    assert status == 0 and err.count("already finished") == 2, err
     assert {name: (folder / name / "log.jsonl").stat().st_mtime_ns for name in good} == before
     assert [row["state"] for row in rows_of(folder)] == ["finished"] * 4
 
@@ -214,14 +214,14 @@ def test_a_sweep_that_is_stopped_shows_what_is_done_and_goes_on_with_the_rest(pl
     folder = only_folder()
     stopped = len(losses(folder / "seed=2"))
     assert [line.split()[0] for line in out.splitlines()] == ["trial", "seed=1", "seed=2"]
-    assert f"at update {stopped} of 400" in out and "to go on:  python extras/sweep.py seed=1,2,3" in err
+    assert f"at update {stopped} of 400" in out and "to resume:  python extras/sweep.py seed=1,2,3" in err
     assert 20 <= stopped < 400 and not (folder / "seed=3").exists()
-    assert [sweep.state_of(folder / f"seed={seed}") for seed in (1, 2, 3)] == ["finished", "goes on", "to run"]
+    assert [sweep.state_of(folder / f"seed={seed}") for seed in (1, 2, 3)] == ["finished", "resumes", "to run"]
 
     first = (folder / "seed=1" / "log.jsonl").stat().st_mtime_ns
     kept = losses(folder / "seed=2")
     status, out, err = invoke(sweep.main, *words)
-    assert status == 0 and err.count("finished before") == 1, err
+    assert status == 0 and err.count("already finished") == 1, err
     assert (folder / "seed=1" / "log.jsonl").stat().st_mtime_ns == first
     assert "--resume" in (folder / "seed=2" / "output.txt").read_text("utf-8")
     found = losses(folder / "seed=2")
@@ -290,7 +290,7 @@ def test_a_sweep_that_is_running_refuses_another_and_its_killed_ones_training_is
     try:
         wait_until(lambda: has_updates(log, 20), process)
         begun = log.read_bytes()[:200]
-        assert "another process runs the sweep in" in refusal(sweep.main, "sweep.py", *words)
+        assert "another process is running the sweep in" in refusal(sweep.main, "sweep.py", *words)
         assert process.poll() is None and not (folder / "results.jsonl").exists()
     finally:
         process.kill()
@@ -298,7 +298,7 @@ def test_a_sweep_that_is_running_refuses_another_and_its_killed_ones_training_is
     assert not sweep.is_finished(folder / "seed=1")
     status, _, err = invoke(sweep.main, *words)
     assert status == 0 and "failed" not in err, err
-    assert err.count("another process writes the run in") == 1 and "1/2 seed=1: finished before" in err
+    assert err.count("another process writes the run in") == 1 and "1/2 seed=1: already finished" in err
     assert log.read_bytes().startswith(begun) and [step for step, _ in losses(folder / "seed=1")] == STEPS
     assert (folder / "seed=1" / "output.txt").read_text("utf-8").count("--resume") == 1  # it was started once
     assert [row["state"] for row in rows_of(folder)] == ["finished"] * 2
@@ -335,7 +335,8 @@ def test_a_running_sweep_refuses_one_whose_folder_has_another_name(place, monkey
     folder = claimed(words)
     Path("linked").symlink_to(folder, target_is_directory=True)
     with sweep.claim(folder, sweep.make_trials(words[:1], words[1:])):
-        assert "another process runs the sweep in linked" in refusal(sweep.main, "sweep.py", *words, "--out", "linked")
+        refused = refusal(sweep.main, "sweep.py", *words, "--out", "linked")
+        assert "another process is running the sweep in linked" in refused
 
 
 def test_a_sweep_whose_folder_is_a_trial_of_another_is_refused(place, monkeypatch):
@@ -435,4 +436,4 @@ def test_every_flag_has_a_help(capsys):
     with pytest.raises(SystemExit) as left:
         sweep.main(["--help"])
     said = capsys.readouterr().out
-    assert left.value.code == 0 and "FIELD=A,B,C" in said and "run nothing" in said and "--out FOLDER" in said
+    assert left.value.code == 0 and "FIELD=A,B,C" in said and "without running them" in said and "--out FOLDER" in said

@@ -23,9 +23,9 @@ from conftest import TABLES, ops_of, tiny_config
 
 import bpe
 import fast
-import stories
 import tinygpt
 import train
+from extras import stories
 
 TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
 RECIPE = (1.2e-2, 4)  # learning rate, as train.recipe_of gives it, and sequences per update
@@ -368,7 +368,7 @@ def test_without_data_it_trains_on_generated_stories_and_says_so(place, monkeypa
     monkeypatch.setattr(stories, "write_generated", lambda folder, size: asked.append(size) or real(folder, 50_000))
     monkeypatch.setattr(stories, "VALID_BYTES", 5000)
     out, err = trained("--steps", 1)
-    assert sum("going on with generated stories" in line for line in err.splitlines()) == 1
+    assert sum("continuing with generated stories" in line for line in err.splitlines()) == 1
     assert read_log()[0]["settings"]["data"].startswith("generated stories")
     assert asked[0] >= RECIPE[1] * TINY.seq_len
 
