@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fast.attention import attention_arguments, first_seen, norm_columns
+from fast.attention import attention_arguments, first_seen, norm_columns, turn_pair
 from fast.jit import COMPILE, ordered_part, part, stamped
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
@@ -121,22 +121,14 @@ def step_panels(m, t, source, first, last, zero):
             times(source, t.K, w, width * m.size, start, y, width * m.size, zero)
 
 
-@intrinsic
-def fused(typing_context, a, b, c):
-    """a b + c, rounded once: as the compiler does it in `turn`, where it has a choice."""
-    return c(a, b, c), lambda context, builder, signature, args: builder.fma(*args)
-
-
 @part
 def turn_heads(x, cos, sin, half):
-    """`turn` of x (heads D,) at one position: cos and sin (D/2,)."""
+    """`turn` of x (heads D,) at one position, heads side by side: cos and sin (D/2,)."""
     pairs = cos.size
     for low in range(0, x.size, 2 * pairs):
         for i in range(pairs):
             even, odd = (low + i, low + i + pairs) if half else (low + 2 * i, low + 2 * i + 1)
-            a, b = x[even], x[odd]
-            x[even] = fused(a, cos[i], -(b * sin[i]))
-            x[odd] = fused(a, sin[i], b * cos[i])
+            x[even], x[odd] = turn_pair(x[even], x[odd], cos[i], sin[i])
 
 
 @step_part
