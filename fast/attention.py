@@ -34,9 +34,6 @@ from fast.workspace import (
 )
 from tinygpt import ATTENTION_SITE, OUT_SITE, alibi_slopes, layer_window, rotation
 
-# == 7.2  attention layer ==============================================================================================
-
-
 # Queries, keys and scores are worked on with positions side by side, (D, T) and (S, T): what is done to all positions
 # is done to whole vectors, sums over d or s are sums of vectors, and no row is too short.
 

@@ -23,12 +23,10 @@ from fast.threads import POOL, kernel, look, put, replace
 from fast.workspace import biases, blocks, norm_of, whole_vectors
 from tinygpt import aligned, layer_window, rotation
 
-# == 7.5  one token: the whole model in one launch =====================================================================
-#
 # A token meets every weight once: its time is that of reading them from memory. So the weights lie in the order in
 # which they are read, and from the drawing of one token to that of the next there is neither Python nor a launch. The
 # specification is `forward` with a cache, then `head_logits`, then `probabilities`. Sums run in the order of the
-# kernels above: a text has the same bytes, whether it was read in blocks or token by token.
+# sublayers' kernels: a text has the same bytes, whether it was read in blocks or token by token.
 #
 # A token is a list of stages, each cut into a chunk for each thread, whose weights stay in its cache where they fit. A
 # chunk is done by its thread or, when that is late, by another: nobody waits for a thread that has not come, and which
@@ -240,7 +238,8 @@ def screened_best(m, n, logits, offsets, scratch, zero):
 
 @ordered_part
 def compare(logits, top, temperature, odds):
-    """odds (V,) of each token against the likeliest. An ordered part divides: 1 / temperature may be infinite."""
+    """odds (V,) = e^((logits - top) / temperature), as in `probabilities`, where they are divided by their sum later.
+    An ordered part divides as written: 1 / temperature may be infinite."""
     for v in range(logits.size):
         odd = exp(odds.dtype.type((float(logits[v]) - float(top)) / temperature))
         odds[v] = odd if logits[v] > -math.inf else odds.dtype.type(0)
@@ -248,7 +247,7 @@ def compare(logits, top, temperature, odds):
 
 @part
 def together(odds, least, counted):
-    """The sum of the odds that are at least `least`, or their number."""
+    """The sum of the odds that are at least `least`; their number if counted."""
     total = 0.0
     for v in range(odds.size):
         odd = 1.0 if counted else float(odds[v])
@@ -258,8 +257,8 @@ def together(odds, least, counted):
 
 @part
 def keep_likeliest(odds, counted, enough):
-    """All odds become 0 but the fewest and largest that together have `enough` (are so many, if counted); at least one.
-    Their least is found by halving: a sum over all tokens takes less time than sorting them."""
+    """Top-k (counted) and top-p of `probabilities`, in place: all odds become 0 but the fewest and largest whose number or
+    sum reaches `enough`, at least one. The specification sorts; bisection for the least of them takes less time."""
     low = middle = odds.dtype.type(0)
     high = odds.dtype.type(2)  # together(low) >= enough > together(high)
     while True:
