@@ -257,8 +257,8 @@ def together(odds, least, counted):
 
 @part
 def keep_likeliest(odds, counted, enough):
-    """Top-k (counted) and top-p of `probabilities`, in place: all odds become 0 but the fewest and largest whose number or
-    sum reaches `enough`, at least one. The specification sorts; bisection for the least of them takes less time."""
+    """Top-k (counted) and top-p of `probabilities`, in place: all odds become 0 but the fewest and largest whose number
+    or sum reaches `enough`, at least one. The specification sorts; bisection for the least of them takes less time."""
     low = middle = odds.dtype.type(0)
     high = odds.dtype.type(2)  # together(low) >= enough > together(high)
     while True:

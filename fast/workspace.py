@@ -3,8 +3,8 @@
 It computes nothing of the specification. The idea: all that a training step writes lies in one buffer that is laid out
 once, and scratch memory is as small as a core's cache. Order: sizes of blocks, `workspace_layout`, helpers.
 
-Each sublayer of this package is named `..._kernels` after the function of section 3 whose contract it keeps. It computes
-in the buffers of `ops.space`; without them it makes its own.
+Each sublayer of this package is named `..._kernels` after the function of section 3 whose contract it keeps. It
+computes in the buffers of `ops.space`; without them it makes its own.
 """
 
 import dataclasses
