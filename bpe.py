@@ -5,8 +5,8 @@
 
 Read sections 1 and 2 to know what is computed: documents, pre-tokens, and the trainer that rescans everything for
 each merge. Section 3 computes the same merges fast, 4 turns text into ids and back, 5 reads and writes tokenizers, 6
-keeps ids in files, 7 does to long texts in Numba what 1 and 4 do to short ones, 8 is the command line. Merges are
-ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
+keeps ids in files and reads stories in JSON, 7 does to long texts in Numba what 1 and 4 do to short ones, 8 is the
+command line. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import base64
 import codecs
 import contextlib
 import functools
+import glob
 import hashlib
 import heapq
 import json
 import os
+import shlex
 import struct
 import sys
 import time
@@ -46,10 +48,11 @@ def reserved(n):
 
 
 def documents(paths, progress=None):
-    """Yield the stories of text files (split at END), .jsonl files (field "text") and folders of both.
+    """Yield the stories of text files (split at END), of JSON (a value a line, or one array; a value is a string or an
+    object with a field "text" or "story"), and of folders of these.
 
     Stories are stripped, empty ones dropped; a text without END is one document. Calls progress(bytes_done) after a
-    story. ValueError: a file that is not UTF-8 text, has no story, or has a bad line.
+    story. ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
     """
     held = []
     for piece, ends in pieces(paths, progress):
@@ -66,8 +69,7 @@ def pieces(paths, progress=None):
     for path in text_files(paths):
         with open(path, "rb") as file:
             empty = begins = True
-            texts = _jsonl_texts if path.suffix.lower() == ".jsonl" else _txt_texts
-            for text, ends in texts(file, path):
+            for text, ends in _reader(file, path)(file, path):
                 text = text.strip() if begins else text.rstrip() if ends else text
                 if text or not begins:
                     empty = False
@@ -81,14 +83,19 @@ def pieces(paths, progress=None):
 
 
 def text_files(paths):
-    """The files that paths name, as Path; a folder stands for its *.txt and *.jsonl, sorted."""
+    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
+    ValueError for a file that is compressed by its name, and for a folder without text."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in (".txt", ".jsonl") and p.is_file())
-            if not inside:
-                raise ValueError(f"{path} is a folder without .txt or .jsonl files")
-            yield from inside
+            inside = sorted(p for p in path.iterdir() if p.is_file())
+            texts = [p for p in inside if p.suffix.lower() in (".txt", ".jsonl") or _is_json_array(p)]
+            if not texts:
+                for p in inside:
+                    _refuse_packed(p)
+                raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
+            yield from texts
         elif path.exists():
+            _refuse_packed(path)
             yield path
         else:
             raise FileNotFoundError(f"{path} does not exist")
@@ -125,21 +132,6 @@ def _txt_texts(file, path, size=1 << 20):
         held.append(last[:cut])
         tail = last[cut:]
     yield "".join(held) + tail + _utf8(decoder.decode, b"", path, True), True
-
-
-def _jsonl_texts(file, path):
-    for number, line in enumerate(file, 1):
-        line = _utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8")
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode()  # refuses what is no string, and an escaped half of a surrogate pair
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(
-                f'{path}, line {number}: expected {{"text": "a story"}}, got {line.strip()[:60]!r}'
-            ) from None
-        yield from ((story, True) for story in text.split(END))
 
 
 def _text(data):
@@ -761,7 +753,8 @@ class Decoder:
 # == 5  tokenizers in files ========================================================================================
 #
 # tokenizer.json of Hugging Face `tokenizers`, the only one that holds everything; GPT-2's vocab.json with merges.txt;
-# tiktoken's ranks, a line "base64 id" for each token; llama2.c's tokenizer.bin, which is only read.
+# tiktoken's ranks, a line "base64 id" for each token; llama2.c's tokenizer.bin, which is only read. Of byte-level
+# tokenizers only those are read whose texts GPT-2's PATTERN splits: section 7 knows no other.
 
 BOS, UNKNOWN, EOS = "<s>", "<unk>", "</s>"  # of SentencePiece, as Llama has it; llama2.c puts <s> between stories
 BLANK_MARK = "\u2581"  # stands for a space in SentencePiece's files, not in llama2.c's
@@ -851,7 +844,7 @@ def from_json(text):
     spaced = _setting(data, "model.byte_fallback") is True
     for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
         if (value := _setting(data, name)) not in neutral:
-            kind = "byte-level BPE, and that of llama2.c, are read"
+            kind = "byte-level BPE with GPT-2's split pattern, and that of llama2.c, are read"
             raise ValueError(f"{name} is {value!r:.60}; expected {json.dumps(neutral[0])}: only {kind}")
     try:
         strings, added = data["model"]["vocab"], data.get("added_tokens") or []
@@ -901,7 +894,8 @@ def to_vocab_and_merges(tokenizer):
 
 
 def from_vocab_and_merges(vocab, merges):
-    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it."""
+    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it.
+    ValueError where another split pattern than GPT-2's made them."""
     vocab = json.loads(vocab)
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     pairs = [line.split(" ") for line in lines]
@@ -910,6 +904,7 @@ def from_vocab_and_merges(vocab, merges):
             f"merges.txt has a line {next(' '.join(p) for p in pairs if len(p) != 2)!r}; expected two tokens"
         )
     made = {*CHARACTER, *(left + right for left, right in pairs)}
+    _check_pattern(_bytes(left + right) for left, right in pairs)
     return _byte_level(_in_order(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
 
 
@@ -921,13 +916,14 @@ def to_ranks(tokenizer):
 
 def from_ranks(data):
     """A token's rank is its id and the place of its merge: of the two parts that lower ranks join its bytes to. END
-    gets the first id behind them, as it has in GPT-2's."""
+    gets the first id behind them, as it has in GPT-2's. ValueError where another split pattern made the tokens."""
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:
         raise ValueError("a damaged rank file: expected lines of a token in base64 and its rank") from None
     vocab = _in_order(ids)
+    _check_pattern(vocab)
     byte_ids = {token[0]: i for i, token in enumerate(vocab) if len(token) == 1}
     ranks, merges = {}, []
     for i, token in enumerate(vocab):
@@ -963,6 +959,25 @@ def from_llama2c(data):
     specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
     vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
     return Tokenizer(vocab, merges, specials, range(3, 259), ranks)
+
+
+# A token that merges made inside a pre-token: a part of a run is a run itself; parts of 'll, 've and 're are not.
+MADE_BY_PATTERN = regex.compile(rf"{PATTERN}|'[lvr]")
+
+
+def _check_pattern(tokens):
+    """ValueError if GPT-2's pattern would cut one of these tokens, in bytes: then merges of another one made them.
+
+    Rank files, and vocab.json with merges.txt, do not name their pattern. gpt2, r50k_base and p50k_base have GPT-2's.
+    """
+    for token in tokens:
+        try:
+            text = token.decode()
+        except UnicodeDecodeError:  # part of a character
+            continue
+        if not MADE_BY_PATTERN.fullmatch(text):
+            cut = f"token {text!r:.60} is cut by GPT-2's split pattern, so the file is of another (cl100k_base has one)"
+            raise ValueError(f"{cut}; take a vocabulary of GPT-2's pattern, or train one: python bpe.py train")
 
 
 EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"
@@ -1002,8 +1017,8 @@ def save(tokenizer, path):
         files = dict(zip((path, _beside(path, "vocab.json", "merges.txt")), to_vocab_and_merges(tokenizer)))
         _check_same(tokenizer, path, from_vocab_and_merges, *files.values())
     for name, data in files.items():
-        with _aside(name) as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        _check_out(name)
+        write_aside(name, [data.encode() if isinstance(data, str) else data])
 
 
 def _beside(path, name, other):
@@ -1068,10 +1083,11 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     path = os.fspath(path)
     info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
-    crc = 0
-    with _aside(path) as file:
+
+    def chunks():
+        crc = 0
         for ids, stories, size in _encoded(documents, tokenizer, threads):
-            file.write(ids.data)
+            yield ids.data
             crc = zlib.crc32(ids.data, crc)
             info["tokens"] += len(ids)
             info["stories"] += stories
@@ -1081,12 +1097,16 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
         if not info["stories"]:
             raise ValueError("no stories to encode; expected at least one")
         info["crc32"] = f"{crc:08x}"
-        described = json.dumps(info, indent=1).encode() + b"\n"
         with contextlib.suppress(FileNotFoundError):
-            if Path(path + ".json").read_bytes() != described:  # as it is where another process wrote the same
+            if Path(path + ".json").read_bytes() != described():  # as it is where another process wrote the same
                 os.remove(path + ".json")  # never the description of an older file beside this one
-    with _aside(path + ".json") as file:
-        file.write(described)
+
+    def described():
+        return json.dumps(info, indent=1).encode() + b"\n"
+
+    _check_out(path)
+    write_aside(path, chunks())
+    write_aside(path + ".json", [described()])
     return info
 
 
@@ -1164,21 +1184,155 @@ def _check_out(path):
         raise PermissionError(f"{folder} is not writable; choose another place for {path}")
 
 
-@contextlib.contextmanager
-def _aside(path):
-    """A binary file that takes the name path only when it is whole and on the disk."""
-    _check_out(path)
-    aside = f"{os.fspath(path)}.{os.getpid()}.tmp"
+# The next three stand in tinygpt.py, too: neither file imports the other, and a test compares them.
+
+
+def lock_file(file):
+    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
+    it; OSError where the file system has no locks."""
     try:
-        with open(aside, "wb") as file:
-            yield file
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def open_aside(path):
+    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
+    the files of processes that were killed; Windows keeps them."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            if lock_file(file):
+                os.remove(left)
+    while True:
+        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
+        try:
+            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
+                return file
+        except OSError:  # no locks: nobody removes leftovers
+            return file
+        file.close()
+
+
+def write_aside(path, chunks):
+    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
+    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
+    path, aside = Path(path), None
+    try:
+        with open_aside(path) as file:
+            aside = file.name
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(aside)
+            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
+                file.close()
+            os.replace(aside, path)
+        if os.name == "posix":  # the folder's entry as well
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException as error:
+        if aside:
+            with contextlib.suppress(OSError):
+                os.remove(aside)  # a full disk is not kept full
+        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
+            error.filename = str(path)
         raise
+
+
+# -- text in other layouts: JSON, which is read, and compressed files, which are refused
+
+LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
+STORY = 'a string, {"text": "a story"} or {"story": "a story"}'
+JSON_MOST = 1 << 30  # bytes of an array, which has to fit into memory several times
+JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
+
+
+def _reader(file, path):
+    """The function that reads the stories of an open file; its first bytes decide, and its name where they do not."""
+    head = file.peek(1024)[:1024].removeprefix(codecs.BOM_UTF8)
+    _refuse_packed(path, head)
+    suffix, start = path.suffix.lower(), JSON_START.match(head)
+    if (start and start[1]) or (suffix == ".json" and head.lstrip().startswith(b"[")):
+        return _json_texts
+    return _jsonl_texts if start or suffix in (".json", ".jsonl") else _txt_texts
+
+
+def _is_json_array(path):
+    if path.suffix.lower() != ".json":
+        return False
+    with open(path, "rb") as file:
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _jsonl_texts(file, path):
+    for number, line in enumerate(file, 1):
+        line = _utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8")
+        if line.strip():
+            try:
+                text = _story_of(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise ValueError(f"{path}, line {number}: expected {STORY}, got {line.strip()[:60]!r}") from None
+            yield from ((story, True) for story in text.split(END))
+
+
+def _json_texts(file, path):
+    if (size := os.path.getsize(path)) > JSON_MOST:
+        raise ValueError(f"{path} is a JSON array of {size:,} bytes, above {JSON_MOST:,}; write it as .jsonl")
+    text = _utf8(codecs.decode, file.read(), path, "utf-8-sig")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} begins like a JSON array but is none: {error}") from None
+    for number, value in enumerate(values, 1):
+        try:
+            text = _story_of(value)
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}, item {number}: expected {STORY}, got {json.dumps(value)[:60]!r}") from None
+        yield from ((story, True) for story in text.split(END))
+
+
+def _story_of(value):
+    """The text in a value of JSON; TypeError or ValueError if there is none."""
+    if isinstance(value, dict):
+        value = value.get("text", value.get("story"))
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()  # UnicodeEncodeError: an escaped half of a surrogate pair
+    return value
+
+
+TO_JSONL = "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
+PACKED = [  # suffixes; first bytes and where they stand; what the unpacked file ends in; the command that unpacks it
+    ((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), b"ustar", 257, "", "tar -xf {file}"),
+    ((".gz",), b"\x1f\x8b", 0, "", "gunzip -c {file} > {out}"),
+    ((".bz2",), b"BZh", 0, "", "bunzip2 -c {file} > {out}"),
+    ((".xz",), b"\xfd7zXZ\0", 0, "", "xz -dc {file} > {out}"),
+    ((".zst",), b"\x28\xb5\x2f\xfd", 0, "", "zstd -dc {file} > {out}"),
+    ((".zip",), b"PK\3\4", 0, "", "unzip {file}"),
+    ((".parquet",), b"PAR1", 0, ".jsonl", f'python -c "{TO_JSONL}" {{file}} {{out}}'),
+]
+
+
+def _refuse_packed(path, head=b""):
+    """ValueError, with the command that helps, for a file that is compressed by its name or its first bytes."""
+    for suffixes, magic, place, ending, command in PACKED:
+        suffix = next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
+        if suffix or head[place:].startswith(magic):
+            out = str(path)[: -len(suffix)] + ending if suffix else f"{path}{ending or '.txt'}"
+            command = command.format(file=shlex.quote(str(path)), out=shlex.quote(out))
+            raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")
 
 
 # == 7  long texts: the scanner, and a table of words, in Numba ======================================================
@@ -1780,7 +1934,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories, decode them again.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats|explain")
-    text = "text file with stories that end in " + END + ", .jsonl file with a field `text`, or a folder of them"
+    text = f"text with stories that end in {END}; .jsonl or a .json array with a field `text` or `story`; or a folder"
 
     command = commands.add_parser("train", help="learn the merges of a tokenizer from text")
     command.set_defaults(run=_train)

@@ -18,24 +18,34 @@ import tinygpt
 # == 1  the model ======================================================================================================
 
 
-def newest_checkpoint(folder=Path("runs")):
+def newest_run(folder=Path("runs")):
+    """The folder of the run whose last checkpoint is the newest; None if no run has one."""
+    found = folder.glob("*/last.safetensors")
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
+def newest_checkpoint():
     """The last checkpoint of the newest run; ValueError that says what to type where there is none."""
-    found = sorted(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError(f"no checkpoint in {folder}{'/'}; train a model first: python train.py --size 1m")
-    return found[-1]
+    if (run := newest_run()) is None:
+        raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
+    return run / "last.safetensors"
 
 
-def load(path, tokenizer_path=None):
-    """(parameter views, configuration, tokenizer) of a checkpoint; ValueError if they do not fit together."""
+def load_model(path, tokenizer_path=None):
+    """(`Checkpoint`, its tokenizer). ValueError if the two do not fit together, if a weight is NaN or infinite, or if
+    the checkpoint has a tokenizer and the file named holds another."""
     checkpoint = tinygpt.load_checkpoint(path)
     if not checkpoint.tokenizer and not tokenizer_path:
         raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
-    own = None if tokenizer_path else bpe.Tokenizer.from_json(checkpoint.tokenizer)
-    cfg, tokenizer = checkpoint.cfg, own or bpe.Tokenizer.load(tokenizer_path)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model V={cfg.vocab_size}")
-    return tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers), cfg, tokenizer
+    own = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None
+    tokenizer = bpe.Tokenizer.load(tokenizer_path) if tokenizer_path else own
+    if own and tokenizer.hash != own.hash:
+        raise ValueError(f"{path} has a tokenizer of its own, {tokenizer_path} is another; leave out --tokenizer")
+    if tokenizer.vocab_size > checkpoint.cfg.vocab_size:
+        of = tokenizer_path or "its tokenizer"
+        raise ValueError(f"{path}: {of} has {tokenizer.vocab_size} tokens, its model V={checkpoint.cfg.vocab_size}")
+    return checkpoint, tokenizer
 
 
 def never_drawn(cfg, tokenizer):
@@ -81,9 +91,17 @@ def tell(p, cfg, tokenizer, args, number):
 # == 3  command line ===================================================================================================
 
 
+def error_line(error):
+    """An exception as one line: an OSError as the file and what is wrong with it."""
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if named else str(error)
+
+
 class Parser(argparse.ArgumentParser):
+    """A user's mistake, as text or as an exception, ends in one line on stderr and exit status 2."""
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {error_line(message)}\n")
 
 
 def make_parser():
@@ -100,7 +118,7 @@ def make_parser():
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="instead of the checkpoint's own (for llama2.c's, which have none)",
+        help="of a checkpoint that holds none, as llama2.c's",
     )
     add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy (default %(default)s)")
     add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (default %(default)s)")
@@ -145,7 +163,9 @@ def main(argv=None):
 
             POOL.resize(args.threads)
         path = args.checkpoint or newest_checkpoint()
-        p, cfg, tokenizer = load(path, args.tokenizer)
+        checkpoint, tokenizer = load_model(path, args.tokenizer)
+        cfg = checkpoint.cfg
+        p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
         note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
         for number in range(args.num_samples):
             if number:
@@ -158,10 +178,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print()
         return 130
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(error)
     return 0
 
 

@@ -11,6 +11,7 @@ arXiv:2305.07759, CDLA-Sharing-1.0. Everything in sections 4 and 5 was written f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import hashlib
@@ -29,11 +30,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-END = "<|endoftext|>"
+import bpe
+
+END = bpe.END
 MIB = 1 << 20
 
 
@@ -66,7 +70,7 @@ def get(folder: str | Path, num_bytes: int) -> Source:
             file=sys.stderr,
         )
         return write_generated(folder, num_bytes)
-    whole = train.suffix != ".part"
+    whole = train.name == TRAIN.name
     return Source(train, valid, "TinyStoriesV2" if whole else f"TinyStoriesV2 (first {mib(size(train))} MiB)")
 
 
@@ -78,29 +82,56 @@ def write_generated(folder: str | Path, num_bytes: int, seed: int = 0) -> Source
     source = Source(folder / "generated-train.txt", folder / "generated-valid.txt", f"generated stories, seed {seed}")
     note = folder / "generated.json"
     made = {"generator": generator_version(), "seed": seed}
-    try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-        sizes = [size(source.train), size(source.valid)]
-        if found == {**made, "bytes": sizes} and sizes[0] >= num_bytes:
-            return source
-    except (OSError, ValueError):
-        pass
-    note.unlink(missing_ok=True)  # until both files are in place again nothing vouches for them
-    sizes = []
-    for path, split, least in ((source.train, "train", num_bytes), (source.valid, "valid", VALID_BYTES)):
-        aside = path.with_suffix(".tmp")
-        written, seen = 0, set()
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            for story in generate(seed, split):
-                if (key := digest(story)) not in seen:
-                    seen.add(key)
-                    written += file.write(f"{story}\n{END}\n")  # characters are bytes: the stories are ASCII
-                if written >= least:
-                    break
-        os.replace(aside, path)
-        sizes.append(written)
-    note.write_text(json.dumps({**made, "bytes": sizes}), encoding="utf-8")
+
+    def sizes():
+        return [size(source.train), size(source.valid)]
+
+    def fits():
+        try:
+            return json.loads(note.read_bytes()) == {**made, "bytes": sizes()} and size(source.train) >= num_bytes
+        except (OSError, ValueError):
+            return False
+
+    if fits():
+        return source
+    with alone(source.train):
+        if not fits():  # else another process has made them meanwhile
+            note.unlink(missing_ok=True)  # until both files are in place again nothing vouches for them
+            bpe.write_aside(source.train, chunks(seed, "train", num_bytes))
+            bpe.write_aside(source.valid, chunks(seed, "valid", VALID_BYTES))
+            bpe.write_aside(note, [json.dumps({**made, "bytes": sizes()}).encode()])
     return source
+
+
+def chunks(seed: int, split: str, least: int) -> Iterator[bytes]:
+    """A file of a split, story by story, each once: at least `least` bytes."""
+    written, seen = 0, set()
+    for story in generate(seed, split):
+        if (key := digest(story)) not in seen:
+            seen.add(key)
+            chunk = f"{story}\n{END}\n".encode()
+            written += len(chunk)
+            yield chunk
+        if written >= least:
+            return
+
+
+@contextlib.contextmanager
+def alone(path: Path):
+    """Only one process at a time makes files in the folder of `path`. The others say so once and wait; the lock ends
+    with its process, however that ends."""
+    with open(path.with_name("stories.lock"), "ab") as file:
+        try:
+            waits = False
+            while not bpe.lock_file(file):
+                if not waits:
+                    print(f"stories: another process is making {path}; waiting for it ...", file=sys.stderr)
+                waits = True
+                time.sleep(0.1)
+        except OSError as error:  # some network file systems have no locks
+            line = f"stories: {path.parent} cannot be locked ({error.strerror}): start no second download there"
+            print(line, file=sys.stderr)
+        yield
 
 
 GENERATED_MOST = 200 * MIB  # a small grammar has nothing new to say after that
@@ -143,47 +174,151 @@ class Cut(DownloadError):
     """The connection broke off: what came is kept, and asking for the rest may help."""
 
 
+# NAME.part is a download under way and belongs to the process that holds the lock. What is handed out is NAME, the
+# whole file, or NAME.first-BYTES, which ends with a story: neither changes any more, so that a run may read it while
+# another fetches more. Beside a part and a beginning stands a note: how many bytes were received, and their CRC-32.
+
+
 def fetch(remote: Remote, folder: Path, num_bytes: int) -> Path:
-    """The file, whole or as a `.part` of at least `num_bytes` that ends with a story; from `folder` or the network."""
-    path, part = folder / remote.name, folder / (remote.name + ".part")
-    if path.exists():
-        return path
-    if num_bytes <= size(part) < remote.size and cut_at_last_story(part) >= num_bytes:
-        return part
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise DownloadError("HF_HUB_OFFLINE is set")
-    if size(part) > remote.size:
-        part.unlink()  # of another file
-    target = min(remote.size, mib(num_bytes + MARGIN, math.ceil) * MIB)
-    missing, free = target - size(part), shutil.disk_usage(folder).free
-    if free < missing:
-        raise DownloadError(f"the disk is full: {mib(missing)} MiB are needed and {mib(free)} MiB are free")
-    tries = 0
-    while (before := size(part)) < target:
-        try:
-            receive(remote, part, target)
-        except Cut:
-            tries += 1
-            if tries > RETRIES or size(part) <= before:  # a connection that brought nothing is not asked again
-                raise
-            time.sleep(PAUSE_SECONDS)
-    if target < remote.size:
-        cut_at_last_story(part)
-        return part
-    sha256 = hashlib.sha256()
-    with open(part, "rb") as file:
-        while block := file.read(MIB):
-            sha256.update(block)
-    if sha256.hexdigest() != remote.sha256:
-        part.unlink()
-        raise DownloadError(f"wrong contents: its sha256 is {sha256.hexdigest()[:12]}..., not {remote.sha256[:12]}...")
-    os.replace(part, path)
+    """The file, whole or a beginning of at least `num_bytes` that ends with a story; from `folder` or the network."""
+    path = present(remote, folder, num_bytes)
+    if path is None:
+        with alone(folder / remote.name):
+            path = present(remote, folder, num_bytes) or download(remote, folder, num_bytes)
     return path
 
 
-def receive(remote: Remote, part: Path, target: int) -> None:
-    """Appends bytes [size of part, target) of the file to `part`; starts over where the server does not take ranges."""
-    have = size(part)
+def present(remote: Remote, folder: Path, num_bytes: int) -> Path | None:
+    """The file, or the shortest beginning with num_bytes, if one lies there and is as it was received."""
+    if (path := folder / remote.name).exists():
+        return path
+    for first in beginnings(remote, folder):
+        if size(first) >= num_bytes and received(first)[0] == size(first):
+            return first
+    return None
+
+
+def beginnings(remote: Remote, folder: Path) -> list[Path]:
+    """The beginnings of the file that lie in `folder`, the shortest first."""
+    found = [path for path in folder.iterdir() if re.fullmatch(re.escape(remote.name) + r"\.first-\d+", path.name)]
+    return sorted(found, key=size)
+
+
+def note_of(path: Path) -> Path:
+    return path.with_name(path.name + ".crc32")
+
+
+def noted(have: int, crc: int) -> bytes:
+    return f"{have:>15} {crc:08x}\n".encode()  # of one length: a part's note is written over
+
+
+def received(path: Path) -> tuple[int, int]:
+    """(bytes that were received, their CRC-32) as its note has them; (0, 0) if the file does not begin with them."""
+    try:
+        have, crc = note_of(path).read_bytes().split()
+        have, crc = int(have), int(crc, 16)
+        if size(path) >= have and checksum(path, have) == crc:
+            return have, crc
+    except (OSError, ValueError):
+        pass
+    return 0, 0
+
+
+def checksum(path: Path, num_bytes: int) -> int:
+    """CRC-32 of the first num_bytes."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(min(MIB, num_bytes)):
+            crc, num_bytes = zlib.crc32(block, crc), num_bytes - len(block)
+    return crc
+
+
+def download(remote: Remote, folder: Path, num_bytes: int) -> Path:
+    """As `fetch`, for the one process that holds the lock: completes the part as far as needed and hands it out."""
+    path, part = folder / remote.name, folder / (remote.name + ".part")
+    have, crc = received(part)
+    if have != remote.size and not (num_bytes <= have < remote.size and end_of_last_story(part, have) >= num_bytes):
+        have = complete(remote, part, have, crc, num_bytes)
+    if have < remote.size:
+        return hand_out(remote, part, end_of_last_story(part, have))
+    sha256 = hashlib.sha256()
+    with open(part, "r+b") as file:
+        os.fsync(file.fileno())
+        while block := file.read(MIB):
+            sha256.update(block)
+    if sha256.hexdigest() != remote.sha256:
+        for wrong in [part, *beginnings(remote, folder)]:  # they are what it began with
+            discard(wrong)
+        raise DownloadError(f"wrong contents: its sha256 is {sha256.hexdigest()[:12]}..., not {remote.sha256[:12]}...")
+    os.replace(part, path)
+    note_of(part).unlink()
+    remove_old(remote, folder)
+    return path
+
+
+def complete(remote: Remote, part: Path, have: int, crc: int, num_bytes: int) -> int:
+    """Appends to the first `have` bytes of `part`, whose CRC-32 is `crc`, until num_bytes remain when it is cut at its
+    last story. Returns the number of bytes before that cut."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise DownloadError("HF_HUB_OFFLINE is set")
+    target = min(remote.size, mib(num_bytes + MARGIN, math.ceil) * MIB)
+    missing, free = target - size(part), shutil.disk_usage(part.parent).free
+    if free < missing:
+        raise DownloadError(f"the disk is full: {mib(missing)} MiB are needed and {mib(free)} MiB are free")
+    if have > remote.size:
+        have, crc = 0, 0  # of another file
+    for first in reversed(beginnings(remote, part.parent)):
+        if size(first) > have and received(first)[0] == size(first):
+            shutil.copyfile(first, part)
+            note_of(part).write_bytes(note_of(first).read_bytes())
+            have, crc = received(part)
+            break
+    tries = 0
+    while have < target:
+        before, cut = have, None
+        try:
+            receive(remote, part, have, crc, target)
+        except Cut as error:
+            tries, cut = tries + 1, error
+        have, crc = received(part)
+        if cut and (tries > RETRIES or have <= before):  # a connection that brought nothing is not asked again
+            raise cut
+        if cut:
+            time.sleep(PAUSE_SECONDS)
+        elif have < target:
+            raise DownloadError(f"{part} is not what was written to it: another process or the disk has changed it")
+    return have
+
+
+def hand_out(remote: Remote, part: Path, keep: int) -> Path:
+    """The first `keep` bytes of the part under the name of a beginning. The order is one that may end anywhere."""
+    first, crc = part.with_name(f"{remote.name}.first-{keep}"), checksum(part, keep)
+    bpe.write_aside(note_of(first), [noted(keep, crc)])
+    bpe.write_aside(note_of(part), [noted(keep, crc)])
+    os.truncate(part, keep)
+    os.replace(part, first)
+    note_of(part).unlink()
+    remove_old(remote, part.parent, first)
+    return first
+
+
+def remove_old(remote: Remote, folder: Path, but: Path | None = None) -> None:
+    """Removes beginnings that something longer has replaced, unless they are of today: a run may be reading them."""
+    for first in beginnings(remote, folder):
+        if first != but and time.time() - first.stat().st_mtime > 86_400:
+            with contextlib.suppress(OSError):
+                discard(first)
+
+
+def discard(path: Path) -> None:
+    """Removes a part or a beginning, and its note."""
+    path.unlink(missing_ok=True)
+    note_of(path).unlink(missing_ok=True)
+
+
+def receive(remote: Remote, part: Path, have: int, crc: int, target: int) -> None:
+    """Appends bytes [have, target) of the file to the first `have` of `part`, whose CRC-32 is `crc`, and keeps the
+    note. Starts over where the server does not take ranges."""
     ranged = have > 0 or target < remote.size
     with connect(remote.url(), {"Range": f"bytes={have}-{target - 1}"} if ranged else {}) as response:
         if response.status == 206:
@@ -192,7 +327,7 @@ def receive(remote: Remote, part: Path, target: int) -> None:
                 raise DownloadError("the server sent another range than was asked for")
             total = int(found[2])
         else:
-            have, total = 0, response.headers.get("Content-Length")
+            have, crc, total = 0, 0, response.headers.get("Content-Length")
         if (coded := response.headers.get("Content-Encoding", "identity")) != "identity":
             raise DownloadError(f"the server sent the file encoded as {coded}, which was not asked for")
         first = read(response, min(MIB, target - have))
@@ -205,11 +340,20 @@ def receive(remote: Remote, part: Path, target: int) -> None:
             raise DownloadError(f"wrong size: the server has {int(total):,} bytes, not {remote.size:,}")
         bar = Bar(remote.name, have, target)
         try:
-            with open(part, "ab" if have else "wb") as file:
+            mode = "r+b" if have else "wb"
+            with open(part, mode) as file, open(note_of(part), mode) as note:
+                file.truncate(have)  # what came after the note was written is not known to be right
+                file.seek(have)
                 block = first
                 while block:
+                    if os.fstat(file.fileno()).st_size != have:
+                        raise DownloadError(f"another process writes {part}; try again when it has ended")
                     file.write(block)
-                    have += len(block)
+                    file.flush()
+                    have, crc = have + len(block), zlib.crc32(block, crc)
+                    note.seek(0)
+                    note.write(noted(have, crc))
+                    note.flush()
                     bar.show(have)
                     block = read(response, min(MIB, target - have))
         except OSError as error:
@@ -294,17 +438,13 @@ def reason(error: Exception) -> str:
     return " ".join(f"the connection failed: {error or type(error).__name__}".split())
 
 
-def cut_at_last_story(part: Path) -> int:
-    """Shortens `part` to where its last whole story ends, from where a later download goes on; its size then."""
+def end_of_last_story(part: Path, have: int) -> int:
+    """Where the last whole story of the first `have` bytes ends, from where a later download goes on."""
     marker = END.encode()
     with open(part, "rb") as file:
-        start = max(0, size(part) - MARGIN)
-        file.seek(start)
-        tail = file.read()
-    keep = start + tail.rfind(marker) + len(marker)
-    if marker in tail and keep < size(part):
-        os.truncate(part, keep)
-    return size(part)
+        file.seek(start := max(0, have - MARGIN))
+        tail = file.read(have - start)
+    return start + tail.rfind(marker) + len(marker) if marker in tail else have
 
 
 def size(path: Path) -> int:

@@ -3,13 +3,13 @@
     python tinygpt.py check        # every gradient against finite differences, with the errors found
 
 Part I is the specification, in NumPy, and is complete: a reader who stops there has read the whole model and its
-gradients. Part II holds the tables of functions that a model runs on; the folder fast/ computes the same sublayers in
-Numba, at the limit of the machine. Part III holds the sizes, decoding, checkpoints and the checks that every table
-agrees with calculus and with the others.
+gradients. Part II compiles the primitives that the sublayers call, in plain Numba. Part III holds what surrounds a
+model: tables of functions to run it on, sizes, decoding, checkpoints, and the checks that each table agrees with
+calculus and with the others. The folder fast/ computes the same sublayers at the limit of the machine.
 
     Part I    1 configuration and parameters    2 primitives    3 sublayers    4 the model
-    Part II   8 tables of ops
-    Part III  9 sizes    10 decoding    11 checkpoints    12 checks
+    Part II   5 compiling    6 products    7 attention    8 rows
+    Part III  9 threads, tables of ops    10 sizes    11 decoding    12 checkpoints    13 checks
 
 Symbols, here and everywhere:
 
@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +46,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 from llvmlite import binding
+from numba import njit, types
+from numba.extending import overload, register_jitable
 
 # ######################################################################################################################
 # Part I: the specification
@@ -51,7 +55,7 @@ from llvmlite import binding
 
 # == 1.1  configuration ================================================================================================
 
-CHOICES = {  # what the fields of Config that are names may be
+CHOICES = {  # names that fields of Config may have; of norm and mlp, the keys of NORMS (2.2) and ACTIVATIONS (2.3)
     "norm": ("layernorm", "rmsnorm"),
     "positions": ("learned", "rope", "rope-half", "alibi", "none"),
     "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),
@@ -98,7 +102,7 @@ class Config:
     attention_dropout: float = 0.0  # of the probabilities
     out_dropout: float = 0.0  # of what attention adds
     mlp_dropout: float = 0.0  # of what the MLP adds
-    init: str = "fan-in"  # whose rule: section 9
+    init: str = "fan-in"  # whose rule: section 1.2
 
     def defaults(self):
         """What the fields that are left at 0 become."""
@@ -278,8 +282,8 @@ def aligned(count, dtype):
 
 
 def zero_gradients(cfg, dtype=np.float32):
-    """(flat (count,), views). Two sums reach embed_w, from the head and from the lookup. They are kept apart until
-    `join_tied` so that neither depends on how an update is cut into micro-batches; "lookup_w" is the second."""
+    """(flat (count,), views). The lookup of the tokens adds into "lookup_w", tied or not, until `add_lookup_gradient`:
+    a tied head adds into "embed_w", and one sum of both would depend on how an update is cut into micro-batches."""
     count = count_parameters(cfg)[0]
     flat = aligned(count + cfg.vocab_size * cfg.width, dtype)
     grads = views(layout(cfg), flat, cfg.layers)
@@ -287,8 +291,8 @@ def zero_gradients(cfg, dtype=np.float32):
     return flat[:count], grads
 
 
-def join_tied(grads):
-    """Once at the end of an update: embed_w's gradient becomes the whole, and the lookup's share is zero again."""
+def add_lookup_gradient(grads):
+    """Add the lookup's gradient into that of embed_w, once at the end of an update, tied or not; zero the former."""
     grads["embed_w"] += grads["lookup_w"]
     grads["lookup_w"][:] = 0
 
@@ -364,7 +368,7 @@ def rmsnorm_backward(dy, cache, dw, db):
     return rstd * (dn - n * (dn * n).mean(-1, keepdims=True))
 
 
-NORMS = {  # what Config.norm may be
+NORMS = {
     "layernorm": Pair(layernorm_forward, layernorm_backward),
     "rmsnorm": Pair(rmsnorm_forward, rmsnorm_backward),
 }
@@ -444,7 +448,7 @@ def swiglu_backward(da, cache):
     return np.concatenate([silu_backward(da * value, silu), da * a], -1)
 
 
-ACTIVATIONS = {  # what Config.mlp may be
+ACTIVATIONS = {
     "gelu-tanh": Pair(gelu_tanh_forward, gelu_tanh_backward),
     "gelu": Pair(gelu_forward, gelu_backward),
     "silu": Pair(silu_forward, silu_backward),
@@ -455,13 +459,14 @@ ACTIVATIONS = {  # what Config.mlp may be
 # == 2.4  causal self-attention     o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(scale q_t . k_s - slope (t - s)) ====
 
 
-def attention_forward(q, k, v, scale, slopes=None, window=0, keep=None):
+def attention_forward(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
     """q (B, H, T, D), k and v (B, G, S, D) -> o (B, H, T, D).   Vaswani et al. 2017, arXiv:1706.03762.
 
     The T queries are the last of the S positions: query t sees keys 0 .. S - T + t, of them the last `window` (0: all).
-    Head h reads keys h // (H / G) (Ainslie et al. 2023, arXiv:2305.13245); slopes (H,): ALiBi; keep (B, H, T, S).
+    Head h reads keys h // (H / G) (Ainslie et al. 2023, arXiv:2305.13245); slopes (H,): ALiBi; rate: of dropout of p.
     """
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
+    keep = dropout and dropout.keep(ATTENTION_SITE, rate, (B, H, T, S), q.dtype)
     q_BGRTD, k_BG1SD, v_BG1SD = q.reshape(B, G, H // G, T, D), k[:, :, None], v[:, :, None]
     scores = (q_BGRTD @ k_BG1SD.swapaxes(-1, -2) * scale).reshape(B, H, T, S)
     distance = np.arange(S - T, S)[:, None] - np.arange(S)  # (T, S)
@@ -556,9 +561,9 @@ class Dropout(NamedTuple):
 
 def mix(x):
     """uint32 -> uint32, each bit of the result a coin toss of all of x: Wellons 2018, "lowbias32"."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
 
 
 # == 2.7  embedding     x_bt = w[tokens_bt] + positions[t] =============================================================
@@ -648,9 +653,9 @@ def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
         kv[:, start : start + T] = np.stack([k, v]).transpose(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
         k, v = kv[:, : start + T].transpose(2, 0, 3, 1, 4)  # 2 of (B, G, S, D)
     slopes = alibi_slopes(H) if cfg.positions == "alibi" else None
-    keep = dropout and dropout.keep(ATTENTION_SITE, cfg.attention_dropout, (B, H, T, k.shape[2]), x.dtype)
     scale = 1 / math.sqrt(D) if cfg.attention_scale else 1.0
-    o_BHTD, attention = ops.attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), keep)
+    drop = (dropout, cfg.attention_dropout)
+    o_BHTD, attention = ops.attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), *drop)
     o = o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D)
     y, out_linear = ops.linear_forward(o, p["out_w"], p["out_b"])
     keep = dropout and dropout.keep(OUT_SITE, cfg.out_dropout, y.shape, y.dtype)
@@ -764,8 +769,8 @@ def backward(dx, caches, p, g, cfg, ops):
 def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, dropout=None):
     """tokens, targets and weights (B, T) -> weighted sum of the nats, nats (B, T); adds into g (None: no gradients).
 
-    A sum and not a mean: whoever trains adds up the micro-batches of an update, then divides the gradient once, by the
-    sum of all their weights. So an update does not depend on how it is cut.
+    Loss and gradients are sums over targets, so micro-batches add up. `update` of train.py divides once, by the sum of
+    the weights (the number of targets) of the whole update, after `add_lookup_gradient`.
     """
     check_tokens(targets, 0, cfg)
     x, caches = forward(p, tokens, cfg, ops, dropout=dropout)
@@ -787,28 +792,475 @@ def check_tokens(tokens, start, cfg):
 
 
 # ######################################################################################################################
-# Part II: tables of ops
+# Part II: the hot loops in plain Numba
+# ######################################################################################################################
+#
+# The sublayers of Part I stay; the primitives that they call are compiled. A kernel is a sequential function over the
+# tasks first .. last - 1: rows, heads or columns. Threads share the tasks and a task owns what it writes, the same
+# whichever thread does it: so the number of threads changes no byte.
+
+# == 5  compiling ======================================================================================================
+
+features = binding.get_host_cpu_features()
+if not numba.config.CPU_NAME and features.get("avx512f", False):  # LLVM would keep to half of a 512-bit register
+    numba.config.CPU_NAME = binding.get_host_cpu_name()
+    numba.config.CPU_FEATURES = features.flatten() + ",-prefer-256-bit"
+
+# "reassoc" lets LLVM add terms as a tree. Neither "nnan" nor "ninf": a NaN must stay visible.
+FASTMATH = {"contract", "reassoc", "nsz", "arcp"}
+JIT = {"error_model": "numpy", "fastmath": FASTMATH}  # Numba's own error model checks each division: no vectors
+
+
+jitted, inlined = register_jitable(**JIT), register_jitable(**JIT, forceinline=True)  # for what kernels call
+
+
+def kernel(function):
+    """Compile `function` when it is first called. Numba's cache keeps it under a name that holds the options."""
+    options = JIT | {"fastmath": sorted(FASTMATH)}
+    function.__qualname__ += f"-{zlib.crc32(repr(options).encode()):08x}"
+    return njit(**JIT, nogil=True, cache=True)(function)
+
+
+def as_rows(x):
+    """x (..., C) -> (N, C), contiguous."""
+    return np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+
+
+# == 6  products     c = a b + bias,  or c += a b ======================================================================
+#
+# Four rows of c by four rows of b at a time: 16 multiply-adds for 8 loads and 4 stores. LLVM makes vectors of the loop
+# over n. Blocks of b are copied to where they stay in a core's cache, from any strides: b may be a transposed view.
+
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 512  # of b: 128 KiB in float32
+
+
+@inlined
+def multiply(a, b, c, n0):
+    """c (M, n0 .. n0 + N) += a (M, K) b (K, N), rows of b and c contiguous."""
+    (M, K), n1 = a.shape, n0 + b.shape[1]
+    for m in range(0, M - 3, 4):
+        c0, c1, c2, c3 = c[m, n0:n1], c[m + 1, n0:n1], c[m + 2, n0:n1], c[m + 3, n0:n1]
+        for k in range(0, K - 3, 4):
+            b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
+            a00, a01, a02, a03 = a[m, k], a[m, k + 1], a[m, k + 2], a[m, k + 3]
+            a10, a11, a12, a13 = a[m + 1, k], a[m + 1, k + 1], a[m + 1, k + 2], a[m + 1, k + 3]
+            a20, a21, a22, a23 = a[m + 2, k], a[m + 2, k + 1], a[m + 2, k + 2], a[m + 2, k + 3]
+            a30, a31, a32, a33 = a[m + 3, k], a[m + 3, k + 1], a[m + 3, k + 2], a[m + 3, k + 3]
+            for n in range(b0.size):
+                c0[n] += a00 * b0[n] + a01 * b1[n] + a02 * b2[n] + a03 * b3[n]
+                c1[n] += a10 * b0[n] + a11 * b1[n] + a12 * b2[n] + a13 * b3[n]
+                c2[n] += a20 * b0[n] + a21 * b1[n] + a22 * b2[n] + a23 * b3[n]
+                c3[n] += a30 * b0[n] + a31 * b1[n] + a32 * b2[n] + a33 * b3[n]
+    for m in range(M):  # what the fours leave over
+        for k in range(K // 4 * 4 if m < M // 4 * 4 else 0, K):
+            c0, b0, a00 = c[m, n0:n1], b[k], a[m, k]
+            for n in range(b0.size):
+                c0[n] += a00 * b0[n]
+
+
+@kernel
+def product_kernel(first, last, a, b, bias, add, c):
+    """Rows of c (M, N) = a (M, K) b (K, N) + bias (N,), or c += a b if `add`."""
+    K, N = b.shape
+    if not add:
+        for m in range(first, last):
+            c[m] = bias
+    for n0 in range(0, N, BLOCK_COLUMNS):
+        for k0 in range(0, K, BLOCK_ROWS):
+            block = np.ascontiguousarray(b[k0 : k0 + BLOCK_ROWS, n0 : n0 + BLOCK_COLUMNS])
+            multiply(a[first:last, k0 : k0 + BLOCK_ROWS], block, c[first:last], n0)
+
+
+def product(a, b, bias=None, c=None):
+    """a (M, K) b (K, N) + bias (N,) -> c (M, N); or adds a b into a given c."""
+    add, c = c is not None, np.empty((len(a), b.shape[1]), a.dtype) if c is None else c
+    THREADS.run(product_kernel, len(a), a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias, add, c, unit=4)
+    return c
+
+
+def linear_forward_numba(x, w, b):
+    x_NK = as_rows(x)
+    return product(x_NK, w, b).reshape(*x.shape[:-1], -1), (x_NK, w)
+
+
+def linear_backward_numba(dy, cache, dw, db):
+    (x_NK, w), dy_NM = cache, as_rows(dy)
+    if dw.flags.c_contiguous:
+        product(x_NK.T, dy_NM, c=dw)
+    else:  # the gradient of a transposed matrix: the head's
+        product(dy_NM.T, x_NK, c=dw.T)
+    if db is not None:
+        db += dy_NM.sum(0)
+    return product(dy_NM, w.T).reshape(*dy.shape[:-1], -1)
+
+
+# == 7  attention without a T x T matrix ===============================================================================
+#
+# Dao et al. 2022, arXiv:2205.14135: p is not kept, backward makes it again from lse = log sum_s exp(score_s). A block
+# of queries meets all of its keys at once. Scores stand as (keys, queries): queries fill the vectors, whatever D is.
+
+QUERIES = 64  # in a block
+
+
+def exp(x):
+    """e^x of a number, for kernels: in float32 within 1.2e-7, by arithmetic that LLVM makes vectors of."""
+    return math.exp(x)
+
+
+@overload(exp, jit_options=JIT | {"fastmath": {"contract"}})  # reassociated, r would lose the low part of ln 2
+def exp_by_type(x):
+    f, i = np.float32, np.int32
+
+    def exp32(x):  # held at the ends of -87 .. 88; NaN stays NaN
+        x = f(-87) if x < f(-87) else f(88) if x > f(88) else x
+        k = np.rint(x * f(1.4426950408889634))  # x = k ln 2 + r, ln 2 in two parts: k times the first is exact
+        r = x - k * f(0.693359375) - k * f(-2.12194440e-4)
+        p = f(1.9875691500e-4) * r + f(1.3981999507e-3)  # e^r: polynomial of Moshier's Cephes, expf
+        p = ((p * r + f(8.3334519073e-3)) * r + f(4.1665795894e-2)) * r + f(1.6666665459e-1)
+        p = (p * r + f(5.0000001201e-1)) * r * r + r + f(1)
+        return i(f(p).view(i) + (i(k) << i(23))).view(f)  # 2^k e^r
+
+    return exp32 if x == types.float32 else lambda x: math.exp(x)
+
+
+inlined(mix)
+
+
+@inlined
+def drop(p, key, row, column, rate):
+    """p (S, T) times the mask of section 2.6; p[s, t] is at row + t, column + s of the mask."""
+    for s in range(p.shape[0]):
+        p_row = p[s]
+        for t in range(p_row.size):
+            drawn = mix(np.uint32(mix(np.uint32(key + np.uint32(row + t))) + np.uint32(column + s)))
+            p_row[t] *= p.dtype.type(1 / (1 - rate) if drawn >= np.uint32(rate * 2**32) else 0)
+
+
+@inlined
+def score_block(q, k, key, query, scale, slope, window):
+    """q (T, D), k (S, D) at positions query .., key .. -> (S, T): scale k q^T - slope distance; -inf if not seen."""
+    scores = np.zeros((k.shape[0], q.shape[0]), q.dtype)
+    multiply(k, np.ascontiguousarray(q.T) * scale, scores, 0)
+    for s in range(scores.shape[0]):
+        row, low, high = scores[s], key + s - query, key + s - query + window if window > 0 else q.shape[0]
+        for t in range(row.size):
+            row[t] = row[t] - slope * q.dtype.type(t - low) if low <= t < high else -np.inf
+    return scores
+
+
+@kernel
+def attention_kernel(first, last, q, k, v, scale, slopes, window, keys, rate, o, lse):
+    """Heads of o (B, H, T, D) and lse (B, H, T), task b H + h; section 2.4."""
+    (_, H, T, D), (_, G, S, _) = q.shape, k.shape
+    for task in range(first, last):
+        b, h = task // H, task % H
+        g = h // (H // G)
+        for t0 in range(0, T, QUERIES):
+            t1 = min(t0 + QUERIES, T)
+            query, end = S - T + t0, S - T + t1  # position of the first query; of the last one + 1
+            key = max(0, query - window + 1) if window > 0 else 0
+            p = score_block(q[b, h, t0:t1], k[b, g, key:end], key, query, scale, slopes[h], window)
+            top, total = np.full(t1 - t0, -np.inf, q.dtype), np.zeros(t1 - t0, q.dtype)
+            for s in range(p.shape[0]):
+                row = p[s]
+                for t in range(row.size):
+                    top[t] = row[t] if row[t] > top[t] else top[t]
+            for s in range(p.shape[0]):
+                row = p[s]
+                for t in range(row.size):
+                    row[t] = exp(row[t] - top[t]) if row[t] > -np.inf else 0
+                    total[t] += row[t]
+            if rate > 0:
+                drop(p, keys[b], h * 65536 + t0, key, rate)
+            o_DT = np.zeros((D, t1 - t0), q.dtype)
+            multiply(v[b, g, key:end].T, p, o_DT, 0)  # o = p v
+            o[b, h, t0:t1], lse[b, h, t0:t1] = (o_DT / total).T, top + np.log(total)
+
+
+@kernel
+def attention_backward_kernel(first, last, q, k, v, scale, slopes, window, keys, rate, o, lse, do, dq, dk, dv):
+    """Heads of dk and dv (B, G, S, D), zeros before, and of dq (B, H, T, D) that read them, task b G + g."""
+    (_, H, T, D), (_, G, S, _) = q.shape, k.shape
+    for task in range(first, last):
+        b, g = task // G, task % G
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            for t0 in range(0, T, QUERIES):
+                t1 = min(t0 + QUERIES, T)
+                query, end = S - T + t0, S - T + t1
+                key = max(0, query - window + 1) if window > 0 else 0
+                q_TD, do_TD, o_TD = q[b, h, t0:t1], do[b, h, t0:t1], o[b, h, t0:t1]
+                k_SD, v_SD = k[b, g, key:end], v[b, g, key:end]
+                p = score_block(q_TD, k_SD, key, query, scale, slopes[h], window)
+                ds, mean = np.zeros_like(p), (do_TD * o_TD).sum(1) * scale  # sum_s dp_s p_s = sum_d do_d o_d
+                multiply(v_SD, np.ascontiguousarray(do_TD.T) * scale, ds, 0)  # scale dp
+                if rate > 0:
+                    drop(ds, keys[b], h * 65536 + t0, key, rate)
+                for s in range(p.shape[0]):
+                    row, ds_row, shift = p[s], ds[s], lse[b, h, t0:t1]
+                    for t in range(row.size):
+                        row[t] = exp(row[t] - shift[t]) if row[t] > -np.inf else 0
+                        ds_row[t] = row[t] * (ds_row[t] - mean[t])  # dscores = p (dp - mean)
+                if rate > 0:
+                    drop(p, keys[b], h * 65536 + t0, key, rate)
+                multiply(ds, np.ascontiguousarray(q_TD), dk[b, g, key:end], 0)
+                multiply(p, np.ascontiguousarray(do_TD), dv[b, g, key:end], 0)
+                dq_DT = np.zeros((D, t1 - t0), q.dtype)
+                multiply(k_SD.T, ds, dq_DT, 0)
+                dq[b, h, t0:t1] = dq_DT.T
+
+
+def attention_forward_numba(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
+    (B, H, T, D), number = q.shape, q.dtype.type
+    keys, rate = (dropout.keys(ATTENTION_SITE, B), rate) if dropout else (np.zeros(B, np.uint32), 0.0)
+    slopes = np.zeros(H, number) if slopes is None else slopes.astype(number)
+    inputs = (q, k, v, number(scale), slopes, window, keys, rate)
+    o, lse = np.empty((B, T, H, D), number).transpose(0, 2, 1, 3), np.empty((B, H, T), number)
+    THREADS.run(attention_kernel, B * H, *inputs, o, lse)
+    return o, (*inputs, o, lse)
+
+
+def attention_backward_numba(do, cache):
+    q, k, v, *_ = cache
+    dq, dk, dv = np.empty_like(q, order="C"), np.zeros_like(k, order="C"), np.zeros_like(v, order="C")
+    THREADS.run(attention_backward_kernel, k.shape[0] * k.shape[1], *cache, do, dq, dk, dv)
+    return dq, dk, dv
+
+
+# == 8  rows: norms, activations, rotation, embedding, cross-entropy ===================================================
+
+SUM_ROWS = 64  # rows whose shares of a gain's gradient one task adds up
+
+
+@kernel
+def norm_kernel(first, last, centred, x, w, b, eps, n, rstd, y):
+    """Rows of y (N, C) = n w + b, with n (N, C) and rstd (N,); section 2.2. `centred`: LayerNorm, else RMSNorm."""
+    number = x.dtype.type
+    for i in range(first, last):
+        x_row, n_row, y_row, mean, square, C = x[i], n[i], y[i], number(0), number(0), number(x.shape[1])
+        if centred:
+            for c in range(x_row.size):
+                mean += x_row[c]
+            mean /= C
+        for c in range(x_row.size):
+            square += (x_row[c] - mean) * (x_row[c] - mean)
+        rstd[i] = number(1) / np.sqrt(square / C + number(eps))
+        for c in range(x_row.size):
+            n_row[c] = (x_row[c] - mean) * rstd[i]
+            y_row[c] = n_row[c] * w[c] + b[c]
+
+
+@kernel
+def norm_backward_kernel(first, last, centred, dy, n, w, rstd, dx, sums):
+    """Blocks of SUM_ROWS rows of dx (N, C); sums (blocks, 2, C), zeros before: their shares of dw and db."""
+    number = dy.dtype.type
+    for block in range(first, last):
+        dw, db = sums[block, 0], sums[block, 1]
+        for i in range(block * SUM_ROWS, min((block + 1) * SUM_ROWS, len(dy))):
+            dy_row, n_row, dx_row, mean, dot, C = dy[i], n[i], dx[i], number(0), number(0), number(dy.shape[1])
+            for c in range(dy_row.size):
+                mean += dy_row[c] * w[c]
+                dot += dy_row[c] * w[c] * n_row[c]
+                dw[c] += dy_row[c] * n_row[c]
+                db[c] += dy_row[c]
+            mean, dot = mean / C if centred else number(0), dot / C
+            for c in range(dy_row.size):  # dx = rstd (dn - mean(dn) - n mean(dn n))
+                dx_row[c] = rstd[i] * (dy_row[c] * w[c] - mean - n_row[c] * dot)
+
+
+def norm_forward_numba(centred, x, w, b, eps):
+    x_NC = as_rows(x)
+    N, C = x_NC.shape
+    w, b = np.ones(C, x.dtype) if w is None else w, np.zeros(C, x.dtype) if b is None else b
+    n, rstd, y = np.empty_like(x_NC), np.empty(N, x.dtype), np.empty_like(x_NC)
+    THREADS.run(norm_kernel, N, centred, x_NC, w, b, eps, n, rstd, y)
+    return y.reshape(x.shape), (n, w, rstd)
+
+
+def norm_backward_numba(centred, dy, cache, dw, db):
+    n, w, rstd = cache
+    dx, sums = np.empty_like(n), np.zeros((-(-len(n) // SUM_ROWS), 2, n.shape[1]), n.dtype)
+    THREADS.run(norm_backward_kernel, len(sums), centred, as_rows(dy), n, w, rstd, dx, sums)
+    for gradient, total in zip((dw, db), sums.sum(0)):
+        if gradient is not None:
+            gradient += total
+    return dx.reshape(dy.shape)
+
+
+GELU_TANH, GELU, SILU, RELU2, SWIGLU = range(5)
+
+
+@jitted
+def gate_row(kind, v, s):
+    """s (F,) of the activation a = v s(v), section 2.3; SwiGLU's is SiLU's."""
+    number = v.dtype.type
+    for f in range(v.size):
+        if kind == GELU_TANH:  # (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+            s[f] = number(1) / (
+                number(1) + exp(-number(2 * GELU_SCALE) * (v[f] + number(GELU_CUBE) * v[f] * v[f] * v[f]))
+            )
+        elif kind == GELU:
+            s[f] = number(0.5) * (number(1) + number(math.erf(v[f] * number(math.sqrt(0.5)))))
+        elif kind == RELU2:
+            s[f] = max(v[f], number(0))
+        else:
+            s[f] = number(1) / (number(1) + exp(-v[f]))
+
+
+@jitted
+def slope_row(kind, v, da, s):
+    """s (F,) becomes da (s + v ds/dv)."""
+    number = v.dtype.type
+    for f in range(v.size):
+        if kind == GELU_TANH:
+            du = number(2 * GELU_SCALE) * (number(1) + number(3 * GELU_CUBE) * v[f] * v[f])
+            s[f] = da[f] * (s[f] + v[f] * s[f] * (number(1) - s[f]) * du)
+        elif kind == GELU:
+            s[f] = da[f] * (s[f] + v[f] * exp(number(-0.5) * v[f] * v[f]) * number(1 / math.sqrt(2 * math.pi)))
+        elif kind == RELU2:
+            s[f] = da[f] * (s[f] + s[f])
+        else:
+            s[f] = da[f] * (s[f] + v[f] * s[f] * (number(1) - s[f]))
+
+
+@kernel
+def activation_kernel(first, last, kind, h, a):
+    """Rows of a (N, F) = f(h), h (N, F), or (N, 2 F) of gates, then values."""
+    F = a.shape[1]
+    for i in range(first, last):
+        gate_row(kind, h[i, :F], a[i])
+        for f in range(F):
+            a[i, f] *= h[i, f]
+        for f in range(h.shape[1] - F):
+            a[i, f] *= h[i, F + f]
+
+
+@kernel
+def activation_backward_kernel(first, last, kind, h, da, dh):
+    """Rows of dh, of the shape of h, from da (N, F)."""
+    F = da.shape[1]
+    for i in range(first, last):
+        gate_row(kind, h[i, :F], dh[i, :F])
+        for f in range(h.shape[1] - F):  # a = v s value
+            dh[i, F + f] = da[i, f] * h[i, f] * dh[i, f]
+        slope_row(kind, h[i, :F], da[i], dh[i, :F])
+        for f in range(h.shape[1] - F):
+            dh[i, f] *= h[i, F + f]
+
+
+def activation_forward_numba(kind, h):
+    h_NF = as_rows(h)
+    a = np.empty((len(h_NF), h.shape[-1] // (2 if kind == SWIGLU else 1)), h.dtype)
+    THREADS.run(activation_kernel, len(a), kind, h_NF, a)
+    return a.reshape(*h.shape[:-1], -1), (h_NF,)
+
+
+def activation_backward_numba(kind, da, cache):
+    dh = np.empty_like(cache[0])
+    THREADS.run(activation_backward_kernel, len(dh), kind, cache[0], as_rows(da), dh)
+    return dh.reshape(*da.shape[:-1], -1)
+
+
+@kernel
+def rotate_kernel(first, last, x, cos, sin, half, y):
+    """Heads of y (heads, T, D): section 2.5."""
+    for i in range(first, last):
+        for t in range(x.shape[1]):
+            for d in range(cos.shape[1]):
+                even, odd = (d, d + cos.shape[1]) if half else (2 * d, 2 * d + 1)
+                y[i, t, even] = x[i, t, even] * cos[t, d] - x[i, t, odd] * sin[t, d]
+                y[i, t, odd] = x[i, t, even] * sin[t, d] + x[i, t, odd] * cos[t, d]
+
+
+def rotate_forward_numba(x, cos, sin, half):
+    heads = np.ascontiguousarray(x).reshape(-1, *x.shape[-2:])
+    y = np.empty_like(heads)
+    THREADS.run(rotate_kernel, len(y), heads, cos, sin, half, y)
+    return y.reshape(x.shape), (cos, sin, half)
+
+
+def rotate_backward_numba(dy, cache):
+    cos, sin, half = cache
+    return rotate_forward_numba(dy, cos, -sin, half)[0]
+
+
+@kernel
+def embedding_backward_kernel(first, last, tokens, dx, dw):
+    """Columns of dw (V, C) += dx (N, C) at tokens (N,), row after row: a token that repeats adds up."""
+    for n in range(tokens.size):
+        for c in range(first, last):
+            dw[tokens[n], c] += dx[n, c]
+
+
+def embedding_backward_numba(dx, cache, dw, dpositions):
+    THREADS.run(embedding_backward_kernel, dx.shape[-1], cache[0].reshape(-1), as_rows(dx), dw)
+    if dpositions is not None:
+        dpositions[: dx.shape[1]] += dx.sum(0)
+
+
+@kernel
+def cross_entropy_kernel(first, last, logits, top, lse):
+    """Rows of lse (N,) from logits (N, V) and their maxima (N,); section 2.8."""
+    for i in range(first, last):
+        row, total = logits[i], logits.dtype.type(0)
+        for v in range(row.size):
+            total += exp(row[v] - top[i])
+        lse[i] = top[i] + math.log(total)
+
+
+@kernel
+def cross_entropy_backward_kernel(first, last, logits, targets, weights, lse, dlogits):
+    """Rows of dlogits (N, V) = weights (softmax(logits) - onehot(targets))."""
+    for i in range(first, last):
+        row, out = logits[i], dlogits[i]
+        for v in range(row.size):
+            out[v] = weights[i] * exp(row[v] - lse[i])
+        out[targets[i]] -= weights[i]
+
+
+def cross_entropy_forward_numba(logits, targets, weights):
+    lse = np.empty(len(logits), logits.dtype)
+    THREADS.run(cross_entropy_kernel, len(logits), logits, logits.max(-1), lse)
+    nats = lse - logits[np.arange(len(targets)), targets]
+    return (weights * nats).sum(), nats, (logits, targets, weights, lse)
+
+
+def cross_entropy_backward_numba(cache):
+    logits, targets, weights, lse = cache
+    dlogits = np.empty_like(logits)
+    THREADS.run(cross_entropy_backward_kernel, len(logits), logits, targets, weights.astype(logits.dtype), lse, dlogits)
+    return dlogits
+
+
+# ######################################################################################################################
+# Part III: tables of ops, sizes, decoding, checkpoints, checks
 # ######################################################################################################################
 
-
-def set_processor():
-    """Let Numba use whole registers of 512 bits where the processor has them; before anything is compiled.
-
-    LLVM keeps to half of a register, since the clock of early processors fell with whole ones."""
-    if not numba.config.CPU_NAME and binding.get_host_cpu_features().get("avx512f", False):
-        numba.config.CPU_NAME = binding.get_host_cpu_name()
-        numba.config.CPU_FEATURES = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
-
-
-set_processor()
+# == 9  threads, tables of ops =========================================================================================
 
 
 def count_cores():
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# == 8  tables of ops ==================================================================================================
+class Threads:
+    """The threads that run kernels. `count` may change between two runs."""
+
+    def __init__(self):
+        self.count, self.executor = count_cores(), ThreadPoolExecutor(1024)  # which starts a thread when it needs one
+
+    def run(self, kernel, tasks, *args, unit=1):
+        """kernel(first, last, *args) on shares of the tasks 0 .. tasks - 1, one a thread, in whole `unit`s."""
+        units = -(-tasks // unit)
+        shares = max(1, min(self.count, units))
+        cuts = [min(tasks, i * units // shares * unit) for i in range(shares + 1)]
+        jobs = [self.executor.submit(kernel, *share, *args) for share in zip(cuts[1:], cuts[2:])]
+        kernel(cuts[0], cuts[1], *args)
+        for job in jobs:
+            job.result()
+
+
+THREADS = Threads()
 
 
 @dataclass(frozen=True)
@@ -847,8 +1299,35 @@ class Ops:
     space: dict = None
 
 
+def pair_of(forward, backward, kind):
+    """Two functions whose first argument is `kind`."""
+    return Pair(functools.partial(forward, kind), functools.partial(backward, kind))
+
+
 OPS = {"numpy": Ops("numpy")}
-KERNELS = ("fast", "numpy")  # what `find_ops` knows; the fastest first
+OPS["numba"] = Ops(  # what is not named here, a new norm for example, is the specification's
+    "numba",
+    embedding_backward=embedding_backward_numba,
+    linear_forward=linear_forward_numba,
+    linear_backward=linear_backward_numba,
+    norms=NORMS
+    | {
+        "layernorm": pair_of(norm_forward_numba, norm_backward_numba, True),
+        "rmsnorm": pair_of(norm_forward_numba, norm_backward_numba, False),
+    },
+    activations=ACTIVATIONS
+    | {
+        name: pair_of(activation_forward_numba, activation_backward_numba, kind)
+        for kind, name in enumerate(("gelu-tanh", "gelu", "silu", "relu2", "swiglu"))
+    },
+    rotate_forward=rotate_forward_numba,
+    rotate_backward=rotate_backward_numba,
+    attention_forward=attention_forward_numba,
+    attention_backward=attention_backward_numba,
+    cross_entropy_forward=cross_entropy_forward_numba,
+    cross_entropy_backward=cross_entropy_backward_numba,
+)
+KERNELS = ("fast", "numba", "numpy")  # what `find_ops` knows; the fastest first
 
 
 def find_ops(kernels="fast", dtype="float32"):
@@ -907,11 +1386,7 @@ def recomputed(ops):
     return dataclasses.replace(ops, **pair("attention_layer"), **pair("mlp_layer"))
 
 
-# ######################################################################################################################
-# Part III: sizes, decoding, checkpoints, checks
-# ######################################################################################################################
-
-# == 9  sizes ==========================================================================================================
+# == 10  sizes =========================================================================================================
 
 LLAMA = dict(norm="rmsnorm", positions="rope", mlp="swiglu")
 LLAMA |= dict.fromkeys(("qkv_bias", "out_bias", "up_bias", "down_bias"), False)
@@ -1004,7 +1479,7 @@ def overrides(words):
     return changes
 
 
-# == 10  decoding ======================================================================================================
+# == 11  decoding ======================================================================================================
 
 
 class Decoding:
@@ -1102,7 +1577,7 @@ def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
         ids, uniforms, max_new_tokens = drawn[-1:], uniforms[len(drawn) :], max_new_tokens - len(drawn)
 
 
-# == 11  checkpoints ===================================================================================================
+# == 12  checkpoints ===================================================================================================
 #
 # A `.safetensors` file: the length of a JSON header (8 bytes, little-endian), the header, the tensors without gaps.
 # https://github.com/huggingface/safetensors#format. Parameters stand under the names of `layout`, in its order; the
@@ -1114,18 +1589,58 @@ DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
 
 
-def write_aside(path, chunks):
-    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed.
-    OSError, which names `path`, if it cannot."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
+# The next three stand in bpe.py, too: neither file imports the other, and a test compares them.
+
+
+def lock_file(file):
+    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
+    it; OSError where the file system has no locks."""
     try:
-        with open(aside, "wb") as f:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def open_aside(path):
+    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
+    the files of processes that were killed; Windows keeps them."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            if lock_file(file):
+                os.remove(left)
+    while True:
+        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
+        try:
+            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
+                return file
+        except OSError:  # no locks: nobody removes leftovers
+            return file
+        file.close()
+
+
+def write_aside(path, chunks):
+    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
+    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
+    path, aside = Path(path), None
+    try:
+        with open_aside(path) as file:
+            aside = file.name
             for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
+                file.close()
+            os.replace(aside, path)
         if os.name == "posix":  # the folder's entry as well
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -1133,9 +1648,10 @@ def write_aside(path, chunks):
             finally:
                 os.close(folder)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)  # a full disk is not kept full
-        if isinstance(error, OSError) and error.strerror and not error.filename:
+        if aside:
+            with contextlib.suppress(OSError):
+                os.remove(aside)  # a full disk is not kept full
+        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
             error.filename = str(path)
         raise
 
@@ -1267,10 +1783,8 @@ def read_llama2c(path):
     return Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
 
 
-def load_checkpoint(path):
-    """A `Checkpoint`, ours or of llama2.c; ValueError if the file is not one, OSError if it cannot be read."""
-    if (found := read_llama2c(path)) is not None:
-        return found
+def read_checkpoint(path):
+    """A `Checkpoint` from a file that `save_checkpoint` wrote, NaN and infinity included; ValueError for any other."""
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
         found, version = (" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
@@ -1296,7 +1810,22 @@ def load_checkpoint(path):
     return Checkpoint(np.concatenate(parts), cfg, tokenizer, tensors, metadata)
 
 
-# == 12  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
+def first_non_finite(parameters, cfg, extra=None):
+    """The name of the first tensor, of the model or of `extra`, that holds NaN or infinity; None if all are finite."""
+    named = {t.name: parameters[t.offset : t.offset + math.prod(t.shape)] for t in layout(cfg)} | (extra or {})
+    return next((name for name, x in named.items() if not np.isfinite(x).all()), None)
+
+
+def load_checkpoint(path):
+    """A `Checkpoint`, ours or of llama2.c. ValueError if the file is not one or holds a number that is not finite,
+    OSError if it cannot be read."""
+    checkpoint = read_llama2c(path) or read_checkpoint(path)
+    if bad := first_non_finite(checkpoint.parameters, checkpoint.cfg, checkpoint.extra):
+        raise ValueError(f"{path}: tensor {bad} holds NaN or infinity; take an earlier checkpoint, or train again")
+    return checkpoint
+
+
+# == 13  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
 
 
 def numerical_gradient(loss, x, h=1e-5):
@@ -1332,7 +1861,7 @@ def check_model(cfg, ops, seed=0, B=2, h=1e-5):
         return loss_and_gradients(p, tokens[:, :-1], tokens[:, 1:], weights, g, cfg, ops, dropout=dropout)[0]
 
     loss(grads)
-    join_tied(grads)
+    add_lookup_gradient(grads)
     errors = []
     for t in layout(cfg):
         here = slice(t.offset, t.offset + math.prod(t.shape))

@@ -32,6 +32,7 @@ import bpe
 import fast
 import tinygpt
 from fast.threads import POOL, kernel
+from sample import Parser, error_line, load_model, never_drawn, newest_run
 from tinygpt import SIZES, Config, count_cores
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
@@ -122,7 +123,7 @@ def find_stories(args, s, cfg):
 
 def cache_key(sources, tokenizer_path, detail):
     """A name for what is made of these files: changes when one of them does."""
-    parts = [bpe.PATTERN, RESERVED, detail]
+    parts = [bpe.PATTERN, bpe.LAYOUTS, RESERVED, detail]
     for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
         parts += [str(path.resolve()), *file_state(path)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -518,7 +519,7 @@ def update(state, batch, ops, s, stopped=lambda: False):
     total, nats_sum, halted = RANKS.sum(tally).tolist()
     if halted:
         return None
-    tinygpt.join_tied(state.grads)
+    tinygpt.add_lookup_gradient(state.grads)
     RANKS.sum(state.gradient)
     loss, norm, lr = nats_sum / max(1, total), state.norm() / max(1, total), learning_rate(state.step, s)
     if not math.isfinite(loss) or not math.isfinite(norm):
@@ -603,7 +604,7 @@ def figures(sums):
 
 def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
     """A story from the model as it is."""
-    banned = [i for i in tokenizer.specials.values() if i != tokenizer.end]
+    banned = never_drawn(state.cfg, tokenizer)
     decoding = tinygpt.Decoding(state.p, state.cfg, ops)
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-state.cfg.seq_len :]
     story = tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, temperature=0.8, banned=banned)
@@ -700,21 +701,62 @@ def compile_ahead(cfg, s):
     return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]
 
 
-def plan_steps(args, state, batches, ops, s, started):
-    """How many updates fit --minutes: some are timed (the caller then starts afresh), evaluations and saves allowed."""
-    note("measuring the speed of this machine; the first time, kernels are compiled ...")
-    update(state, batches.get(0, own_rows(s)[0]), ops, s)
-    times, begin = [], time.monotonic()
-    while len(times) < 3 or time.monotonic() - begin < min(4.0, 0.6 * args.minutes):
-        start = time.monotonic()
-        update(state, batches.get(0, own_rows(s)[0]), ops, s)
-        times.append(time.monotonic() - start)
-    left = 60 * args.minutes - (time.monotonic() - started)
-    return max(1, int(left * (1 - OVERHEAD) / (sum(times) / len(times))))
-
-
 OVERHEAD = 0.03  # share of a timed run that evaluations, stories and checkpoints may take
+MEASURED, MEASURED_MOST = 0.03, 30.0  # share of --minutes in which updates are timed; seconds of it at most
 EVALUATED = 0.05  # tokens of a validation while training, for each token trained since the one before: 1/3 of the work
+
+
+def plan_steps(args, cfg, batches, ops, s, started, valid_tokens):
+    """The number of updates that fit --minutes, which starts at `started`; says when training and validation will end.
+    Times updates of a model that is thrown away."""
+    note("measuring the speed of this machine; the first time, kernels are compiled ...")
+    state, rows = State(cfg, tinygpt.init_parameters(cfg, args.seed)), own_rows(s)[0]
+
+    def run_update(number):
+        update(state, batches.get(number * s["batch_size"], rows), ops, s)
+
+    pace = measure_pace(run_update, 60 * args.minutes)
+    passed = time.monotonic() - started
+    steps = max(1, int((60 * args.minutes - passed) * (1 - OVERHEAD) / pace))
+    scoring = scoring_seconds(valid_tokens, s["batch_size"] * cfg.seq_len / pace)
+    note(
+        f"planned: {steps:,} updates, training ends {clock(passed + seconds_left(steps, pace))} after the start; "
+        f"then all {valid_tokens:,} validation tokens are scored, about {clock(scoring)} more"
+    )
+    return steps
+
+
+def measure_pace(run_update, seconds):
+    """Seconds that an update takes, from run_update(number) in MEASURED of so many `seconds`; number 0, which compiles
+    kernels, does not count.
+
+    A processor that has rested may be faster at first than it stays: the mean of the slower half counts.
+    """
+    run_update(0)
+    ends = [time.monotonic()]
+    while len(ends) < 5 or ends[-1] - ends[0] < min(MEASURED * seconds, MEASURED_MOST):
+        run_update(len(ends))
+        ends.append(time.monotonic())
+    middle = len(ends) // 2
+    halves = ends[: middle + 1], ends[middle:]
+    return max((half[-1] - half[0]) / (len(half) - 1) for half in halves)
+
+
+def recent_pace(pace, seconds, count):
+    """Seconds of an update lately: `pace` after the last one of this process, number `count` from 1, took `seconds`. Of
+    some 20 updates; the first, which may compile kernels, counts for itself alone."""
+    return seconds if count <= 2 else 0.95 * pace + 0.05 * seconds
+
+
+def seconds_left(updates, pace):
+    """Seconds until these updates are made, with what stands between them."""
+    return updates * pace / (1 - OVERHEAD)
+
+
+def scoring_seconds(tokens, speed):
+    """Seconds to score so many tokens on rank 0, where all ranks together train `speed` tokens a second: there is no
+    backward, which takes about 2/3 of an update, and no other rank helps."""
+    return tokens * RANKS.count / (2.5 * speed)
 
 
 class Run:
@@ -814,7 +856,7 @@ class Run:
     def finish(self):
         """The last figures: every validation token once, the loss curve, what to type next."""
         valid, tokenizer, state = self.data.valid, self.data.tokenizer, self.state
-        about = f", about {clock(len(valid) / (2.5 * self.speed))}" if self.speed else ""
+        about = f", about {clock(scoring_seconds(len(valid), self.speed))}" if self.speed else ""
         note(f"scoring all {len(valid):,} validation tokens{about} ...")
         with Progress("validation", len(valid)) as progress:
             nats = self.finite(evaluate(state.p, state.cfg, valid, tokenizer.end, self.ops, progress=progress))
@@ -883,7 +925,7 @@ def train(run, batches, ops, peak):
     s, state = run.s, run.state
     flops, tokens_per_update = tinygpt.flops_per_token(state.cfg), s["batch_size"] * state.cfg.seq_len
     rows = own_rows(s)[0]
-    started, first, shown, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0
+    started, first, shown, pace, run.speed = time.monotonic(), state.step, time.monotonic(), 0.0, 0.0
     note("first update; a kernel that is used for the first time on this machine is compiled ...")
     with stop_signals() as stopped:
         while not RANKS.any(stopped()):
@@ -911,18 +953,17 @@ def train(run, batches, ops, peak):
                 break
             loss, norm, lr = result
             now = time.monotonic()
-            speed = tokens_per_update / (now - before)  # of the first update it says how long compiling took
-            run.speed = speed if state.step <= first + 2 else 0.95 * run.speed + 0.05 * speed
+            pace = recent_pace(pace, now - before, state.step - first)
+            run.speed = tokens_per_update / pace  # of the first update it says how long compiling took
             seconds = round(now - started, 3)
             run.write(
                 step=state.step, loss=loss, lr=lr, norm=norm, tokens=state.step * tokens_per_update, seconds=seconds
             )
             if now - shown > 2 or state.step in (first + 1, s["steps"]):
-                shown, left = now, (now - started) / (state.step - first) * (s["steps"] - state.step)
-                share = f"{run.speed * flops / peak:.0%} of peak"
+                shown, left = now, clock(seconds_left(s["steps"] - state.step, pace))
                 note(
                     f"step {state.step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {run.speed:,.0f} tok/s | "
-                    f"{share} | {clock(left)} left"
+                    f"{run.speed * flops / peak:.0%} of peak" + (f" | {left} left" if state.step > first + 1 else "")
                 )
         done = state.step == s["steps"] and not run.due()
         if not done:
@@ -1001,16 +1042,11 @@ def size_in_bytes(text):
     return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add = parser.add_argument_group("what").add_argument
     add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
-    add("--data", nargs="+", metavar="FILE", help="training text, .jsonl, token files or folders; default TinyStories")
+    add("--data", nargs="+", metavar="FILE", help="text, .jsonl, .json, token files or folders; default TinyStories")
     add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
     add("--vocab-size", type=COUNT, metavar="V", help="tokens of a trained tokenizer, specials included (default 4096)")
@@ -1023,7 +1059,10 @@ def make_parser():
     add = parser.add_argument_group("how long (default --minutes 5)").add_mutually_exclusive_group().add_argument
     add("--steps", type=COUNT, metavar="N", help="updates")
     add("--epochs", type=in_range(float, 0, 1e6, True), metavar="E", help="passes over the training text")
-    add("--minutes", type=in_range(float, 0, 1e6, True), metavar="M", help="from the start to the end of training")
+    add(
+        "--minutes", type=in_range(float, 0, 1e6, True), metavar="M",
+        help="from the start to the end of training; how long the last validation takes is announced",
+    )  # fmt: skip
     add = parser.add_argument_group("how (defaults are those of --recipe)").add_argument
     add("--batch-size", type=SOME, metavar="N", help="sequences per update (default that of the size)")
     add(
@@ -1076,42 +1115,25 @@ def new_folder(args):
     return folder, made
 
 
+BUSY = "another process writes the run"  # extras/sweep.py looks for it
+
+
 def lock_log(folder):
-    """The log of a run, open for writing; locked until it is closed or its process ends, however it ends. ValueError if
-    a run has it."""
-    log = open(folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
+    """The log of a run, open for writing; locked until it is closed. ValueError if a run has it."""
+    return open_locked(folder / "log.jsonl", f"{BUSY} in {folder}")
+
+
+def open_locked(path, busy):
+    """`path`, open for appending and locked until it is closed or its process ends, however it ends. ValueError, with
+    the words of `busy`, if another process has locked it."""
+    file = open(path, "a", encoding="utf-8", newline="\n")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(log.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(log.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        log.close()
-        busy = f"another process writes the run in {folder}"
-        raise ValueError(f"{busy}; wait for its end or name another --out") from None
+        if not bpe.lock_file(file):
+            file.close()
+            raise ValueError(f"{busy}; wait for its end or name another --out")
     except OSError as error:  # some network file systems have no locks
-        note(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there")
-    return log
-
-
-def load_model(path, tokenizer_path=None):
-    """(`Checkpoint`, its tokenizer); ValueError if they do not fit together or the tokenizer named is another."""
-    checkpoint = tinygpt.load_checkpoint(path)
-    V = checkpoint.cfg.vocab_size
-    if not checkpoint.tokenizer and not tokenizer_path:
-        raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
-    tokenizer = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None
-    named = bpe.Tokenizer.load(tokenizer_path) if tokenizer_path else tokenizer
-    if tokenizer and named.hash != tokenizer.hash:
-        raise ValueError(f"{path} has a tokenizer of its own, {tokenizer_path} is another; leave out --tokenizer")
-    if named.vocab_size > V:
-        raise ValueError(f"{path}: its tokenizer has {named.vocab_size} tokens, its model V={V}")
-    return checkpoint, named
+        note(f"{path.parent} cannot be locked ({error.strerror}): see to it that no second run writes there")
+    return file
 
 
 def with_seq_len(cfg, seq_len):
@@ -1326,12 +1348,6 @@ def repeat_command(args, s, cfg):
     return prefix + command("train.py", *words, *(f"--prompt={prompt}" for prompt in s["prompts"]))
 
 
-def newest_run():
-    """The folder in runs/ whose checkpoint is the newest; None if there is none."""
-    found = sorted(Path("runs").glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else None
-
-
 def begin(args, started):
     """A fresh run, ready to train: (Run, Batches, table of ops). If it cannot begin it leaves no folder behind."""
     args.size = args.size or (None if args.init_from else "1m")
@@ -1405,8 +1421,8 @@ def begin_in(folder, log, args, started):
     ops = ops_of(s, cfg)
     steps = args.steps or (args.epochs and math.ceil(args.epochs * batches.per_epoch / s["batch_size"]))
     if not steps:
-        state = State(cfg, tinygpt.init_parameters(cfg, args.seed))  # any: only the time counts
-        steps = plan_steps(args, state, batches, ops, s | {"steps": 1, "warmup_steps": 0}, started)
+        trial = s | {"steps": 1, "warmup_steps": 0}
+        steps = plan_steps(args, cfg, batches, ops, trial, started, len(data.valid))
     plan(args, s, batches, steps)
     s |= {"data": data.name, "files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
     parameters = tinygpt.init_parameters(cfg, args.seed) if parameters is None else parameters
@@ -1465,7 +1481,7 @@ def resume(args, started):
 def go_on(folder, log, args):
     """The run in `folder` as it was at its last checkpoint; ValueError where that cannot be."""
     path = folder / "last.safetensors"
-    checkpoint = tinygpt.load_checkpoint(path)
+    checkpoint, tokenizer = load_model(path)
     cfg, parameters = checkpoint.cfg, checkpoint.parameters
     try:
         s, place = json.loads(checkpoint.metadata["settings"]), checkpoint.metadata
@@ -1484,11 +1500,8 @@ def go_on(folder, log, args):
         more = f"to train its model further, begin another run with it: --init-from {path}"
         raise ValueError(f"the run in {folder} is finished: {step} of {s['steps']} updates; {more}")
     check_asked(args.asked, s.get("asked", {}), folder)
-    tokenizer, known = bpe.Tokenizer.from_json(checkpoint.tokenizer), s.get("checksums")
-    data = read_data(tokenizer, s["files"], s["data"], cfg.seq_len, known)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model V={cfg.vocab_size}")
-    if len(data.train) != s["train_tokens"]:  # the only check for runs that older versions began, without checksums
+    data = read_data(tokenizer, s["files"], s["data"], cfg.seq_len, s.get("checksums"))
+    if len(data.train) != s["train_tokens"]:
         found = f"its files now give {len(data.train):,} training tokens, expected {s['train_tokens']:,}"
         raise ValueError(f"the data of {folder} have changed since it began: {found}; start another run")
     s["checksums"] = data.checksums
@@ -1610,9 +1623,8 @@ def run_command(parser, args, started):
             parser.error(f"{error}, while the speed was measured; try a lower --lr")
         parser.error(f"{error}; {run.last_good()}")
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         again = f"; {run.last_good()}; then {command('train.py', '--resume', '--out', run.folder)}" if run else ""
-        parser.error(what + again)
+        parser.error(error_line(error) + again)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

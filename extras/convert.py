@@ -1,12 +1,15 @@
 """Models of Hugging Face `transformers` as ours: GPT-2, GPT-Neo, Llama, Bloom.
 
-    python extras/convert.py FOLDER --out model.safetensors      # config.json, model.safetensors, tokenizer.json
+    python extras/convert.py FOLDER --out model.safetensors      # config.json, *.safetensors, tokenizer.json
     python sample.py --checkpoint model.safetensors --prompt "Lily found"
 
-A family is a function from its configuration to ours and a table from our tensors to its names (section 2).
+The converted model computes the same logits, or there is none. A field of config.json that changes them is carried out
+or refused; those not named here matter only in training (dropout), in memory or for another head. Every tensor is read
+or known to be derived from the configuration (a mask, the frequencies of rotations).
+Read in order: 1 tensors, 2 fields of config.json, 3 families, 4 the conversion, 5 command line.
 """
 
-import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,33 +19,86 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
+import sample
 import tinygpt
 
-# == 1  files ==========================================================================================================
+# == 1  tensors ========================================================================================================
 
-DTYPES = tinygpt.DTYPES | {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+ITEM_SIZES = {"BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}  # bytes
+ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
+DTYPES = tinygpt.DTYPES | {"F16": np.dtype("<f2")}
+DTYPES |= {name: np.dtype([(name, f"<u{size}")]) for name, size in ITEM_SIZES.items()}  # records: U16 is not BF16
 
 
-def read_tensors(folder):
-    """name -> float32 or float64 array, of every .safetensors file of a folder. ValueError if there is none."""
-    files, tensors = sorted(Path(folder).glob("*.safetensors")), {}
+def read_tensors(files):
+    """name -> array as stored, of all these .safetensors files. ValueError if there is none, or a tensor twice."""
     if not files:
-        raise ValueError(f"{folder} has no .safetensors file; expected a model of transformers")
+        raise ValueError("there is no .safetensors file; expected a model of transformers")
+    tensors = {}
     for path in files:
-        for name, x in tinygpt.read_safetensors(path, DTYPES)[0].items():
-            if x.dtype == DTYPES["BF16"]:  # the upper half of a float32
-                x = (x.astype(np.uint32) << 16).view(np.float32)
-            tensors[name] = x.astype(np.float32) if x.dtype == np.float16 else x
+        found = tinygpt.read_safetensors(path, DTYPES)[0]
+        if twice := tensors.keys() & found:
+            raise ValueError(f"tensor {min(twice)} is in {path.name} and in another file")
+        tensors |= found
     return tensors
 
 
-# == 2  families =======================================================================================================
-#
-# Each returns the fields of our Config, the prefix of its names, and rows {our tensor: how to make it}, {} the layer.
-# A row is a name, taken as it is (in, out); a tuple of names of Linear weights (out, in), transposed and put side by
-# side; or a name and a function.
+def read_weight(name, x):
+    """A tensor as float32 or float64. ValueError if its dtype is another or a number in it is not finite in float32."""
+    if x.dtype == DTYPES["BF16"]:  # the upper half of a float32
+        x = (x["BF16"].astype(np.uint32) << 16).view(np.float32)
+    if x.dtype.kind != "f":
+        found = x.dtype.names[0] if x.dtype.names else x.dtype
+        raise ValueError(f"tensor {name} has dtype {found}; expected F16, BF16, F32 or F64")
+    x = x.astype(np.float32) if x.dtype == np.float16 else x
+    if not (np.abs(x) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"tensor {name} has a NaN, an infinity or a number beyond float32")
+    return x
 
-GELUS = {"gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "silu": "silu"}
+
+# == 2  fields of config.json ==========================================================================================
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "silu": "silu", "swish": "silu", "relu2": "relu2"}
+TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
+ACTIVATIONS |= dict.fromkeys(TANH, "gelu-tanh")
+PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+
+
+def field(c, *names, kind=int, default=...):
+    """The value of a field that goes by any of these names; `default`, if there is one, where it is absent or null.
+    ValueError if it is missing, of another type, a number that is not positive, or has two values under two names."""
+    found = {name: c[name] for name in names if c.get(name) is not None or (kind is bool and name in c)}
+    if not found and default is ...:
+        raise ValueError(f"config.json has no field {' or '.join(names)}")
+    first = next(iter(found), None)
+    for name, value in found.items():
+        number = kind in (int, float)
+        if type(value) not in ({int, kind} if number else {kind}) or (number and not 0 < value < 2**31):
+            raise ValueError(f"config.json: {name} is {value!r:.80}; expected a{' positive' * number} {kind.__name__}")
+        if value != found[first]:
+            raise ValueError(f"config.json: {first} is {found[first]!r:.80} but {name} is {value!r:.80}")
+    return kind(found[first]) if found else default
+
+
+def expect(c, name, *known):
+    """ValueError if a field that our Config has no counterpart for is neither absent, nor null, nor one of `known`."""
+    if c.get(name) not in (None, *known):
+        raise ValueError(f"config.json: {name} is {c[name]!r:.80}; expected {known[0] if known else 'none'}")
+
+
+def activation(c, name, known=tuple(ACTIVATIONS), default=...):
+    """The name of our activation for theirs."""
+    value = field(c, name, kind=str, default=default)
+    if value not in known:
+        raise ValueError(f"config.json: {name} is {value!r:.80}; expected one of {', '.join(known)}")
+    return ACTIVATIONS[value]
+
+
+# == 3  families =======================================================================================================
+#
+# Each returns the fields of our Config, the prefix of its names, rows {our tensor: how to make it}, and the names of
+# derived tensors; {} is the layer. A row is a name, taken as it is (in, out); a tuple of names of Linear weights
+# (out, in), transposed and put side by side; or a name and a function.
 
 
 def with_biases(rows, pairs):
@@ -53,53 +109,63 @@ def with_biases(rows, pairs):
 
 
 def gpt2(c):
-    cfg = dict(seq_len=c["n_positions"], width=c["n_embd"], layers=c["n_layer"], heads=c["n_head"])
-    cfg |= dict(hidden=c.get("n_inner") or 0, norm_eps=c["layer_norm_epsilon"], mlp=GELUS[c["activation_function"]])
+    expect(c, "scale_attn_by_inverse_layer_idx", False)
+    expect(c, "add_cross_attention", False)
+    cfg = dict(seq_len=field(c, "n_positions", "max_position_embeddings"), width=field(c, "n_embd", "hidden_size"))
+    cfg |= dict(layers=field(c, "n_layer", "num_hidden_layers"), heads=field(c, "n_head", "num_attention_heads"))
+    cfg |= dict(hidden=field(c, "n_inner", default=0), norm_eps=field(c, "layer_norm_epsilon", kind=float))
+    cfg |= dict(mlp=activation(c, "activation_function"))
+    cfg |= dict(attention_scale=field(c, "scale_attn_weights", kind=bool, default=True))
     rows = {"embed_w": "wte.weight", "position_w": "wpe.weight"}
     pairs = (("norm1", "h.{}.ln_1"), ("qkv", "h.{}.attn.c_attn"), ("out", "h.{}.attn.c_proj"), ("norm2", "h.{}.ln_2"))
     pairs += (("up", "h.{}.mlp.c_fc"), ("down", "h.{}.mlp.c_proj"), ("norm", "ln_f"))
-    return cfg, "transformer.", with_biases(rows, pairs)
+    return cfg, "transformer.", with_biases(rows, pairs), ("h.{}.attn.bias", "h.{}.attn.masked_bias")
 
 
 def gpt_neo(c):
-    local = [kind == "local" for kind in attention_kinds(c)]
-    if local not in ([False] * len(local), [i % 2 == 1 for i in range(len(local))]):
-        raise ValueError("its layers do not alternate between global and local attention")
-    cfg = dict(seq_len=c["max_position_embeddings"], width=c["hidden_size"], layers=c["num_layers"])
-    cfg |= dict(heads=c["num_heads"], hidden=c.get("intermediate_size") or 0, norm_eps=c["layer_norm_epsilon"])
-    cfg |= dict(window=c["window_size"] if any(local) else 0, attention_scale=False, qkv_bias=False)
-    cfg |= dict(mlp=GELUS[c["activation_function"]])
+    L, local = field(c, "num_layers", "num_hidden_layers"), has_local_layers(c)
+    cfg = dict(seq_len=field(c, "max_position_embeddings"), width=field(c, "hidden_size"), layers=L)
+    cfg |= dict(heads=field(c, "num_heads", "num_attention_heads"), hidden=field(c, "intermediate_size", default=0))
+    cfg |= dict(norm_eps=field(c, "layer_norm_epsilon", kind=float), mlp=activation(c, "activation_function"))
+    cfg |= dict(window=field(c, "window_size") if local else 0, attention_scale=False, qkv_bias=False)
     rows = {"embed_w": "wte.weight", "position_w": "wpe.weight"}
     rows = with_biases(rows, (("norm1", "h.{}.ln_1"), ("norm2", "h.{}.ln_2"), ("norm", "ln_f")))
     attention = "h.{}.attn.attention."
     rows |= {"qkv_w": tuple(f"{attention}{x}_proj.weight" for x in "qkv"), "out_w": (f"{attention}out_proj.weight",)}
     rows |= {"up_w": ("h.{}.mlp.c_fc.weight",), "down_w": ("h.{}.mlp.c_proj.weight",)}
     rows |= {"out_b": f"{attention}out_proj.bias", "up_b": "h.{}.mlp.c_fc.bias", "down_b": "h.{}.mlp.c_proj.bias"}
-    return cfg, "transformer.", rows
+    return cfg, "transformer.", rows, (f"{attention}bias", f"{attention}masked_bias")
 
 
-def attention_kinds(c):
-    """One of global and local for each layer: attention_types is [[kinds, how often], ...]."""
-    return [kind for kinds, times in c["attention_types"] for _ in range(times) for kind in kinds]
+def has_local_layers(c):
+    """Whether layers 1, 3, 5, ... see a window; ValueError if others do. The kind of each layer is in attention_layers,
+    or in attention_types as [[kinds, how often], ...]."""
+    layers = field(c, "attention_layers", kind=list, default=None)
+    types = field(c, "attention_types", kind=list, default=... if layers is None else None)
+    try:
+        repeated = [kind for kinds, times in types or () for _ in range(times) for kind in kinds]
+    except (TypeError, ValueError):
+        raise ValueError(f"config.json: attention_types is {types!r:.80}; expected [[kinds, how often], ...]") from None
+    given = [kinds for kinds in (layers, types and repeated) if kinds is not None]
+    L, first = field(c, "num_layers", "num_hidden_layers"), given[0]
+    patterns = ["global"] * len(first), [("global", "local")[i % 2] for i in range(len(first))]
+    if len(first) != L or first not in patterns or given[-1] != first:
+        found = f"attention_layers is {layers!r:.80}, attention_types {types!r:.80}"
+        raise ValueError(f"config.json: {found}; expected {L} layers, all global or global and local in turn")
+    return "local" in first
 
 
 def llama(c):
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"its MLP has a gate with {c['hidden_act']}; expected silu")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"its rotations are scaled ({rope}); expected plain ones")
-    theta = c.get("rope_theta") or rope.get("rope_theta") or 10000.0
-    cfg = dict(seq_len=c["max_position_embeddings"], width=c["hidden_size"], layers=c["num_hidden_layers"])
-    cfg |= dict(
-        heads=c["num_attention_heads"], kv_heads=c.get("num_key_value_heads") or 0, hidden=c["intermediate_size"]
-    )
-    cfg |= dict(head_width=c.get("head_dim") or 0, norm="rmsnorm", norm_eps=c["rms_norm_eps"], positions="rope-half")
-    cfg |= dict(rope_theta=float(theta), mlp="swiglu", tied=c.get("tie_word_embeddings", False))
-    attention_bias, mlp_bias = c.get("attention_bias", False), c.get("mlp_bias", False)
+    attention_bias, mlp_bias = (field(c, name, kind=bool, default=False) for name in ("attention_bias", "mlp_bias"))
+    activation(c, "hidden_act", ("silu", "swish"), default="silu")  # of the gate
+    cfg = dict(seq_len=field(c, "max_position_embeddings"), width=field(c, "hidden_size"))
+    cfg |= dict(layers=field(c, "num_hidden_layers"), heads=field(c, "num_attention_heads"))
+    cfg |= dict(kv_heads=field(c, "num_key_value_heads", default=0), head_width=field(c, "head_dim", default=0))
+    cfg |= dict(hidden=field(c, "intermediate_size"), norm="rmsnorm", norm_eps=field(c, "rms_norm_eps", kind=float))
+    cfg |= dict(positions="rope-half", rope_theta=read_theta(c), mlp="swiglu")
     cfg |= dict(qkv_bias=attention_bias, out_bias=attention_bias, up_bias=mlp_bias, down_bias=mlp_bias)
     layer = "layers.{}."
-    rows = {"embed_w": "embed_tokens.weight", "norm_w": "norm.weight", "head_w": "lm_head.weight"}
+    rows = {"embed_w": "embed_tokens.weight", "norm_w": "norm.weight"}
     rows |= {"norm1_w": layer + "input_layernorm.weight", "norm2_w": layer + "post_attention_layernorm.weight"}
     for ours, names in (("qkv", ("q", "k", "v")), ("out", ("o",))):
         for end, word in (("w", "weight"), ("b", "bias")):
@@ -107,13 +173,27 @@ def llama(c):
     for ours, names in (("up", ("gate", "up")), ("down", ("down",))):
         for end, word in (("w", "weight"), ("b", "bias")):
             rows[f"{ours}_{end}"] = tuple(f"{layer}mlp.{x}_proj.{word}" for x in names)
-    return cfg, "model.", rows
+    return cfg, "model.", rows, (f"{layer}self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+
+
+def read_theta(c):
+    """The base of the rotations' angles, a field of its own or of one of two objects. ValueError if they are scaled."""
+    thetas = {"rope_theta": c.get("rope_theta")}
+    expect(c, "partial_rotary_factor", 1)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = field(c, name, kind=dict, default={})
+        thetas[f"{name}.rope_theta"] = rope.pop("rope_theta", None)
+        if any(value not in (None, PLAIN_ROPE.get(key)) for key, value in rope.items()):
+            raise ValueError(f"config.json: {name} is {c[name]!r:.200}; expected rope_type default")
+    return field(thetas, *thetas, kind=float, default=10000.0)
 
 
 def bloom(c):
-    H, C = c.get("n_head") or c["num_attention_heads"], c.get("hidden_size") or c["n_embed"]
-    cfg = dict(seq_len=c.get("seq_length", 2048), width=C, layers=c.get("n_layer") or c["num_hidden_layers"], heads=H)
-    cfg |= dict(positions="alibi", embedding_norm=True, norm_eps=c["layer_norm_epsilon"])
+    expect(c, "apply_residual_connection_post_layernorm", False)
+    H, C = field(c, "n_head", "num_attention_heads"), field(c, "hidden_size", "n_embed")
+    cfg = dict(seq_len=field(c, "seq_length", default=2048), width=C, heads=H)
+    cfg |= dict(layers=field(c, "n_layer", "num_hidden_layers"), norm_eps=field(c, "layer_norm_epsilon", kind=float))
+    cfg |= dict(positions="alibi", embedding_norm=True)
 
     def by_kind(x):  # rows or elements of q, k and v of each head -> q of every head, then k, then v
         return x.reshape(H, 3, C // H, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
@@ -125,60 +205,94 @@ def bloom(c):
     rows |= {"qkv_w": (qkv + "weight", lambda x: by_kind(x).T), "qkv_b": (qkv + "bias", by_kind)}
     for ours, theirs in (("out", "self_attention.dense"), ("up", "mlp.dense_h_to_4h"), ("down", "mlp.dense_4h_to_h")):
         rows |= {f"{ours}_w": (f"{layer}{theirs}.weight",), f"{ours}_b": f"{layer}{theirs}.bias"}
-    return cfg, "transformer.", rows
+    return cfg, "transformer.", rows, ()
 
 
 FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "llama": llama, "bloom": bloom}
+
+# == 4  the conversion =================================================================================================
 
 
 def from_transformers(config, tensors):
     """Their configuration (a dict) and tensors (name -> array) -> parameters, flat (count,), and our Config.
 
-    ValueError if the family, a tensor or a shape is not one that we know.
+    ValueError for a family, a field, a tensor or a shape that is not converted.
     """
-    family = config.get("model_type")
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json is a {type(config).__name__}; expected an object")
+    family = field(config, "model_type", kind=str)
     if family not in FAMILIES:
         raise ValueError(f"it is a {family} model; expected one of {', '.join(FAMILIES)}")
-    fields, prefix, rows = FAMILIES[family](config)
-    cfg, parts = tinygpt.Config(vocab_size=config["vocab_size"], **fields), []
+    for name, known in (("is_causal", True), ("is_encoder_decoder", False), ("pruned_heads", {}), ("auto_map", {})):
+        expect(config, name, known)
+    expect(config, "quantization_config")
+    fields, prefix, rows, derived = FAMILIES[family](config)
+    used = set()
 
-    def read(name):
-        for known in (prefix + name, name):
-            if known in tensors:
-                return tensors[known]
-        raise ValueError(f"tensor {prefix + name} is missing")
+    def read(name, layer=0):
+        for full in both_names(name, prefix, layer):
+            if full in tensors:
+                used.add(full)
+                return read_weight(full, tensors[full])
+        raise ValueError(f"tensor {name.format(layer)} is missing")
 
+    rows["head_w"] = "lm_head.weight"
+    tied = field(config, "tie_word_embeddings", kind=bool, default=family != "llama")
+    if tied and "lm_head.weight" in tensors:  # as in transformers: a file that has both, and not the same, is not tied
+        tied = np.array_equal(read("lm_head.weight"), read(rows["embed_w"]))
+    cfg, parts = tinygpt.Config(vocab_size=field(config, "vocab_size"), tied=tied, **fields), []
     for t in tinygpt.layout(cfg):
         shape, row = t.shape[1:] if t.layered else t.shape, rows[t.name]
         for layer in range(cfg.layers if t.layered else 1):
-            if isinstance(row, str):
-                x = read(row.format(layer))
-            elif callable(row[-1]):
-                x = row[1](read(row[0].format(layer)))
-            else:
-                x = np.concatenate([read(name.format(layer)) for name in row]).T
-            if x.shape != shape:
-                raise ValueError(f"{t.name} of layer {layer} is {x.shape}; expected {shape}")
+            names = [row] if isinstance(row, str) else [name for name in row if not callable(name)]
+            found, x = [read(name, layer) for name in names], None
+            with contextlib.suppress(ValueError):  # shapes that do not go together
+                x = combine(row, found)
+            if x is None or x.shape != shape:
+                theirs = ", ".join(f"{name.format(layer)} {y.shape}" for name, y in zip(names, found))
+                raise ValueError(f"tensor {theirs} does not give {t.name}; expected {shape}")
             parts.append(np.ascontiguousarray(x).reshape(-1))
+    used |= {full for name in derived for layer in range(cfg.layers) for full in both_names(name, prefix, layer)}
+    if unread := sorted(tensors.keys() - used):
+        more = f" and {len(unread) - 1} more" if unread[1:] else ""
+        raise ValueError(f"tensor {unread[0]}{more}: not part of the {family} model that config.json describes")
     return np.concatenate(parts), cfg
 
 
-# == 3  command line ===================================================================================================
+def combine(row, found):
+    """The tensors that a row names -> ours."""
+    if isinstance(row, str):
+        return found[0]
+    return row[-1](found[0]) if callable(row[-1]) else np.concatenate(found).T
+
+
+def both_names(name, prefix, layer):
+    """The names that a tensor may have: that of a model with a head, that of one without."""
+    return (prefix + name).format(layer), name.format(layer)
+
+
+# == 5  command line ===================================================================================================
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="convert.py", description="A model of transformers as one of ours.")
+    parser = sample.Parser(prog="convert.py", description="A model of transformers as one of ours.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     args = parser.parse_args(argv)
+    config_path, tokenizer_path = args.folder / "config.json", args.folder / "tokenizer.json"
     try:
-        config = json.loads((args.folder / "config.json").read_text(encoding="utf-8"))
-        tokenizer = bpe.Tokenizer.load(args.folder / "tokenizer.json").to_json()
-        parameters, cfg = from_transformers(config, read_tensors(args.folder))
-        tinygpt.save_checkpoint(args.out, parameters.astype(np.float32), cfg, tokenizer)
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        tokenizer = bpe.Tokenizer.load(tokenizer_path)
+        files = sorted(args.folder.glob("*.safetensors"))
+        if args.out.exists() and any(args.out.samefile(path) for path in (config_path, tokenizer_path, *files)):
+            raise ValueError(f"--out {args.out} is a file of the model that is converted; name another")
+        parameters, cfg = from_transformers(config, read_tensors(files))
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens; expected at most V={cfg.vocab_size}")
+        tinygpt.save_checkpoint(args.out, parameters.astype(np.float32), cfg, tokenizer.to_json())
     except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except (ValueError, KeyError) as error:
+        parser.error(error)
+    except (ValueError, RecursionError) as error:
         parser.error(f"{args.folder}: {error}")
     print(f"{args.out}: {len(parameters):,} parameters; python sample.py --checkpoint {args.out}", file=sys.stderr)
     return 0

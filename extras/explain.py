@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
+import sample
 import tinygpt
 import train
 
@@ -271,7 +272,7 @@ def golden(cfg, flat, s, T):
     calls = watch(tinygpt.loss_and_gradients, p, *batch, g, cfg, ops, masks)
     named = Named(p["layers"], [flat, gradient, g["lookup_w"], *batch])
     named.add_model(calls)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     tensors = dict(zip(("tokens", "targets", "weights"), batch)) | by_name(cfg, "parameters", flat)
     for name, parts in named.arrays.items():  # of the head: one part for each sequence
         tensors[name] = np.stack(parts) if name.startswith("head_loss.") and name.count(".") > 1 else parts[0]
@@ -284,7 +285,7 @@ def write_golden(path, cfg, flat, s, T):
     tensors, legend = golden(cfg, flat, s, T)
     where = {
         "parameters": "layout, section 1.2",
-        "gradients": "loss_and_gradients and join_tied, sections 4 and 1.2",
+        "gradients": "loss_and_gradients and add_lookup_gradient, sections 4 and 1.2",
         "steps": "update, section 3 of train.py",
         **dict.fromkeys(("after", "moment1", "moment2"), "adamw_spec, section 3 of train.py"),
         "loss": "loss_and_gradients, section 4",
@@ -443,10 +444,11 @@ def config_of(args):
 
 
 def command_trace(args):
+    if args.tokenizer and not args.checkpoint:
+        raise ValueError("--tokenizer is that of a --checkpoint; name both, or leave it out")
     if args.checkpoint:
-        checkpoint = tinygpt.load_checkpoint(args.checkpoint)
+        checkpoint, tokenizer = sample.load_model(args.checkpoint, args.tokenizer)
         cfg, flat = checkpoint.cfg, checkpoint.parameters
-        tokenizer = bpe.Tokenizer.from_json(checkpoint.tokenizer)
     else:
         cfg = config_of(args)
         flat, tokenizer = tinygpt.init_parameters(cfg, 0), bpe.Tokenizer.from_merges([])
@@ -486,7 +488,7 @@ def command_picture(args):
 
 
 def main(argv=None):
-    parser = train.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
+    parser = sample.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, run, what):
@@ -499,6 +501,7 @@ def main(argv=None):
     command = add("trace", command_trace, "one line for each op of the forward")
     command.add_argument("text", help="what the model reads, byte by byte or by its checkpoint's tokenizer")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
+    command.add_argument("--tokenizer", metavar="FILE", help="of a checkpoint that holds none, as llama2.c's")
     command = add("golden", command_golden, "every number of a forward, a backward and ten updates, for a port")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
     command.add_argument("--scaled-down", action="store_true", help="the same architecture with short axes")
@@ -513,10 +516,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(error)
     return 0
 
 

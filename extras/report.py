@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import sample
 import tinygpt
 import train
 
@@ -917,7 +918,7 @@ def hand_on_runs(args):
 
 
 def main(argv=None):
-    parser = train.Parser(prog="report.py", description="A page about runs, from their logs; or the logs handed on.")
+    parser = sample.Parser(prog="report.py", description="A page about runs, from their logs; or the logs handed on.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a folder of runs, or a log.jsonl")
     add("--out", type=Path, metavar="FILE", help="the page to write (default report.html)")
@@ -934,10 +935,8 @@ def main(argv=None):
             return hand_on_runs(args)
         path = args.out or Path("report.html")
         write_page(read_logs(args.runs), path)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(error)
     train.note(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 

@@ -5,6 +5,7 @@
 
 Words before the first flag name a flag of train.py or a field of --set and its values; the flags go to every trial. A
 trial is a run in a folder of its own: ended with Ctrl-C, the sweep goes on when it is started with the same words.
+One process runs a sweep at a time; where another process trains in the folder of a trial, the sweep waits for its end.
 Read in order: 1 the trials, 2 running them, 3 the table, 4 command line.
 """
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 
+import sample
 import tinygpt
 import train
 
@@ -98,9 +100,9 @@ def make_trials(swept, rest):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         folder = re.sub(r"[^\w.,=+-]", "_", name)[:150]
-        if folder in used:
+        if folder.casefold() in used:  # some file systems do not tell a from A
             folder += f"-{len(trials) + 1}"
-        used.add(folder)
+        used.add(folder.casefold())
         trials.append(Trial(folder, words))
     return trials
 
@@ -133,26 +135,25 @@ def is_finished(folder):
         return False
 
 
-def can_go_on(folder):
-    """Whether train.py --resume would find a checkpoint with updates left."""
-    try:
-        metadata = tinygpt.load_checkpoint(folder / "last.safetensors").metadata
-        return int(metadata["step"]) < json.loads(metadata["settings"])["steps"]
-    except (OSError, ValueError, KeyError):
-        return False
+def has_checkpoint(folder):
+    """Whether train.py --resume goes on from a checkpoint; without one it begins the run."""
+    return (folder / "last.safetensors").exists()
 
 
 def state_of(folder):
-    return "finished" if is_finished(folder) else "goes on" if can_go_on(folder) else "to run"
+    return "finished" if is_finished(folder) else "goes on" if has_checkpoint(folder) else "to run"
 
 
-def command_of(trial, folder):
-    """The words that begin a trial, or go on with it where it was stopped."""
-    program = [sys.executable, str(Path(train.__file__).resolve())]
-    if not can_go_on(folder):
-        return [*program, *trial.words, "--out", str(folder)]
-    threads = train.make_parser().parse_args(trial.words).threads
-    return [*program, "--resume", "--out", str(folder), *(["--threads", str(threads)] if threads else [])]
+def read_trial(trial, folder):
+    """The Log of a trial, None if it has not begun. ValueError if its folder holds a run with other flags."""
+    try:
+        log = report.read_log(folder / "log.jsonl", trial.name)
+    except FileNotFoundError:
+        return None
+    asked = train.asked(train.make_parser().parse_args(trial.words))
+    if log.settings.get("asked", asked) != asked:
+        raise ValueError(f"{folder} holds a run with other flags than this trial's; move it elsewhere")
+    return log if log.settings else None
 
 
 class Stop:
@@ -172,12 +173,10 @@ class Stop:
             self.process.terminate()
 
 
-def run_trial(trial, folder, stop, show):
+def run_process(trial, folder, stop, show):
     """One train.py process -> its exit status and last line. What it prints goes to output.txt in its folder."""
-    command = command_of(trial, folder)
-    if "--resume" not in command:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    program = [sys.executable, str(Path(train.__file__).resolve())]
+    command = [*program, *trial.words, "--resume", "--out", str(folder)]
     last, how = "", dict(stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     how |= dict(env=os.environ | {"PYTHONIOENCODING": "utf-8"}, start_new_session=True)  # Ctrl-C comes through `stop`
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
@@ -216,6 +215,53 @@ class Status:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="", file=sys.stderr, flush=True)
 
 
+def lock_trial(folder, stop, head):
+    """The locked log of a trial; None if the sweep was asked to stop. While another process has it (a trial that
+    outlived its sweep, a run that was started by hand), wait for its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = False
+    while not stop.asked:
+        try:
+            return train.lock_log(folder)
+        except ValueError as error:
+            if not waiting:
+                train.note(f"{head}: {str(error).partition(';')[0]}; waiting for its end ...")
+            waiting = True
+            time.sleep(0.5)
+
+
+def run_trial(trial, folder, stop, head):
+    """A trial to its end -> why it failed, "" if it did not; None if it was finished before or the sweep is to stop."""
+    show = Status(head)
+    while lock := lock_trial(folder, stop, head):
+        with lock:
+            try:
+                read_trial(trial, folder)
+            except ValueError as error:
+                return str(error)
+            if is_finished(folder):
+                train.note(f"{head}: finished before")
+                return None
+            if not has_checkpoint(folder):  # killed early: it begins again; its best model would be in the way
+                lock.truncate(0)
+                for path in folder.glob("*.safetensors"):
+                    path.unlink()
+        train.note(f"{head} ...")
+        begun = time.monotonic()
+        status, last = run_process(trial, folder, stop, show)
+        show.clear()
+        if stop.asked:
+            return None
+        if is_finished(folder):
+            bits = report.score(report.read_log(folder / "log.jsonl", trial.name))
+            train.note(f"{head}: {bits:.4f} bits/byte in {train.clock(time.monotonic() - begun)}")
+            return ""
+        if train.BUSY not in last:  # else another process was faster to lock the log
+            killed = status < 0 or not last
+            return f"train.py ended with status {status}" if killed else last.removeprefix("train.py: error: ")
+    return None
+
+
 def run_all(trials, folder):
     """Every trial that is not finished -> {name of a trial that failed: why}, whether it was asked to stop."""
     failed, stop, old = {}, Stop(), {}
@@ -224,24 +270,15 @@ def run_all(trials, folder):
         old = {number: signal.signal(number, stop) for number in signals}
     try:
         for place, trial in enumerate(trials, 1):
+            head = f"{place}/{len(trials)} {trial.name}"
+            why = run_trial(trial, folder / trial.name, stop, head)
             if stop.asked:
                 break
-            head, begun = f"{place}/{len(trials)} {trial.name}", time.monotonic()
-            if is_finished(folder / trial.name):
-                train.note(f"{head}: finished before")
+            if why is None:
                 continue
-            train.note(f"{head} ...")
-            show = Status(head)
-            status, last = run_trial(trial, folder / trial.name, stop, show)
-            show.clear()
-            if stop.asked:
-                continue
-            if status or not is_finished(folder / trial.name):
-                failed[trial.name] = last.removeprefix("train.py: error: ") or f"train.py ended with status {status}"
-                train.note(f"{head}: failed: {failed[trial.name]}")
-            else:
-                bits = report.score(report.read_log(folder / trial.name / "log.jsonl", trial.name))
-                train.note(f"{head}: {bits:.4f} bits/byte in {train.clock(time.monotonic() - begun)}")
+            if why:
+                failed[trial.name] = why
+                train.note(f"{head}: failed: {why}")
             write_results(trials, folder, failed)
     finally:
         for number, handler in old.items():
@@ -256,9 +293,9 @@ def read_begun(trials, folder):
     """name -> Log of the trials that have written their settings at least."""
     logs = {}
     for trial in trials:
-        with contextlib.suppress(OSError):
-            log = report.read_log(folder / trial.name / "log.jsonl", trial.name)
-            logs |= {trial.name: log} if log.settings else {}
+        with contextlib.suppress(OSError, ValueError):
+            log = read_trial(trial, folder / trial.name)
+            logs |= {trial.name: log} if log else {}
     return logs
 
 
@@ -275,10 +312,8 @@ def results(trials, folder, failed):
 
 def write_results(trials, folder, failed):
     """results.jsonl, whole at any moment."""
-    aside = folder / "results.jsonl.new"
-    lines = [json.dumps(row) + "\n" for row in results(trials, folder, failed)]
-    aside.write_text("".join(lines), encoding="utf-8", newline="\n")
-    aside.replace(folder / "results.jsonl")
+    lines = (json.dumps(row).encode() + b"\n" for row in results(trials, folder, failed))
+    tinygpt.write_aside(folder / "results.jsonl", lines)
 
 
 def table(rows):
@@ -315,21 +350,26 @@ def finish(trials, folder, failed):
 
 
 def claim(folder, trials):
-    """Make the folder, for these trials alone. ValueError if it holds something else."""
+    """Make the folder, for these trials alone -> its sweep.json, locked until it is closed. ValueError if the folder
+    holds something else or another process runs the sweep."""
     path, text = folder / "sweep.json", json.dumps([list(trial) for trial in trials]) + "\n"
-    if path.exists():
-        if path.read_text(encoding="utf-8", errors="replace") != text:
-            raise ValueError(f"{folder} holds another sweep; name another --out, or none")
-    elif folder.exists() and any(folder.iterdir()):
+    if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no sweep; name another --out, or none")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = train.open_locked(path, f"another process runs the sweep in {folder}")
+    found = path.read_text(encoding="utf-8", errors="replace")
+    if found not in ("", text):
+        lock.close()
+        raise ValueError(f"{folder} holds another sweep; name another --out, or none")
+    if not found:
+        lock.write(text)
+        lock.flush()
+    return lock
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = train.Parser(
+    parser = sample.Parser(
         prog="sweep.py",
         usage="sweep.py FIELD=A,B,C [FIELD=...] [--out FOLDER] [--list] [flags of train.py]",
         description="Runs of train.py over every combination of values; size='graphcore-*' stands for all that fit.",
@@ -350,14 +390,12 @@ def main(argv=None):
                 words = train.command("train.py", *trial.words, "--out", folder / trial.name)
                 train.say(f"{state_of(folder / trial.name):8}  {words}")
             return 0
-        claim(folder, trials)
-        train.note(f"{len(trials)} trials in {folder}")
-        failed, stopped = run_all(trials, folder)
-        finish(trials, folder, failed)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        parser.error(str(error))
+        with claim(folder, trials):
+            train.note(f"{len(trials)} trials in {folder}")
+            failed, stopped = run_all(trials, folder)
+            finish(trials, folder, failed)
+    except (OSError, ValueError) as error:
+        parser.error(error)
     if stopped:
         train.note(f"stopped; to go on:  {train.command('extras/sweep.py', *argv)}")
         return 130

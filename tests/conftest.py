@@ -105,12 +105,12 @@ def random_batch(cfg, B, T, seed=0, dtype=np.float64):
     return tokens[:, :-1], tokens[:, 1:], weights.astype(dtype)
 
 
-TABLES = ("numpy", "fast", "fast-bf16")
+TABLES = ("numpy", "numba", "fast", "fast-bf16")
 
 
 def ops_of(name):
     """The table of a name in TABLES; what multiplies float32 in "fast-bf16" is said in the fixture `stand_in`."""
-    return {"numpy": tinygpt.OPS["numpy"], "fast": fast.FLOAT32, "fast-bf16": fast.BFLOAT16}[name]
+    return {**tinygpt.OPS, "fast": fast.FLOAT32, "fast-bf16": fast.BFLOAT16}[name]
 
 
 def run_model(cfg, table, B, T, dtype, space=False, seed=0, dropout=None):
@@ -123,7 +123,7 @@ def run_model(cfg, table, B, T, dtype, space=False, seed=0, dropout=None):
     batch = (tokens, targets, weights.astype(dtype))
     loss, nats = tinygpt.loss_and_gradients(p, *batch, g, cfg, ops, dropout)
     results = {"loss": np.array(loss), "nats": nats.copy()}
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     results["x"] = tinygpt.forward(p, tokens, cfg, ops, dropout=dropout)[0].copy()
     for t in tinygpt.layout(cfg):
         results[t.name] = gradient[t.offset : t.offset + math.prod(t.shape)]

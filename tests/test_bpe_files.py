@@ -1,9 +1,20 @@
-"""bpe.py, section 5: tokenizers in the formats of other systems, and the same ids as those systems give."""
+"""bpe.py and its files: what is read as stories, what several processes write, tokenizers of other systems' formats."""
 
 import base64
+import bz2
+import gzip
+import inspect
+import io
 import json
+import lzma
+import os
 import random
+import shutil
 import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +24,7 @@ from test_bpe import GOLDEN, STORIES, gpt2_json, random_texts, shuffled, with_sp
 from test_bpe_long import by_kernels
 
 import bpe
+import tinygpt
 
 END = bpe.END
 TOK512 = Path(__file__).parent / "golden" / "tok512.bin"  # the tokenizer of llama2.c's stories260K, MIT licence
@@ -137,6 +149,56 @@ def test_reserve_0_leaves_the_reserved_specials_out(tmp_path, capsys):
     ]
     assert bpe.main(args) == 0
     assert bpe.Tokenizer.load(tmp_path / "t.json").specials == {END: 257}
+
+
+# -- split patterns
+
+
+def rank_file(*tokens):
+    """A rank file of the 256 bytes, then these tokens."""
+    ranks = [*(bytes([b]) for b in range(256)), *tokens]
+    return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks))
+
+
+OTHERS = ["(t", ".\n", "\n\nT", " \n(", "_t", "1a", "a1", "  a", "'S", "\u2019s", "e\u0301", "a b", "'tis"]
+GPT2S = [" t", "the", "  ", "\n\n", " \n", "12345", " 1", "!?", " (", "'s", "'ll", "'l", "'v", "'r", "\u65e5\u672c"]
+
+
+def made(text):
+    """The bytes of a token and before them those of every shorter beginning, so that each is made of two."""
+    token = text.encode()
+    return [token[:n] for n in range(2, len(token) + 1)]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_a_vocabulary_of_another_split_pattern_is_refused_and_says_what_to_do(text, tmp_path):
+    tokens, message = made(text), r"is cut by GPT-2's split pattern.*python bpe\.py train$"
+    (tmp_path / "x.tiktoken").write_bytes(rank_file(*tokens))
+    merges = [(token[:-1], token[-1:]) for token in tokens]
+    vocab, lines = bpe.to_vocab_and_merges(bpe.Tokenizer.from_merges(merges, reserve=0))
+    (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(lines, encoding="utf-8")
+    for name in ("x.tiktoken", "vocab.json", "merges.txt"):
+        with pytest.raises(ValueError, match=message) as error:
+            bpe.Tokenizer.load(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot hold it .*save a tokenizer.json"):
+        bpe.Tokenizer.from_merges(merges, reserve=0).save(tmp_path / "y.tiktoken")
+
+
+@pytest.mark.parametrize("text", GPT2S)
+def test_every_token_that_gpt2s_pattern_leaves_whole_is_read(text, tmp_path):
+    (tmp_path / "x.tiktoken").write_bytes(rank_file(*made(text)))
+    tokenizer = bpe.Tokenizer.load(tmp_path / "x.tiktoken")
+    assert text.encode() in tokenizer.vocab
+
+
+def test_whatever_the_trainer_makes_of_any_text_is_read_again(tmp_path):
+    for seed in range(5):
+        texts = [*random_texts(30 + seed, 60), "they'll we've you're " * 5]
+        trained = bpe.Tokenizer.from_merges(bpe.train(texts, 400), reserve=0)
+        trained.save(tmp_path / "x.tiktoken")
+        assert bpe.Tokenizer.load(tmp_path / "x.tiktoken").hash == trained.hash
 
 
 # -- the ids of others
@@ -374,3 +436,249 @@ def test_golden_texts_have_the_ids_of_gpt2_by_kernels_too(gpt2):
     found = by_kernels(gpt2, [row["text"] for row in GOLDEN["texts"]])
     assert [[ids[i] for i in each] for each in found] == [row["plain"] for row in GOLDEN["texts"]]
     assert np.dtype(gpt2.dtype) == np.uint16
+
+
+# -- text in other layouts
+
+ARRAY = [{"story": " One.", "source": "GPT-4"}, {"text": "Two \u00e9."}, "Three.", {"story": f"Four.{END}Five."}]
+STORIES_OF_ARRAY = ["One.", "Two \u00e9.", "Three.", "Four.", "Five."]
+OBJECTS = [value for value in ARRAY if isinstance(value, dict)]
+
+
+def written(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_as_its_stories(bom, indent, tmp_path):
+    path = written(tmp_path / "data00.json", bom + json.dumps(ARRAY, indent=indent))
+    assert list(bpe.documents(path)) == STORIES_OF_ARRAY
+    assert (
+        list(bpe.documents(written(tmp_path / "s.JSON", bom + json.dumps(ARRAY[::-1], ensure_ascii=False))))[0]
+        == "Four."
+    )
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "stories", "stories.jsonl"])
+def test_an_array_of_objects_is_known_by_its_content(name, tmp_path):
+    want = ["One.", "Two \u00e9.", "Four.", "Five."]
+    for bom, indent in (("", None), ("\ufeff", 4)):
+        path = written(tmp_path / name, f"{bom}\n {json.dumps(OBJECTS, indent=indent)}")
+        assert list(bpe.documents(path)) == want
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "stories.json", "stories.jsonl"])
+def test_json_lines_are_known_by_their_content_and_take_text_or_story(name, tmp_path):
+    lines = "".join(json.dumps(value) + "\n" for value in OBJECTS)
+    for bom in ("", "\ufeff"):
+        assert list(bpe.documents(written(tmp_path / name, bom + lines))) == ["One.", "Two \u00e9.", "Four.", "Five."]
+    both = written(tmp_path / "both.jsonl", '{"story": "no", "text": "yes"}\n"a string"\n')
+    assert list(bpe.documents(both)) == ["yes", "a string"]
+
+
+@pytest.mark.parametrize(
+    "text", ['[Lily] {smiled} and said: "Hi."', '["No," he said]', '{Once} "upon": a time', "[1]", "{}"]
+)
+def test_text_with_brackets_is_text(text, tmp_path):
+    assert list(bpe.documents(written(tmp_path / "s.txt", text))) == [text]
+
+
+BAD_JSON = [
+    ("a.json", '[{"story": "a"}, {"title": "b"}]', r"item 2: expected .*\"story\".*, got .*title"),
+    ("a.json", '[{"story": "a"}, 5]', "item 2: expected"),
+    ("a.json", '[["a"]]', "item 1: expected"),
+    ("a.json", '[{"story": "\\ud800"}]', "item 1: expected"),
+    ("a.json", '[{"story": "a"}, {"story": "b"', "begins like a JSON array but is none"),
+    ("a.json", '[{"story": "a"}]\n[{"story": "b"}]', "begins like a JSON array but is none: Extra data"),
+    ("a.json", "[" * 100_000, "begins like a JSON array but is none"),
+    ("a.json", "[]", "is empty"),
+    ("a.json", "", "is empty"),
+    ("a.json", '{"model": {\n "type": "BPE"}}', "line 1: expected"),
+    ("a.json", "Once upon a time", "line 1: expected"),
+    ("a.json", b'[{"story": "caf\xe9"}]', "is not text: byte 0xe9"),
+    ("a.jsonl", '{"text": "a"}\n["b"]\n', r"line 2: expected .*, got '\[\"b\"\]'"),
+    ("a.jsonl", '["a", "b"]', "line 1: expected"),
+    ("a.txt", '[{"title": "a"}]', "item 1: expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_JSON)
+def test_json_that_holds_no_stories_is_refused_in_one_line(name, data, message, tmp_path, capsys):
+    path = written(tmp_path / name, data)
+    with pytest.raises(ValueError, match=message) as error:
+        list(bpe.documents(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert bpe.main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+    assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
+
+
+def test_an_array_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = written(tmp_path / "a.json", json.dumps(ARRAY))
+    monkeypatch.setattr(bpe, "JSON_MOST", path.stat().st_size - 1)
+    with pytest.raises(ValueError, match="above .*; write it as .jsonl"):
+        list(bpe.documents(path))
+
+
+PLAIN = "Once upon a time.\n"
+
+
+def packed(suffix):
+    """A text as a file of this kind; a few bytes of it where no module writes them."""
+    if suffix in (".tar", ".zip"):
+        file = io.BytesIO()
+        if suffix == ".zip":
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("s.txt", PLAIN)
+        else:
+            with tarfile.open(fileobj=file, mode="w") as archive:
+                archive.addfile(tarfile.TarInfo("s.txt"))
+        return file.getvalue()
+    write = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix)
+    head = {".zst": b"\x28\xb5\x2f\xfd\x20\x12", ".parquet": b"PAR1\x15\x04\x15"}
+    return write(PLAIN.encode()) if write else head[suffix] + PLAIN.encode()
+
+
+COMMANDS = {
+    ".gz": "gunzip -c {path} > {out}",
+    ".bz2": "bunzip2 -c {path} > {out}",
+    ".xz": "xz -dc {path} > {out}",
+    ".zst": "zstd -dc {path} > {out}",
+    ".zip": "unzip {path}",
+    ".tar": "tar -xf {path}",
+    ".parquet": "read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" {path} {out}.jsonl",
+}
+
+
+@pytest.mark.parametrize("suffix", COMMANDS)
+def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(suffix, tmp_path, capsys):
+    by_name = written(tmp_path / f"stories.txt{suffix.upper()}", PLAIN)
+    by_content = written(tmp_path / "stories.txt", packed(suffix))
+    for path, out in [(by_name, str(by_content)), (by_content, f"{by_content}" + ".txt" * (suffix != ".parquet"))]:
+        assert bpe.main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"bpe.py: error: {path} is not text but {suffix} data; unpack it first: ")
+        assert err.endswith(COMMANDS[suffix].format(path=path, out=out) + "\n") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("gunzip"), reason="needs gunzip")
+@pytest.mark.parametrize("name", ["my stories.txt.gz", "stories"])
+def test_the_command_for_a_gz_file_does_what_it_says(name, tmp_path):
+    path = written(tmp_path / name, packed(".gz"))
+    with pytest.raises(ValueError) as error:
+        list(bpe.documents(path))
+    subprocess.run(str(error.value).split("unpack it first: ")[1], shell=True, check=True)
+    (made,) = set(tmp_path.iterdir()) - {path}
+    assert made.suffix == ".txt" and list(bpe.documents(made)) == [PLAIN.strip()]
+
+
+@pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar.bz2"])
+def test_a_compressed_archive_is_unpacked_by_one_command(name, tmp_path):
+    path = written(tmp_path / name, packed(".gz"))
+    with pytest.raises(ValueError, match=f"tar -xf {path}$"):
+        list(bpe.documents(path))
+
+
+def test_a_folder_stands_for_its_texts_and_its_arrays_of_stories(tmp_path):
+    written(tmp_path / "data01.json", json.dumps(OBJECTS))
+    written(tmp_path / "data00.json", "\ufeff\n" + json.dumps(["Zero."]))
+    written(tmp_path / "tokenizer.json", '{"model": {}}')
+    written(tmp_path / "x.bin.json", "")
+    written(tmp_path / "stories.tar.gz", packed(".gz"))
+    assert [path.name for path in bpe.text_files(tmp_path)] == ["data00.json", "data01.json"]
+    written(tmp_path / "more.txt", "More.")
+    assert list(bpe.documents(tmp_path)) == ["Zero.", "One.", "Two \u00e9.", "Four.", "Five.", "More."]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".parquet"])
+def test_a_folder_of_compressed_files_is_refused_with_the_command_for_the_first(suffix, tmp_path):
+    for name in ("b", "a"):
+        written(tmp_path / f"{name}{suffix}", packed(suffix))
+    written(tmp_path / "tokenizer.json", "{}")
+    with pytest.raises(ValueError, match=f"a{suffix} is not text but {suffix} data; unpack it first"):
+        list(bpe.text_files(tmp_path))
+
+
+# -- files that several processes write
+
+
+@pytest.mark.parametrize("write_aside", [bpe.write_aside, tinygpt.write_aside], ids=["bpe", "tinygpt"])
+def test_two_writers_of_one_file_at_once_leave_the_whole_file_of_the_later_one(write_aside, tmp_path):
+    path = tmp_path / "x.json"
+
+    def chunks():
+        yield b"the first half, "
+        write_aside(path, [b"all of another"])  # begins later, ends earlier
+        assert path.read_bytes() == b"all of another"
+        yield b"the second half"
+
+    write_aside(path, chunks())
+    assert path.read_bytes() == b"the first half, the second half" and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_two_writers_of_one_token_file_at_once_leave_one_that_reads(tokenizer, tmp_path):
+    """In two containers that share a folder, both may have the same process id."""
+    path = tmp_path / "t.bin"
+
+    def stories():
+        yield from STORIES
+        bpe.write_tokens(["another text"], tokenizer, path)
+
+    info = bpe.write_tokens(stories(), tokenizer, path)
+    assert bpe.read_tokens(path, tokenizer)[1] == info and sorted(os.listdir(tmp_path)) == ["t.bin", "t.bin.json"]
+
+
+WRITE = """
+import sys, bpe, tinygpt
+def chunks(part):
+    yield part
+    print("half", flush=True)
+    sys.stdin.read()
+    yield part
+getattr(sys.modules[sys.argv[1]], "write_aside")(sys.argv[2], chunks(sys.argv[3].encode() * 10000))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="on Windows leftovers stay")
+@pytest.mark.parametrize("module", [bpe, tinygpt])
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(module, tmp_path):
+    def half_way(word):
+        words = [sys.executable, "-c", WRITE, module.__name__, tmp_path / "x[1].bin", word]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(words, cwd=Path(bpe.__file__).parent, **pipes)
+        assert process.stdout.readline() == b"half\n"
+        return process
+
+    (tmp_path / "x[1].bin.bak.tmp-not").write_bytes(b"of somebody else")
+    with half_way("killed") as killed, half_way("living") as living:
+        assert len(list(tmp_path.glob("*.tmp"))) == 2
+        killed.kill()
+        killed.wait()
+        module.write_aside(tmp_path / "x[1].bin", [b"new"])
+        assert len(list(tmp_path.glob("*.tmp"))) == 1
+        living.communicate()
+        assert living.returncode == 0
+    assert (tmp_path / "x[1].bin").read_bytes() == b"living" * 20000
+    assert sorted(os.listdir(tmp_path)) == ["x[1].bin", "x[1].bin.bak.tmp-not"]
+
+
+def test_many_processes_may_write_one_file_again_and_again(tmp_path):
+    code = "import bpe, sys; [bpe.write_aside(sys.argv[1], [b'abc' * 9999, b'd']) for _ in range(150)]"
+    words = [sys.executable, "-c", code, tmp_path / "x.bin"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    writers = [subprocess.Popen(words, cwd=Path(bpe.__file__).parent, **pipes) for _ in range(4)]
+    assert [(writer.communicate()[0], writer.returncode) for writer in writers] == [(b"", 0)] * 4
+    assert (tmp_path / "x.bin").read_bytes() == b"abc" * 9999 + b"d" and os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_an_error_of_writing_names_the_file_and_not_the_one_aside(tmp_path):
+    for module in (bpe, tinygpt):
+        with pytest.raises(OSError) as error:
+            module.write_aside(tmp_path / "none" / "x.bin", [b""])
+        assert error.value.filename == str(tmp_path / "none" / "x.bin")
+
+
+@pytest.mark.parametrize("name", ["lock_file", "open_aside", "write_aside"])
+def test_what_stands_in_two_files_is_the_same_text(name):
+    assert inspect.getsource(getattr(bpe, name)) == inspect.getsource(getattr(tinygpt, name))

@@ -38,11 +38,11 @@ def test_a_checkpoint_comes_back_byte_for_byte(dtype, path):
     assert found.extra["moments"].tobytes() == moments.tobytes() and found.extra["one"].shape == (1, 2)
 
 
-def test_a_checkpoint_keeps_infinities_nans_and_signs_of_zeros(path):
+def test_a_file_keeps_infinities_nans_and_signs_of_zeros(path):
     flat, _ = random_parameters(CFG, dtype=np.float32)
     flat[:4] = np.inf, -np.inf, np.nan, -0.0
     save_checkpoint(path, flat, CFG, TOKENIZER)
-    assert load_checkpoint(path).parameters.tobytes() == flat.tobytes()
+    assert tinygpt.read_checkpoint(path).parameters.tobytes() == flat.tobytes()
 
 
 def test_saving_what_was_loaded_writes_the_same_file(path, tmp_path):
@@ -313,6 +313,18 @@ def test_a_version_that_is_not_known_is_told_with_the_one_that_is(path):
 def test_a_file_that_is_not_there_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "none")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["moment1", "moment2"])
+def test_a_moment_that_is_not_finite_is_refused_by_its_name(tmp_path, name, value):
+    cfg = tiny_config()
+    flat = tinygpt.init_parameters(cfg, 0)
+    moments = {"moment1": np.zeros_like(flat), "moment2": np.zeros_like(flat)}
+    moments[name][-1] = value
+    save_checkpoint(tmp_path / "model", flat, cfg, "", moments)
+    with pytest.raises(ValueError, match=f"model: tensor {name} holds NaN or infinity"):
+        load_checkpoint(tmp_path / "model")
 
 
 # -- writing

@@ -27,6 +27,7 @@ from test_train import (
 )
 
 import bpe
+import sample
 import tinygpt
 import train
 
@@ -211,7 +212,7 @@ def test_models_of_llama2c_are_scored_by_the_bytes_of_the_text(place):
     texts = ["a a bab", "aaa Zo\u00eb"]
     Path("text.txt").write_text(bpe.END.join(texts) + bpe.END, encoding="utf-8")
     found, _ = evaluated("model.bin", "--tokenizer", "tokenizer.bin", "--data", "text.txt")
-    checkpoint, tokenizer = train.load_model("model.bin", "tokenizer.bin")
+    checkpoint, tokenizer = sample.load_model("model.bin", "tokenizer.bin")
     ids = np.concatenate([[*tokenizer.encode(one), tokenizer.end] for one in texts])
     p = tinygpt.views(tinygpt.layout(checkpoint.cfg), checkpoint.parameters, 1)
     nats = train.score(p, checkpoint.cfg, ids, tokenizer.end, tinygpt.OPS["numpy"]).sum()
@@ -255,8 +256,17 @@ def test_a_model_whose_numbers_are_none_is_refused(place, text, finished):
     model = tinygpt.load_checkpoint(finished.folder / "best.safetensors")
     model.parameters[:] = np.nan
     tinygpt.save_checkpoint("nan.safetensors", model.parameters, model.cfg, model.tokenizer)
+    message = refusal(train.main, "train.py", "--eval", "nan.safetensors", "--data", text)
+    assert "nan.safetensors: tensor embed_w holds NaN or infinity" in message
+
+
+def test_a_model_whose_nats_overflow_is_refused(place, text, finished):
+    model = tinygpt.load_checkpoint(finished.folder / "best.safetensors")
+    tinygpt.views(tinygpt.layout(model.cfg), model.parameters, model.cfg.layers)["norm_w"][:] = 3e38
+    tinygpt.save_checkpoint("huge.safetensors", model.parameters, model.cfg, model.tokenizer)
     with np.errstate(all="ignore"):
-        assert "not finite" in refusal(train.main, "train.py", "--eval", "nan.safetensors", "--data", text)
+        message = refusal(train.main, "train.py", "--eval", "huge.safetensors", "--data", text)
+    assert "nats that are not finite" in message
 
 
 def test_a_stride_without_eval_is_refused(place, text):
@@ -326,6 +336,6 @@ def test_the_gradient_of_an_update_is_that_of_the_mean_over_its_targets():
     gradient, g = tinygpt.zero_gradients(TINY, np.float64)
     share = weights.astype(np.float64) / weights.sum()
     tinygpt.loss_and_gradients(state.p, inputs, targets, share, g, TINY, tinygpt.OPS["numpy"])
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     found, _ = gradient_of_an_update("numpy", np.float64, 2, TINY)
     assert np.abs(found - gradient).max() <= 1e-12 * np.abs(gradient).max()

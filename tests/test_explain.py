@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import DROPOUTS, FAMILIES, TABLES, mutant, ops_of, random_parameters, relative, tiny_config
 
+import bpe
 import tinygpt
 import train
 
@@ -69,6 +70,8 @@ def test_the_command_prints_the_ops_and_refuses_what_is_no_size(capsys):
         (["golden", "--scaled-down", "--out", "nowhere/x.safetensors"], "No such file"),
         (["golden", "--checkpoint", "gone.safetensors", "--out", "x.safetensors"], "gone.safetensors: No such file"),
         (["golden", "--scaled-down"], "required: --out"),
+        (["trace", "Lily", "--tokenizer", "gone.json"], "--tokenizer is that of a --checkpoint"),
+        (["trace", "Lily", "--checkpoint", "gone.safetensors"], "gone.safetensors: No such file"),
         (["picture", "--out", "nowhere/x.svg"], "nowhere/x.svg: No such file"),
         (["draw"], "invalid choice"),
     ],
@@ -80,6 +83,32 @@ def test_a_mistake_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert left.value.code == 2 and message in err and err.count("\n") == 1 and err.startswith("explain.py")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["trace", "Lily"], ["golden", "--out", "x.safetensors"]])
+def test_a_checkpoint_that_is_not_finite_is_refused_in_one_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny_config(vocab_size=265)
+    flat = tinygpt.init_parameters(cfg, 0)
+    flat[5] = np.nan
+    tinygpt.save_checkpoint("bad", flat, cfg, bpe.Tokenizer.from_merges([]).to_json())
+    with pytest.raises(SystemExit) as left:
+        explain.main([*words, "--checkpoint", "bad"])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and err == "explain.py: error: " + err.split("error: ")[1] and err.count("\n") == 1
+    assert "bad: tensor embed_w holds NaN or infinity" in err and not Path("x.safetensors").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer_is_traced_with_the_one_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg, tokenizer = tiny_config(vocab_size=265), bpe.Tokenizer.from_merges([])
+    tinygpt.save_checkpoint("bare", tinygpt.init_parameters(cfg, 0), cfg, "")
+    tokenizer.save("bytes.json")
+    with pytest.raises(SystemExit):
+        explain.main(["trace", "Lil", "--checkpoint", "bare"])
+    assert "bare holds no tokenizer; name its file with --tokenizer" in capsys.readouterr().err
+    assert explain.main(["trace", "Lil", "--checkpoint", "bare", "--tokenizer", "bytes.json"]) == 0
+    assert capsys.readouterr().out.startswith("4 tokens [256, 76, 105, 108]")
 
 
 # == golden numbers ====================================================================================================
@@ -124,7 +153,7 @@ def distances(golden, ops, State):
     names = ["head_loss", *(f"{name}_{way}" for name in sublayers for way in ("forward", "backward"))]
     watched = dataclasses.replace(ops, **{name: kept(name, getattr(ops, name)) for name in names})
     loss, _ = tinygpt.loss_and_gradients(p, *batch, g, cfg, watched)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     x = tensors[f"layers.{cfg.layers - 1}.mlp_layer.out"].reshape(-1, cfg.width)
     logits = ops.head_logits(x, p, cfg, ops).reshape(*batch[0].shape, cfg.vocab_size)
     found |= {"loss": np.array(loss), "head_loss.head.logits": logits} | explain.by_name(cfg, "gradients", gradient)

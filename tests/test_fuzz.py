@@ -159,7 +159,7 @@ def test_a_hostile_checkpoint_is_refused_in_one_line_or_can_be_gone_on_from(file
     for number in range(800 * many):
         path.write_bytes(data := rewritten(good, rng))
         try:
-            for what, load in (("resume", lambda: go_on(tmp_path)), ("sample", lambda: sample.load(path))):
+            for what, load in (("resume", lambda: go_on(tmp_path)), ("sample", lambda: sample.load_model(path))):
                 counts[what, "refused" if outcome(load, len(data)) is None else "loaded"] += 1
         except Exception as error:
             shutil.copy(path, tmp_path / "failed.safetensors")

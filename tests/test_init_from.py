@@ -24,6 +24,7 @@ from test_train import (
 )
 
 import bpe
+import sample
 import tinygpt
 import train
 
@@ -131,6 +132,31 @@ def test_a_model_of_llama2c_is_tuned_with_its_tokenizer(place, other):
     tune("model.bin", "--tokenizer", "tokenizer.bin", "--data", other, "--steps", 2)
     assert tinygpt.load_checkpoint(f"{TUNED}/last.safetensors").cfg.vocab_size == 262
     assert invoke(train.main, "--eval", f"{TUNED}/best.safetensors", "--data", other)[0] == 0
+
+
+@pytest.mark.parametrize("kernels", ["fast", "numpy"])
+@pytest.mark.parametrize("more", [1, 40])
+def test_rows_of_the_model_beyond_its_tokenizer_are_never_told(place, learnt, other, more, kernels):
+    """All logits are 0 but those of the surplus rows and of the reserved tokens, which are 9 and would win."""
+    _, tokenizer = sample.load_model(learnt)
+    cfg = TINY.changed(vocab_size=tokenizer.vocab_size + more)
+    flat = np.zeros(tinygpt.count_parameters(cfg)[0], np.float32)
+    p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
+    p["norm_b"][0], p["embed_w"][sample.never_drawn(cfg, tokenizer), 0] = 1, 9
+    tinygpt.save_checkpoint("wide.safetensors", flat, cfg, tokenizer.to_json())
+    words = ["--data", other, "--steps", 1, "--lr", 1e-9, "--prompt", "Lily", "--kernels", kernels]
+    out, _ = tune("wide.safetensors", *words)
+    assert out.startswith("Lily") and len(out) > 100 and "<|" not in out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_is_not_finite_begins_no_run(place, learnt, other, value):
+    model = tinygpt.load_checkpoint(learnt)
+    model.parameters[-1] = value
+    tinygpt.save_checkpoint("bad.safetensors", model.parameters, model.cfg, model.tokenizer)
+    message = refusal(train.main, "train.py", "--init-from", "bad.safetensors", "--data", other, "--steps", 1)
+    assert "bad.safetensors: tensor norm_b holds NaN or infinity" in message
+    assert not list(place.glob("runs/*"))
 
 
 def test_flags_that_say_what_the_model_says_are_taken(place, learnt, other):

@@ -459,7 +459,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_intact(tmp_path
     last = tinygpt.load_checkpoint(small_disk / "run" / "last.safetensors")
     assert f"disk/run/last.safetensors, step {last.metadata['step']}; " in message and "No space left" in message
     assert (small_disk / "run" / "step-000002.safetensors").exists() and int(last.metadata["step"]) < 60
-    assert not list(small_disk.glob("run/*.part"))
+    assert not list(small_disk.glob("run/*.tmp"))
     remount(small_disk, "size=20m")
     finish(start(tmp_path, *shlex.split(message.rpartition("; then python train.py ")[2])))
     finish(start(tmp_path, *words, "other"))
@@ -686,7 +686,7 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_intact(trains_1
     step = tinygpt.load_checkpoint(folder / "twice" / "last.safetensors").metadata["step"]
     assert took < 2 and ("left at once; last good checkpoint" in err or "saved" in err)
     assert f"step {step}" in err or f"update {step} " in err
-    assert not list(folder.glob("twice/*.part"))
+    assert not list(folder.glob("twice/*.tmp"))
     print(f"second Ctrl-C: left after {took:.2f} s, checkpoint of step {step}")
 
 
@@ -696,7 +696,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_save_leaves_the_last_checkpoint(plac
 
     def interrupted(fd):
         real(fd)
-        if last.exists() and last.with_name("last.safetensors.part").exists():
+        if last.exists() and list(last.parent.glob("last.safetensors.*.tmp")):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
@@ -705,7 +705,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_save_leaves_the_last_checkpoint(plac
         status, _, err = invoke(train.main, "--size", "tiny", "--data", text, *LONG, "--save-every", 0)
     assert status == 130 and "left at once; last good checkpoint" in err
     step = tinygpt.load_checkpoint("runs/tiny/last.safetensors").metadata["step"]
-    assert not list(Path("runs/tiny").glob("*.part"))
+    assert not list(Path("runs/tiny").glob("*.tmp"))
     assert f"step {step}" in err
     status, _, err = invoke(train.main, "--resume")
     assert status == 0, err

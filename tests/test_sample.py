@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ops_of
+from test_eval import write_llama2c
 from test_train import TINY, invoke, own_helps, refusal, shown, trained, workshop, write_stories
 
 import bpe
@@ -25,11 +26,13 @@ FILTERS = dict(temperature=0.8, top_k=0, top_p=0.95)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model that has read some stories: its checkpoint, and the parts that `sample.load` gives."""
+    """A model that has read some stories: its checkpoint, its parameters by name, its configuration and tokenizer."""
     with workshop(tmp_path_factory.mktemp("model")) as folder:
         trained("--data", write_stories(folder / "s.txt"), "--steps", 60, "--eval-every", 60, "--batch-size", 8)
     path = folder / "runs" / "tiny" / "last.safetensors"
-    p, cfg, tokenizer = sample.load(path)
+    checkpoint, tokenizer = sample.load_model(path)
+    cfg = checkpoint.cfg
+    p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
     return SimpleNamespace(folder=folder, path=path, p=p, cfg=cfg, tokenizer=tokenizer)
 
 
@@ -273,6 +276,47 @@ def test_a_checkpoint_whose_tokenizer_is_none_or_too_large_is_refused(place, mod
     assert "tokenizer" in refusal(sample.main, "sample.py", "--checkpoint", "odd")
     small = made_by_hand(model, place / "small", vocab_size=model.cfg.vocab_size - 1)
     assert f"V={model.cfg.vocab_size - 1}" in refusal(sample.main, "sample.py", "--checkpoint", small.path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["embed_w", "norm_b"])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused(place, model, name, value):
+    checkpoint = tinygpt.load_checkpoint(model.path)
+    tinygpt.views(tinygpt.layout(model.cfg), checkpoint.parameters, model.cfg.layers)[name].flat[3] = value
+    tinygpt.save_checkpoint("bad", checkpoint.parameters, model.cfg, checkpoint.tokenizer)
+    message = refusal(sample.main, "sample.py", "--checkpoint", "bad", "--prompt", "Lily")
+    assert message.startswith(f"bad: tensor {name} holds NaN or infinity")
+
+
+def test_a_model_of_llama2c_with_a_weight_that_is_not_finite_is_refused(place):
+    write_llama2c(place)
+    data = bytearray(Path("model.bin").read_bytes())
+    data[28:32] = np.float32(np.nan).tobytes()
+    Path("model.bin").write_bytes(data)
+    message = refusal(sample.main, "sample.py", "--checkpoint", "model.bin", "--tokenizer", "tokenizer.bin")
+    assert "tensor embed_w holds NaN or infinity" in message
+
+
+@pytest.mark.parametrize("merges", [[], [(b"a", b"b")]], ids=["bytes alone", "one merge"])
+def test_a_tokenizer_other_than_the_checkpoints_own_is_refused(place, model, merges):
+    bpe.Tokenizer.from_merges(merges).save("other.json")
+    message = refusal(sample.main, "sample.py", "--checkpoint", model.path, "--tokenizer", "other.json")
+    assert "other.json is another; leave out --tokenizer" in message
+
+
+def test_the_checkpoints_own_tokenizer_may_be_named(place, model):
+    model.tokenizer.save("same.json")
+    assert story(model, "--prompt", "Lily", "--tokenizer", "same.json") == story(model, "--prompt", "Lily")
+
+
+@pytest.mark.parametrize("vocab_size", [1, 264])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_by_name(place, model, vocab_size):
+    cfg = tinygpt.Config(vocab_size=vocab_size, seq_len=8, width=4, layers=1, heads=1)
+    tinygpt.save_checkpoint("bare", tinygpt.init_parameters(cfg, 0), cfg, "")
+    bpe.Tokenizer.from_merges([]).save("bytes.json")
+    message = refusal(sample.main, "sample.py", "--checkpoint", "bare", "--tokenizer", "bytes.json")
+    assert f"bytes.json has 265 tokens, its model V={vocab_size}" in message
+    assert "--tokenizer" in refusal(sample.main, "sample.py", "--checkpoint", "bare")
 
 
 OUT_OF_RANGE = {

@@ -24,6 +24,7 @@ from conftest import (
     tiny_config,
 )
 
+import fast
 import tinygpt
 from tinygpt import OPS, SIZES, Config
 
@@ -67,11 +68,6 @@ TARGETS = np.array([0, 10, 3, 3, 7, 1, 2, 9, 10, 5])
 WEIGHTS = np.array([1.0, 0.25, 0.0, 2.0, 1.0, 0.5, 0.0, 3.0, 0.125, 1.0])
 
 
-def masks(n, shape):
-    """Of dropout at a rate of 1/3: 0 or 1.5."""
-    return (1.5 * (n.rng.random(shape) > 1 / 3)).astype(n.dtype)
-
-
 def qkv(n, G=3, S=5):
     """H=3, or 6 where they share G=2 heads of keys and values."""
     return n((2, 6 if G == 2 else 3, 5, 4)), n((2, G, S, 4)), n((2, G, S, 4))
@@ -83,6 +79,7 @@ def angles(n):
 
 
 SLOPES = np.array([0.5, 0.25, 1.5])
+DROPPED = tinygpt.Dropout(seed=3, step=5, sequence=0), 1 / 3  # and the rate
 
 CASES = {
     "linear": Case("linear", lambda n: (n((2, 5, 4)), n((4, 7)), n(7)), (0,), (1, 2)),
@@ -109,12 +106,10 @@ CASES = {
     "attention with slopes": Case("attention", lambda n: (*qkv(n, S=9), 0.5, SLOPES), (0, 1, 2), ()),
     "attention with a window": Case("attention", lambda n: (*qkv(n, S=9), 0.5, None, 3), (0, 1, 2), ()),
     "attention of grouped heads": Case("attention", lambda n: (*qkv(n, G=2), 0.5), (0, 1, 2), ()),
-    "attention with dropout": Case(
-        "attention", lambda n: (*qkv(n), 0.5, None, 0, masks(n, (2, 3, 5, 5))), (0, 1, 2), ()
-    ),
+    "attention with dropout": Case("attention", lambda n: (*qkv(n), 0.5, None, 0, *DROPPED), (0, 1, 2), ()),
     "attention with everything": Case(
         "attention",
-        lambda n: (*qkv(n, G=2, S=9), 1.0, np.tile(SLOPES, 2), 4, masks(n, (2, 6, 5, 9))),
+        lambda n: (*qkv(n, G=2, S=9), 1.0, np.tile(SLOPES, 2), 4, *DROPPED),
         (0, 1, 2),
         (),
     ),
@@ -177,9 +172,10 @@ def slow_rotate(x, cos, sin, half):
     return y
 
 
-def slow_attention(q, k, v, scale, slopes=None, window=0, keep=None):
+def slow_attention(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     o = np.zeros((B, H, T, D))
+    keep = dropout and dropout.keep(tinygpt.ATTENTION_SITE, rate, (B, H, T, S), np.float64)
     for b, h, t in np.ndindex(B, H, T):
         now, g, slope = S - T + t, h // (H // G), 0.0 if slopes is None else slopes[h]
         seen = range(max(0, now - window + 1) if window else 0, now + 1)
@@ -475,7 +471,7 @@ def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
     flat, p, x, dout = sublayer_inputs(name, cfg)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     _, dx, _ = run_sublayer(ops, name, x, p, cfg, dout, g)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
 
     def loss():
         out = run_sublayer(ops, name, x, p, cfg, dout)[0]
@@ -542,6 +538,17 @@ def test_a_sublayer_of_float32_is_float32_throughout(name, family, table):
 
 
 @every_table
+@pytest.mark.parametrize("changes", [{}, dict(tied=False, head_bias=True)], ids=["tied", "untied"])
+def test_a_head_without_gradients_has_the_same_nats_and_no_dx(changes, table):
+    cfg, ops = tiny_config(**changes), ops_of(table)
+    _, p, x, dout = sublayer_inputs("head", cfg)
+    loss, nats, dx = ops.head_loss(x, *dout, p, tinygpt.zero_gradients(cfg, np.float64)[1], cfg, ops)
+    assert dx.shape == x.shape
+    again, same, dx = ops.head_loss(x, *dout, p, None, cfg, ops)
+    assert again == loss and same.tobytes() == nats.tobytes() and dx is None
+
+
+@every_table
 def test_the_head_gives_the_logits_that_its_loss_is_of(table):
     cfg, ops = tiny_config(), ops_of(table)
     _, p, x, (targets, weights) = sublayer_inputs("head", cfg)
@@ -580,7 +587,7 @@ def distance_from_golden(golden, ops):
     x, _ = tinygpt.forward(p, tokens, cfg, ops)
     logits = ops.head_logits(x.reshape(-1, cfg.width), p, cfg, ops)
     loss, nats = tinygpt.loss_and_gradients(p, tokens, targets, weights, g, cfg, ops)
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     found = {"loss": loss, "nats": nats, "logits": logits.reshape(*tokens.shape, -1)}
     distances = [relative(found[name], golden[name]) for name in found]
     assert [t.name for t in tinygpt.layout(cfg)] == list(golden["gradients"])
@@ -926,13 +933,32 @@ def test_the_same_seed_gives_the_same_parameters():
     assert tinygpt.init_parameters(cfg, 3).tobytes() != tinygpt.init_parameters(cfg, 4).tobytes()
 
 
-def test_join_tied_adds_the_lookups_gradient_once():
-    cfg = tiny_config()
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lookups_gradient_is_added_once(tied):
+    cfg = tiny_config(tied=tied)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     g["embed_w"][:], g["lookup_w"][:] = 1, 2
     for _ in range(2):
-        tinygpt.join_tied(g)
+        tinygpt.add_lookup_gradient(g)
         assert (gradient[: 11 * 12] == 3).all() and not gradient[11 * 12 :].any() and not g["lookup_w"].any()
+
+
+@every_table
+@pytest.mark.parametrize("tied", [True, False])
+def test_embed_w_has_no_gradient_of_the_lookup_before_it_is_added(tied, table):
+    cfg = tiny_config(tied=tied)
+    _, p = random_parameters(cfg)
+    _, g = tinygpt.zero_gradients(cfg, np.float64)
+    tinygpt.loss_and_gradients(p, *random_batch(cfg, 2, 5), g, cfg, ops_of(table))
+    before, lookup = g["embed_w"].copy(), g["lookup_w"].copy()
+    assert before.any() == tied and lookup.any()
+    tinygpt.add_lookup_gradient(g)
+    assert np.array_equal(g["embed_w"], before + lookup) and not g["lookup_w"].any()
+
+
+def test_a_config_takes_the_names_of_the_tables_and_no_others():
+    assert tinygpt.CHOICES["norm"] == tuple(tinygpt.NORMS) and set(fast.rows.KERNEL_NORMS) <= set(tinygpt.NORMS)
+    assert tinygpt.CHOICES["mlp"] == tuple(tinygpt.ACTIVATIONS) == tuple(fast.rows.ACTIVATION)
 
 
 # -- python tinygpt.py check
@@ -970,7 +996,7 @@ def test_a_table_that_is_not_here_is_named_in_one_line(monkeypatch):
     with pytest.raises(ValueError, match="dtype=bfloat16 is about the products of --kernels fast"):
         tinygpt.find_ops("numpy", "bfloat16")
     for kernels, dtype in (("numba2", "float32"), ("fast", "float16")):
-        with pytest.raises(ValueError, match="expected fast or numpy, float32 or bfloat16"):
+        with pytest.raises(ValueError, match="expected fast or numba or numpy, float32 or bfloat16"):
             tinygpt.find_ops(kernels, dtype)
     monkeypatch.setitem(sys.modules, "fast", None)
     with pytest.raises(ValueError, match="^--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels num"):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bpe
 import stories
 
 MIB = 1 << 20
@@ -108,7 +110,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.server.released.wait(20)
         self.server.sent += len(body)  # first: the client may be done before this thread goes on
         with contextlib.suppress(OSError):  # the client had enough: that is what some tests do
-            self.wfile.write(body if cut is None else body[:cut])
+            if self.server.mode == "slow":
+                for start in range(0, len(body), 50_000):
+                    self.wfile.write(body[start : start + 50_000])
+                    time.sleep(0.02)
+            else:
+                self.wfile.write(body if cut is None else body[:cut])
 
     def log_message(self, *args):
         pass
@@ -130,6 +137,47 @@ def server(monkeypatch):
     server.released.set()
     server.shutdown()
     server.server_close()
+
+
+PROCESS = """
+import sys, stories
+for name, size, sha256 in (sys.argv[3:6], sys.argv[6:9]):
+    setattr(stories, name, getattr(stories, name)._replace(size=int(size), sha256=sha256))
+source = stories.get(sys.argv[1], int(sys.argv[2]))
+print(source.name, source.train, sep="\\n")
+"""
+
+
+def start(folder, num_bytes):
+    """Another process that calls get(), with the two files of this one's server."""
+    words = [sys.executable, "-c", PROCESS, folder, num_bytes]
+    for name in ("TRAIN", "VALID"):
+        words += [name, getattr(stories, name).size, getattr(stories, name).sha256]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*map(str, words)], cwd=Path(stories.__file__).parent, **pipes)
+
+
+def finish(process):
+    """(name, path of the training stories, stderr) of a process that must succeed."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    name, path = out.splitlines()
+    return name, Path(path), err
+
+
+def wait_for(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def put_part(folder, data):
+    """A download that was interrupted after these bytes."""
+    part = folder / (stories.TRAIN.name + ".part")
+    part.write_bytes(data)
+    stories.note_of(part).write_bytes(stories.noted(len(data), zlib.crc32(data)))
+    return part
 
 
 @pytest.fixture(autouse=True)
@@ -187,15 +235,15 @@ def test_there_are_at_least_as_many_bytes_as_asked_for(server, tmp_path, num_byt
     assert stories.get(tmp_path, num_bytes).train.stat().st_size >= num_bytes
 
 
-def test_a_later_call_for_more_goes_on_with_the_same_part(server, tmp_path):
+def test_a_later_call_for_more_goes_on_where_the_first_ended(server, tmp_path):
     small = stories.get(tmp_path, 900_000).train
     have = small.stat().st_size
     server.requests.clear()
     large = stories.get(tmp_path, 1_500_000)
     assert server.requests == [(stories.TRAIN.name, f"bytes={have}-{2 * MIB - 1}")]
-    assert large.train == small and TRAIN_BYTES.startswith(small.read_bytes())
+    assert large.train.stat().st_size >= 1_500_000 and TRAIN_BYTES.startswith(large.train.read_bytes())
     whole = stories.get(tmp_path, 10**9)
-    assert whole.train.read_bytes() == TRAIN_BYTES and not small.exists()
+    assert whole.train.read_bytes() == TRAIN_BYTES
 
 
 def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch):
@@ -209,11 +257,11 @@ def test_what_lies_there_is_taken_without_network(tmp_path, capsys, monkeypatch)
 
 def test_a_part_that_holds_enough_is_taken_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    part = tmp_path / (stories.TRAIN.name + ".part")
-    part.write_bytes(TRAIN_BYTES[:MIB])
+    part = put_part(tmp_path, TRAIN_BYTES[:MIB])
     (tmp_path / stories.VALID.name).write_text("Mine.")
-    assert stories.get(tmp_path, 1_000_000).train == part
-    assert part.read_bytes().endswith(stories.END.encode())
+    text = stories.get(tmp_path, 1_000_000).train.read_bytes()
+    assert TRAIN_BYTES.startswith(text) and text.endswith(stories.END.encode()) and not part.exists()
+    assert stories.get(tmp_path, 1_000_000).train.read_bytes() == text
     assert stories.get(tmp_path, 1_100_000).name.startswith("generated")  # negative control: not enough
 
 
@@ -251,7 +299,7 @@ def test_a_connection_cut_again_and_again_keeps_what_came(server, tmp_path, caps
 
 
 def test_a_server_without_ranges_starts_over(server, tmp_path):
-    (tmp_path / (stories.TRAIN.name + ".part")).write_bytes(b"something else" * 1000)
+    put_part(tmp_path, b"something else" * 1000)
     server.mode = "no ranges"
     source = stories.get(tmp_path, 900_000)
     assert server.requests[0][1] == f"bytes=14000-{MIB - 1}"
@@ -259,10 +307,20 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
 
 
 def test_a_part_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
-    part = tmp_path / (stories.TRAIN.name + ".part")
-    part.write_bytes(b"something else" * 1000)
+    part = put_part(tmp_path, b"something else" * 1000)
     fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
     assert not part.exists()
+    assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
+
+
+def test_a_beginning_of_another_file_is_found_by_the_hash_and_dropped(server, tmp_path, capsys):
+    server.mode = "other contents"
+    assert stories.get(tmp_path, 900_000).name.startswith("generated")  # its validation stories are wrong
+    assert stories.beginnings(stories.TRAIN, tmp_path)
+    server.mode = ""
+    capsys.readouterr()
+    fails(tmp_path, capsys, "wrong contents", num_bytes=len(TRAIN_BYTES))
+    assert not list(tmp_path.glob("Tiny*"))
     assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES
 
 
@@ -308,8 +366,7 @@ def test_wrong_validation_stories_are_named(server, tmp_path, capsys):
 
 
 def test_a_page_in_the_middle_of_a_download_leaves_what_came(server, tmp_path, capsys):
-    part, server.mode = tmp_path / (stories.TRAIN.name + ".part"), "page at the range"
-    part.write_bytes(TRAIN_BYTES[:5000])
+    part, server.mode = put_part(tmp_path, TRAIN_BYTES[:5000]), "page at the range"
     fails(tmp_path, capsys, "a web page came instead of the file")
     assert part.read_bytes() == TRAIN_BYTES[:5000]
     server.mode = ""
@@ -358,6 +415,131 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, capsys, monkeypatch):
         start = time.monotonic()
         fails(tmp_path, capsys, "no answer within 0.3 s")
         assert time.monotonic() - start < 5
+
+
+# -- several processes, and what a killed one leaves
+
+
+def test_first_runs_at_once_download_once_and_have_the_same_stories(server, tmp_path):
+    server.mode = "slow"
+    found = [finish(process) for process in [start(tmp_path, 900_000) for _ in range(3)]]
+    assert len({path for _, path, _ in found}) == 1 and server.sent == MIB + len(VALID_BYTES)
+    assert {name for name, _, _ in found} == {"TinyStoriesV2 (first 1 MiB)"}
+    assert TRAIN_BYTES.startswith(found[0][1].read_bytes())
+    assert sum("another process is making" in err for _, _, err in found) >= 1
+
+
+def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(server, tmp_path):
+    server.mode = "slow"
+    for process, num_bytes in [(start(tmp_path, num_bytes), num_bytes) for num_bytes in (900_000, 1_500_000, 10**9)]:
+        name, path, _ = finish(process)
+        assert name.startswith("TinyStoriesV2") and TRAIN_BYTES.startswith(path.read_bytes())
+        assert path.stat().st_size >= min(num_bytes, len(TRAIN_BYTES))
+
+
+def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(server, tmp_path):
+    with open(tmp_path / "stories.lock", "ab") as lock:
+        assert bpe.lock_file(lock)
+        waiting = start(tmp_path, 900_000)
+        line = waiting.stderr.readline()
+        path = tmp_path / stories.TRAIN.name
+        assert line == f"stories: another process is making {path}; waiting for it ...\n" and not server.requests
+        path.write_bytes(TRAIN_BYTES)
+        (tmp_path / stories.VALID.name).write_bytes(VALID_BYTES)
+    assert finish(waiting) == ("TinyStoriesV2", path, "") and not server.requests
+
+
+def test_a_download_that_was_killed_is_resumed_and_its_lock_blocks_nobody(server, tmp_path, capsys):
+    server.mode, part = "slow", tmp_path / (stories.TRAIN.name + ".part")
+    process = start(tmp_path, 10**9)
+    wait_for(lambda: stories.size(part) > 400_000)
+    process.kill()
+    process.communicate()
+    server.mode, have = "", stories.received(part)[0]
+    server.requests.clear()
+    assert stories.get(tmp_path, 10**9).train.read_bytes() == TRAIN_BYTES and capsys.readouterr().err == ""
+    assert have > 300_000 and server.requests[0][1] == f"bytes={have}-{len(TRAIN_BYTES) - 1}"
+
+
+def test_bytes_that_no_note_vouches_for_are_fetched_again(server, tmp_path):
+    part = put_part(tmp_path, TRAIN_BYTES[:500_000])
+    with open(part, "ab") as file:
+        file.write(TRAIN_BYTES[:500_000])  # the same stories twice
+    text = stories.get(tmp_path, 900_000).train.read_bytes()
+    assert server.requests[0][1] == f"bytes=500000-{MIB - 1}" and TRAIN_BYTES.startswith(text)
+
+
+@pytest.mark.parametrize("damage", ["no note", "other bytes", "fewer bytes", "an empty note"])
+def test_a_part_that_is_not_what_was_received_is_fetched_again(server, tmp_path, damage):
+    part = put_part(tmp_path, TRAIN_BYTES[:500_000] * 2 if damage == "no note" else TRAIN_BYTES[:MIB])
+    if damage == "no note":  # of an earlier version: two processes wrote it
+        stories.note_of(part).unlink()
+    if damage == "other bytes":
+        part.write_bytes(b"X" + TRAIN_BYTES[1:MIB])
+    if damage == "fewer bytes":
+        os.truncate(part, MIB - 1)
+    if damage == "an empty note":
+        stories.note_of(part).write_bytes(b"")
+    text = stories.get(tmp_path, 900_000).train.read_bytes()
+    assert server.requests[0][1] == f"bytes=0-{MIB - 1}" and TRAIN_BYTES.startswith(text)
+
+
+@pytest.mark.parametrize("damaged", [lambda text: b"X" + text[1:], lambda text: text[:-1], lambda text: text + b"X"])
+def test_stories_that_were_handed_out_are_checked_before_they_are_used_again(server, tmp_path, damaged):
+    first = stories.get(tmp_path, 900_000).train
+    text = first.read_bytes()
+    first.write_bytes(damaged(text))
+    assert stories.get(tmp_path, 900_000).train.read_bytes() == text
+    first.write_bytes(damaged(text))
+    assert TRAIN_BYTES.startswith(stories.get(tmp_path, 1_500_000).train.read_bytes())
+
+
+@pytest.mark.parametrize("num_bytes", [1_500_000, 10**9])
+def test_stories_that_were_handed_out_do_not_change_while_more_is_fetched(server, tmp_path, num_bytes):
+    first = stories.get(tmp_path, 900_000).train
+    before, modified = first.read_bytes(), first.stat().st_mtime_ns
+    assert stories.get(tmp_path, num_bytes).train != first
+    assert first.read_bytes() == before and first.stat().st_mtime_ns == modified
+    os.utime(first, (1, 1))  # read long ago
+    (tmp_path / stories.TRAIN.name).unlink(missing_ok=True)
+    stories.get(tmp_path, 10**9)
+    assert not first.exists() and not stories.note_of(first).exists()
+
+
+def test_a_second_writer_of_a_part_is_noticed_at_the_next_block(server, tmp_path, capsys, monkeypatch):
+    """On a file system without locks."""
+    part, read, added = tmp_path / (stories.TRAIN.name + ".part"), stories.read, []
+
+    def meddle(response, size):
+        block = read(response, min(size, 100_000))
+        if stories.size(part) >= 300_000 and not added:
+            with open(part, "ab") as file:
+                added.append(file.write(block))
+        return block
+
+    monkeypatch.setattr(stories, "read", meddle)
+    fails(tmp_path, capsys, "another process writes")
+    monkeypatch.setattr(stories, "read", read)
+    assert TRAIN_BYTES.startswith(stories.get(tmp_path, 900_000).train.read_bytes())
+
+
+def no_locks(_):
+    raise OSError(stories.errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_one_line_says_so_and_the_download_goes_on(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bpe, "lock_file", no_locks)
+    assert stories.get(tmp_path, 900_000).name.startswith("TinyStoriesV2")
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_what_lies_there_is_used_without_a_lock(server, tmp_path, monkeypatch):
+    """The folder may be one that this user cannot write."""
+    stories.get(tmp_path, 900_000)
+    stories.write_generated(tmp_path, 10_000)
+    monkeypatch.setattr(stories, "alone", lambda _: pytest.fail("took the lock"))
+    assert stories.get(tmp_path, 900_000).name == "TinyStoriesV2 (first 1 MiB)"
+    assert stories.write_generated(tmp_path, 10_000).train.exists()
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
@@ -609,6 +791,43 @@ def test_generated_files_are_reused_while_they_fit(tmp_path, monkeypatch):
     (tmp_path / "generated.json").write_text("{")
     assert not untouched(1000, seed=1)
     assert json.loads((tmp_path / "generated.json").read_text())["seed"] == 1
+
+
+def test_processes_that_generate_at_once_leave_whole_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sizes = (400_000, 3_000_000, 3_000_000, 500_000)
+    for process, num_bytes in [(start(tmp_path, num_bytes), num_bytes) for num_bytes in sizes]:
+        name, path, _ = finish(process)
+        assert name == "generated stories, seed 0" and path.stat().st_size >= num_bytes
+    made = list(itertools.islice(stories.generate(0), 20_000))
+    assert path.read_bytes().decode().split(f"\n{stories.END}\n")[:-1] == list(dict.fromkeys(made))[: count(path)]
+    monkeypatch.setattr(stories, "generate", lambda *_: pytest.fail("made again"))
+    stories.write_generated(tmp_path, 3_000_000)
+    files = ["generated-train.txt", "generated-valid.txt", "generated.json", "stories.lock"]
+    assert sorted(os.listdir(tmp_path)) == files
+
+
+def count(path):
+    return path.read_bytes().count(stories.END.encode())
+
+
+def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monkeypatch):
+    """Even where nothing is locked: each has a file of its own until it is whole."""
+    monkeypatch.setattr(bpe, "lock_file", no_locks)
+    real, inner = stories.generate, []
+
+    def generate(seed, split="train"):
+        for i, story in enumerate(real(seed, split)):
+            if i == 50 and not inner:
+                inner.append(True)
+                stories.write_generated(tmp_path, 60_000)
+            yield story
+
+    monkeypatch.setattr(stories, "generate", generate)
+    source = stories.write_generated(tmp_path, 60_000)
+    told = source.train.read_text().split(f"\n{stories.END}\n")[:-1]
+    assert told == list(itertools.islice(real(0), len(told))) and source.train.stat().st_size >= 60_000
+    assert sorted(os.listdir(tmp_path))[:3] == ["generated-train.txt", "generated-valid.txt", "generated.json"]
 
 
 def test_generating_is_fast_enough():

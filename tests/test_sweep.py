@@ -25,6 +25,10 @@ import sweep
 SHAPE = ["--size", "700k", "--seq-len", "16", "--vocab-size", "300", "--batch-size", "2", "--threads", "1"]
 SHAPE += ["--kernels", "numpy", "--set", "width=24", "heads=3", "layers=1"]
 
+SHORT = ["--data", "stories.txt", *SHAPE, "--steps", "2"]
+STEPS = list(range(1, 401))
+LONG = ["--data", "stories.txt", *SHAPE, "--steps", "400", "--eval-every", "400"]
+
 
 # == tools =============================================================================================================
 
@@ -80,6 +84,11 @@ def test_folders_are_names_that_any_system_takes_and_differ(place):
     trials = sweep.make_trials(["data=a/b.txt,a_b.txt,a:b.txt"], [])
     names = [t.name for t in trials]
     assert len(set(names)) == 3 and not any(set(name) & set('/\\:*?"<>| ') for name in names)
+
+
+def test_folders_differ_where_the_file_system_ignores_case():
+    names = [t.name for t in sweep.make_trials(["data=a.txt,A.txt,b.txt,a:txt,A:TXT"], [])]
+    assert len({name.lower() for name in names}) == 5
 
 
 def test_the_same_words_have_the_same_folder_and_others_another():
@@ -221,14 +230,169 @@ def test_a_sweep_that_is_stopped_shows_what_is_done_and_goes_on_with_the_rest(pl
 
 
 def test_a_trial_that_was_killed_before_its_first_checkpoint_begins_again(place):
-    words = ["seed=1", "--data", "stories.txt", *SHAPE, "--steps", "2"]
-    folder = sweep.folder_of(words[:1], sweep.make_trials(words[:1], words[1:]))
-    sweep.claim(folder, sweep.make_trials(words[:1], words[1:]))
+    words = ["seed=1", *SHORT]
+    folder = claimed(words)
     (folder / "seed=1").mkdir()
     (folder / "seed=1" / "log.jsonl").write_bytes(b'{"settings": {')
+    (folder / "seed=1" / "best.safetensors").write_bytes(b"of a validation before that checkpoint")
     status, _, err = invoke(sweep.main, *words)
     assert status == 0, err
     assert len(losses(folder / "seed=1")) == 2
+
+
+def test_a_trial_that_was_killed_while_it_was_scored_is_not_trained_again(place):
+    words = ["seed=1", *SHORT]
+    folder = claimed(words)
+    assert invoke(sweep.main, *words)[0] == 0
+    log, results = folder / "seed=1" / "log.jsonl", (folder / "results.jsonl").read_bytes()
+    *trained, final = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(trained) + final[:20])
+    (folder / "results.jsonl").write_bytes(results[:30])
+    status, _, err = invoke(sweep.main, *words)
+    assert status == 0, err
+    assert log.read_bytes() == b"".join([*trained, final])  # with the seconds that its updates took
+    assert (folder / "results.jsonl").read_bytes() == results
+
+
+# -- other processes in its folders
+
+
+def claimed(words):
+    """The folder of a sweep, made and not locked."""
+    trials = sweep.make_trials(words[:1], words[1:])
+    folder = sweep.folder_of(words[:1], trials)
+    sweep.claim(folder, trials).close()
+    return folder
+
+
+def train_process(words, folder):
+    """train.py as the sweep starts it."""
+    command = [sys.executable, train.__file__, *words, "--resume", "--out", str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def has_updates(log, count):
+    return log.exists() and log.read_bytes().count(b"\n") > count
+
+
+def test_a_sweep_that_is_running_refuses_another_and_its_killed_ones_training_is_waited_for(place):
+    words = ["seed=1,2", *LONG]
+    folder = claimed(words)
+    log = folder / "seed=1" / "log.jsonl"
+    process = sweep_process(*words)
+    try:
+        wait_until(lambda: has_updates(log, 20), process)
+        begun = log.read_bytes()[:200]
+        assert "another process runs the sweep in" in refusal(sweep.main, "sweep.py", *words)
+        assert process.poll() is None and not (folder / "results.jsonl").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    assert not sweep.is_finished(folder / "seed=1")
+    status, _, err = invoke(sweep.main, *words)
+    assert status == 0 and "failed" not in err, err
+    assert err.count("another process writes the run in") == 1 and "1/2 seed=1: finished before" in err
+    assert log.read_bytes().startswith(begun) and [step for step, _ in losses(folder / "seed=1")] == STEPS
+    assert (folder / "seed=1" / "output.txt").read_text("utf-8").count("--resume") == 1  # it was started once
+    assert [row["state"] for row in rows_of(folder)] == ["finished"] * 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_trial_that_is_trained_by_hand_is_waited_for_and_goes_on_after_its_process_was_killed(place):
+    words = ["seed=1", *LONG, "--save-every", "0", "--keep", "200"]  # a checkpoint after every second update
+    run = claimed(words) / "seed=1"
+    by_hand = train_process(["--seed", "1", *words[1:]], run)
+    process = None
+    try:
+        wait_until(lambda: (run / "last.safetensors").exists(), by_hand)
+        by_hand.send_signal(signal.SIGSTOP)  # it stays alive, with its lock, for as long as the sweep looks
+        begun = read_log(run)[0]
+        process = sweep_process(*words)
+        assert "1 trials" in process.stderr.readline() and "another process writes" in process.stderr.readline()
+        by_hand.kill()
+        _, err = process.communicate(timeout=120)
+    finally:
+        for started in (by_hand, process):
+            if started:
+                started.kill()
+                started.wait()
+    assert process.returncode == 0 and "failed" not in err, err
+    assert read_log(run)[0] == begun and [step for step, _ in losses(run)] == STEPS
+    assert rows_of(run.parent)[0]["state"] == "finished"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_a_running_sweep_refuses_one_whose_folder_has_another_name(place, monkeypatch):
+    monkeypatch.setattr(sweep, "run_trial", None)
+    words = ["seed=1,2", *LONG]
+    folder = claimed(words)
+    Path("linked").symlink_to(folder, target_is_directory=True)
+    with sweep.claim(folder, sweep.make_trials(words[:1], words[1:])):
+        assert "another process runs the sweep in linked" in refusal(sweep.main, "sweep.py", *words, "--out", "linked")
+
+
+def test_a_sweep_whose_folder_is_a_trial_of_another_is_refused(place, monkeypatch):
+    monkeypatch.setattr(sweep, "run_trial", None)
+    folder = claimed(["seed=1,2", *SHORT])
+    (folder / "seed=1").mkdir()
+    (folder / "seed=1" / "log.jsonl").touch()
+    assert "holds no sweep" in refusal(sweep.main, "sweep.py", "lr=1e-3", *SHORT, "--out", folder / "seed=1")
+    assert [path.name for path in (folder / "seed=1").iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_with_other_flags_in_a_trials_folder_is_neither_taken_nor_touched(place, finished):
+    words = ["seed=1", *SHORT]
+    run = claimed(words) / "seed=1"
+    by_hand = ["--seed", "1", *SHORT, "--lr", "0.5"]
+    assert train_process(by_hand, run).wait() == 0
+    if not finished:  # as if it had been killed before its first checkpoint
+        run.joinpath("log.jsonl").write_bytes(run.joinpath("log.jsonl").read_bytes().splitlines(keepends=True)[0])
+        run.joinpath("last.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    status, out, err = invoke(sweep.main, *words)
+    assert status == 1 and "holds a run with other flags" in err and "failed: " in out, err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    (row,) = rows_of(run.parent)
+    assert row["state"] == "failed" and "bits_per_byte" not in row
+
+
+@pytest.mark.parametrize("ends", ["finished", "killed"])
+def test_a_trial_that_another_process_locks_first_is_no_failure(place, monkeypatch, ends):
+    words = ["seed=1", *SHORT]
+    folder, real, calls = claimed(words), sweep.run_process, []
+
+    def slower(trial, folder, stop, show):
+        calls.append(trial.name)
+        if len(calls) > 1:
+            return real(trial, folder, stop, show)
+        if ends == "finished":
+            real(trial, folder, stop, show)
+        with train.lock_log(folder):
+            with pytest.raises(ValueError) as error:
+                train.lock_log(folder)
+        return 2, f"train.py: error: {error.value}"
+
+    monkeypatch.setattr(sweep, "run_process", slower)
+    status, _, err = invoke(sweep.main, *words)
+    assert status == 0 and "failed" not in err, err
+    assert len(calls) == (1 if ends == "finished" else 2) and rows_of(folder)[0]["state"] == "finished"
+
+
+def test_a_sweep_that_waits_for_another_process_is_stopped_at_once(place, monkeypatch):
+    monkeypatch.setattr(sweep, "run_process", None)
+    run, stop = claimed(["seed=1", *SHORT]) / "seed=1", sweep.Stop()
+    run.mkdir()
+    monkeypatch.setattr(time, "sleep", lambda seconds: stop())
+    with train.lock_log(run):
+        assert sweep.run_trial(sweep.Trial("seed=1", []), run, stop, "1/1") is None
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(place, monkeypatch):

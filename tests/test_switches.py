@@ -97,7 +97,7 @@ def run_in_micro_batches(cfg, size, table, dtype):
         part = (a[b : b + size] for a in batch)
         masks = MASKS._replace(sequence=MASKS.sequence + b)
         nats.append(tinygpt.loss_and_gradients(p, *part, g, cfg, ops, masks)[1].copy())
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     return gradient, np.concatenate(nats)
 
 
@@ -422,7 +422,7 @@ def test_a_head_of_its_own_is_the_tied_one_if_its_matrix_is(table):
     for cfg, parameters in ((own, p), (tied, q)):
         gradient, g = tinygpt.zero_gradients(cfg, np.float64)
         loss, _ = tinygpt.loss_and_gradients(parameters, *random_batch(cfg, 2, 5), g, cfg, ops_of(table))
-        tinygpt.join_tied(g)
+        tinygpt.add_lookup_gradient(g)
         results.append((loss, g["embed_w"] + (0 if cfg.tied else g["head_w"]), g["layers"][1]["qkv_w"]))
     for found, expected in zip(*results):
         assert relative(found, expected) < 1e-13

@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_those_of_pytorch(cfg, table):
     tokens, targets, weights = random_batch(cfg, 2, cfg.seq_len, seed=6)
     gradient, g = tinygpt.zero_gradients(cfg, np.float64)
     loss, nats = tinygpt.loss_and_gradients(p, tokens, targets, weights, g, cfg, ops_of(table))
-    tinygpt.join_tied(g)
+    tinygpt.add_lookup_gradient(g)
     x, _ = tinygpt.forward(p, tokens, cfg, ops_of(table))
     logits = ops_of(table).head_logits(x.reshape(-1, cfg.width), p, cfg, ops_of(table))
 

@@ -633,13 +633,13 @@ def test_a_loss_that_is_no_number_changes_nothing():
 
 
 def test_a_gradient_that_is_infinite_changes_nothing(monkeypatch):
-    state, real = fresh(), tinygpt.join_tied
+    state, real = fresh(), tinygpt.add_lookup_gradient
 
     def overflow(grads):
         real(grads)
         grads["norm_b"][0] = np.inf
 
-    monkeypatch.setattr(tinygpt, "join_tied", overflow)
+    monkeypatch.setattr(tinygpt, "add_lookup_gradient", overflow)
     before = state.parameters.tobytes()
     ops = tinygpt.with_buffers(ops_of("fast"), TINY, 4, TINY.seq_len)
     with pytest.raises(FloatingPointError, match="grad norm inf"):
@@ -1125,6 +1125,102 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_no_folder(place, text, monkey
     monkeypatch.setattr(tinygpt, "loss_and_gradients", interrupt)
     assert invoke(train.main, "--size", "tiny", "--data", text, "--minutes", 0.01)[0] == 130
     assert not list(place.glob("runs/*"))
+
+
+class Clock:
+    """A clock that stands still but for what `passes` adds: in place of train.py's `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+
+def measured(monkeypatch, seconds, budget):
+    """The pace measured where update `number` takes seconds(number), and how many were made."""
+    clock, made = Clock(), []
+    monkeypatch.setattr(train, "time", clock)
+
+    def run_update(number):
+        made.append(number)
+        clock.now += seconds(number)
+
+    return train.measure_pace(run_update, budget), made
+
+
+def test_the_pace_is_measured_for_3_percent_of_the_time_and_without_the_update_that_compiles(monkeypatch):
+    for budget, count in ((300, 36), (60, 8), (1, 4), (36_000, 120)):  # 9 s, 1.8 s, four updates at least, 30 s at most
+        pace, made = measured(monkeypatch, lambda number: 0.25 if number else 50.0, budget)
+        assert pace == 0.25 and made == list(range(count + 1)), budget
+
+
+@pytest.mark.parametrize("early, late, expected", [(0.25, 0.5, 0.5), (0.5, 0.25, 0.5), (0.25, 0.25, 0.25)])
+def test_the_pace_is_that_of_the_slower_half_of_the_measurement(monkeypatch, early, late, expected):
+    budget = (10 * (early + late) - 0.1) / 0.03
+    pace, made = measured(monkeypatch, lambda number: early if number <= 10 else late, budget)
+    assert len(made) == 21 and pace == expected
+    four, _ = measured(monkeypatch, lambda number: early if number <= 2 else late, 0.1)
+    assert four == expected
+
+
+def test_the_recent_pace_forgets_the_compilation_and_follows_a_machine_that_slows_down():
+    pace = train.recent_pace(0.0, 50.0, 1)
+    assert pace == 50 and train.recent_pace(pace, 0.1, 2) == 0.1
+    pace = 0.1
+    for count in range(3, 103):
+        pace = train.recent_pace(pace, 0.3, count)
+    assert 0.29 < pace < 0.3
+    assert train.seconds_left(0, pace) == 0
+    assert train.seconds_left(97, 0.5) == pytest.approx(50)  # 3% for what stands between updates
+
+
+def by_the_clock(monkeypatch, text, seconds, *words):
+    """stderr of a run whose update number n (all that are made, from 0) takes seconds(n) of a clock that else stands
+    still, and what the clock shows at its end."""
+    clock, real, made = Clock(), train.update, []
+
+    def update(*arguments):
+        result = real(*arguments)
+        clock.now += seconds(len(made))
+        made.append(1)
+        return result
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "update", update)
+    _, err = trained("--data", text, *words)
+    return err, clock.now - 1000
+
+
+def lefts(err):
+    """{step: seconds left} of the lines that say so."""
+    found = re.findall(r"^step (\d+) .* tok/s .*?(?:\| (\d+):(\d\d) left)?$", err, re.MULTILINE)
+    return {int(step): int(minutes) * 60 + int(seconds) if minutes else None for step, minutes, seconds in found}
+
+
+@pytest.mark.parametrize("compiling", [0.5, 30.0])
+def test_a_steady_machine_keeps_the_promise_and_the_plan_says_when_it_ends(place, text, monkeypatch, compiling):
+    err, end = by_the_clock(monkeypatch, text, lambda n: 0.5 if n else compiling, "--minutes", 1)
+    steps = read_log()[0]["settings"]["steps"]
+    assert 57.5 < end <= 60 and steps == int((60 - compiling - 2) * 0.97 / 0.5)
+    valid = re.search(r"(\d+) for validation", err)[1]
+    plan = re.search(
+        r"planned: (\d+) updates, training ends (\d):(\d\d) after the start; then all (\S+) val.*0:(\d\d)", err
+    )
+    assert int(plan[1]) == steps and 59 <= 60 * int(plan[2]) + int(plan[3]) <= 60 and plan[4] == valid
+    assert int(plan[5]) == int(int(valid) * 0.5 / (4 * TINY.seq_len) / 2.5)
+    assert f"scoring all {valid} validation tokens, about 0:{plan[5]} ..." in err
+
+
+def test_the_time_left_is_that_of_the_last_updates_without_compilation(place, text, monkeypatch):
+    err, _ = by_the_clock(monkeypatch, text, lambda n: 0.5 if n else 100.0, "--steps", 101)
+    found = lefts(err)
+    assert found.pop(1) is None and found[101] == 0
+    assert all(left == int((101 - step) * 0.5 / 0.97) for step, left in found.items()) and len(found) > 10
+    slow, _ = by_the_clock(monkeypatch, text, lambda n: 0.5 if n < 100 else 1.0, "--steps", 300)
+    assert lefts(slow)[200] == pytest.approx(100 / 0.97, abs=2)  # the average since the start promises 75
 
 
 def test_a_run_by_the_clock_plans_its_updates_and_repeats_by_their_number(place, text):
