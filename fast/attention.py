@@ -9,6 +9,7 @@ import functools
 import math
 
 import numpy as np
+from numba.extending import intrinsic
 
 from fast.embed import drop_kernel
 from fast.jit import ordered_part, part
@@ -33,25 +34,41 @@ from fast.workspace import (
 )
 from tinygpt import ATTENTION_SITE, OUT_SITE, alibi_slopes, layer_window, rotation
 
-# == 7.2  attention layer ==============================================================================================
-
-
 # Queries, keys and scores are worked on with positions side by side, (D, T) and (S, T): what is done to all positions
 # is done to whole vectors, sums over d or s are sums of vectors, and no row is too short.
 
 
+@intrinsic
+def fused(typing_context, a, b, c):
+    """a b + c, rounded once."""
+    return c(a, b, c), lambda context, builder, signature, args: builder.fma(*args)
+
+
+@part
+def turn_pair(a, b, cos, sin):
+    """`rotate_forward` of one pair. Each rounding is written out: a block and a single token have the same bytes."""
+    return fused(a, cos, -(b * sin)), fused(a, sin, b * cos)
+
+
+@part
+def turn_pair_back(da, db, cos, sin):
+    """`rotate_backward` of one pair."""
+    return fused(db, sin, da * cos), fused(db, cos, -(da * sin))
+
+
 @ordered_part
-def turn(x, position, cos, sin, half, sign):
+def turn(x, position, cos, sin, half, back):
     """x (D, T), its first column at `position`: every pair of rows turned by its angles, cos and sin (D/2, S),
-    backwards if sign is -1; section 2.5."""
+    or turned back; section 2.5."""
     pairs = x.shape[0] // 2
     for i in range(pairs):
         even, odd = (x[i], x[i + pairs]) if half else (x[2 * i], x[2 * i + 1])
         c, s = cos[i, position : position + even.size], sin[i, position : position + even.size]
         for t in range(even.size):
-            a, b, up = even[t], odd[t], s[t] * sign
-            even[t] = a * c[t] - b * up
-            odd[t] = a * up + b * c[t]
+            if back:
+                even[t], odd[t] = turn_pair_back(even[t], odd[t], c[t], s[t])
+            else:
+                even[t], odd[t] = turn_pair(even[t], odd[t], c[t], s[t])
 
 
 @ordered_part
@@ -82,7 +99,7 @@ def norm_columns(x, gains, eps, rstd):
 def place_rows(qkv, position, heads, qk, b, first, gains, eps, cos, sin, half, scratch):
     """RMSNorm of q and k if qk (B, H + G, D, T') is there to keep them as they were, in its columns from `first` on,
     then their rotation if cos and sin (D/2, S) are there: qkv (T, H + 2 G, D), its first row at `position`."""
-    (T, _, D), one = qkv.shape, qkv.dtype.type(1)
+    T, _, D = qkv.shape
     width = blocks(T, LOOP) * LOOP
     x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
     for h in range(heads[0] + heads[1]):
@@ -91,7 +108,7 @@ def place_rows(qkv, position, heads, qk, b, first, gains, eps, cos, sin, half, s
             copy_rows(x[:, :T], qk[b, h, :, first : first + T])
             norm_columns(x, gains[0] if h < heads[0] else gains[1], eps, rstd)
         if len(cos) > 0:
-            turn(x, position, cos, sin, half, one)
+            turn(x, position, cos, sin, half, False)
         transpose_rows(x[:, :T], qkv[:, h])
 
 
@@ -99,11 +116,11 @@ def place_rows(qkv, position, heads, qk, b, first, gains, eps, cos, sin, half, s
 def place_backward(dx, qk, b, h, first, gains, eps, cos, sin, half, total, scratch):
     """The same backwards, in place in dx (D, T), head h from position `first` on; adds into total (D,), the gradient of
     the gains."""
-    (D, width), one, zero = dx.shape, dx.dtype.type(1), dx.dtype.type(0)
+    (D, width), zero = dx.shape, dx.dtype.type(0)
     x, rstd = scratch[: D * width].reshape(D, width), scratch[D * width : (D + 1) * width]
     dot = scratch[(D + 1) * width : (D + 2) * width]
     if len(cos) > 0:
-        turn(dx, first, cos, sin, half, -one)
+        turn(dx, first, cos, sin, half, True)
     if len(qk) > 0:
         copy_rows(qk[b, h, :, first : first + width], x)
         inverse_rms(x, eps, rstd)

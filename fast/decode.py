@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from fast.attention import attention_arguments, first_seen, norm_columns
+from fast.attention import attention_arguments, first_seen, norm_columns, turn_pair
 from fast.jit import COMPILE, ordered_part, part, stamped
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
@@ -23,12 +23,10 @@ from fast.threads import POOL, kernel, look, put, replace
 from fast.workspace import biases, blocks, norm_of, whole_vectors
 from tinygpt import aligned, layer_window, rotation
 
-# == 7.5  one token: the whole model in one launch =====================================================================
-#
 # A token meets every weight once: its time is that of reading them from memory. So the weights lie in the order in
 # which they are read, and from the drawing of one token to that of the next there is neither Python nor a launch. The
 # specification is `forward` with a cache, then `head_logits`, then `probabilities`. Sums run in the order of the
-# kernels above: a text has the same bytes, whether it was read in blocks or token by token.
+# sublayers' kernels: a text has the same bytes, whether it was read in blocks or token by token.
 #
 # A token is a list of stages, each cut into a chunk for each thread, whose weights stay in its cache where they fit. A
 # chunk is done by its thread or, when that is late, by another: nobody waits for a thread that has not come, and which
@@ -121,22 +119,14 @@ def step_panels(m, t, source, first, last, zero):
             times(source, t.K, w, width * m.size, start, y, width * m.size, zero)
 
 
-@intrinsic
-def fused(typing_context, a, b, c):
-    """a b + c, rounded once: as the compiler does it in `turn`, where it has a choice."""
-    return c(a, b, c), lambda context, builder, signature, args: builder.fma(*args)
-
-
 @part
 def turn_heads(x, cos, sin, half):
-    """`turn` of x (heads D,) at one position: cos and sin (D/2,)."""
+    """`turn` of x (heads D,) at one position, heads side by side: cos and sin (D/2,)."""
     pairs = cos.size
     for low in range(0, x.size, 2 * pairs):
         for i in range(pairs):
             even, odd = (low + i, low + i + pairs) if half else (low + 2 * i, low + 2 * i + 1)
-            a, b = x[even], x[odd]
-            x[even] = fused(a, cos[i], -(b * sin[i]))
-            x[odd] = fused(a, sin[i], b * cos[i])
+            x[even], x[odd] = turn_pair(x[even], x[odd], cos[i], sin[i])
 
 
 @step_part
@@ -248,7 +238,8 @@ def screened_best(m, n, logits, offsets, scratch, zero):
 
 @ordered_part
 def compare(logits, top, temperature, odds):
-    """odds (V,) of each token against the likeliest. An ordered part divides: 1 / temperature may be infinite."""
+    """odds (V,) = e^((logits - top) / temperature), as in `probabilities`, where they are divided by their sum later.
+    An ordered part divides as written: 1 / temperature may be infinite."""
     for v in range(logits.size):
         odd = exp(odds.dtype.type((float(logits[v]) - float(top)) / temperature))
         odds[v] = odd if logits[v] > -math.inf else odds.dtype.type(0)
@@ -256,7 +247,7 @@ def compare(logits, top, temperature, odds):
 
 @part
 def together(odds, least, counted):
-    """The sum of the odds that are at least `least`, or their number."""
+    """The sum of the odds that are at least `least`; their number if counted."""
     total = 0.0
     for v in range(odds.size):
         odd = 1.0 if counted else float(odds[v])
@@ -266,8 +257,8 @@ def together(odds, least, counted):
 
 @part
 def keep_likeliest(odds, counted, enough):
-    """All odds become 0 but the fewest and largest that together have `enough` (are so many, if counted); at least one.
-    Their least is found by halving: a sum over all tokens takes less time than sorting them."""
+    """Top-k (counted) and top-p of `probabilities`, in place: all odds become 0 but the fewest and largest whose number
+    or sum reaches `enough`, at least one. The specification sorts; bisection for the least of them takes less time."""
     low = middle = odds.dtype.type(0)
     high = odds.dtype.type(2)  # together(low) >= enough > together(high)
     while True:

@@ -11,8 +11,6 @@ from fast.threads import POOL, kernel
 from fast.workspace import ROW_BLOCK, add_sums, block_rows, blocks, mask_of, norm_of, space_of
 from tinygpt import EMBED_SITE
 
-# == 7.1  embed ========================================================================================================
-
 
 @kernel
 def embed_kernel(task, slot, tokens, w, positions, x):

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from fast.panels import asks_others, laid_elsewhere, panels_of, product_of_panels
+from fast.panels import laid_elsewhere, panels_of, product_of_panels, uses_bf16
 from fast.products import PANEL_SIZE, TILE_ROWS, product, provide_product, transpose_rows
 from fast.rows import NO_NORM, exp, norm_rows, norm_rows_backward
 from fast.threads import POOL, kernel
@@ -26,8 +26,6 @@ from fast.workspace import (
     whole_vectors,
 )
 from tinygpt import NORMS
-
-# == 7.4  head =========================================================================================================
 
 
 @kernel
@@ -158,7 +156,7 @@ def head_loss_kernels(x, targets, weights, p, g, cfg, ops):
     s = space_of(ops, cfg, B, T, x.dtype)
     x_NC, dx, n, nats = np.ascontiguousarray(x).reshape(-1, C), s["dx"][1], s["n"].reshape(-1, C), s["nats"]
     head_w, sums, scratch, nothing = p[name], s["head_sums"], scratch_of(s), np.empty(0, x.dtype)
-    laid = asks_others(scratch)
+    laid = uses_bf16(scratch)
     shape = (1, laid_size(V), laid_size(C)) if laid else (blocks(C, TILE_ROWS), V, TILE_ROWS)
     tiles = s["panels"][: math.prod(shape)].reshape(shape)
     panels = panels_of(head_w, s, first=tiles.size) if laid else np.empty((0, 0, 0), x.dtype)

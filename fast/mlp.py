@@ -25,8 +25,6 @@ from fast.workspace import (
 )
 from tinygpt import MLP_SITE
 
-# == 7.3  MLP layer ====================================================================================================
-
 
 @kernel
 def mlp_kernel(

@@ -63,8 +63,8 @@ def panels_kernel(task, slot, w, turned, per_part, width, piece, panels, scratch
         copy_rows(w_piece, whole[:, at : at + piece])
 
 
-def asks_others(scratch):
-    """Whether products with this scratch are those of tiles.py."""
+def uses_bf16(scratch):
+    """True if products with this scratch go through the driver of bf16.py."""
     return scratch[0, : HEADER_BYTES // scratch.itemsize].any()
 
 
@@ -73,7 +73,7 @@ def panels_of(w, space, turned=False, parts=1, first=0):
     space from element `first` on; a part of the columns begins with a panel of its own."""
     columns = piece = TILE_VECTORS * VECTOR_BYTES // w.itemsize
     K, M = w.shape[::-1] if turned else w.shape
-    if asks_others(space["scratch"]):
+    if uses_bf16(space["scratch"]):
         columns, piece, K = min(HIDDEN_BLOCK, laid_size(M // parts)), LAID, laid_size(K)
     width = M // parts
     panels = space["panels"][first : first + parts * blocks(width, columns) * columns * K].reshape(-1, K, columns)
@@ -124,7 +124,7 @@ def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, ones
 
 
 def weight_gradient(x_T, T, dy, dw, db, scratch):
-    shapes = TILED_GRADIENT_BLOCKS if asks_others(scratch) else GRADIENT_BLOCKS
+    shapes = TILED_GRADIENT_BLOCKS if uses_bf16(scratch) else GRADIENT_BLOCKS
     for shape in shapes:  # the larger, the less is copied again; but every thread wants some
         count = math.prod(map(blocks, dw.shape, shape))
         if count >= 2 * POOL.threads:

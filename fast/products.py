@@ -17,16 +17,12 @@ from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, part, stamped
 from fast.memory import I8, I32, I64, broadcast, load, multiply_add, peek, poke, splat, store, transpose, word_at
 from fast.threads import POOL
 
-# == 5  matrix products     c = a b, or c += a b, for any strides of a =================================================
-#
 # Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication": b is copied, DEPTH rows of a panel at a
 # time, to where it stays in the first-level cache; a register tile of c sweeps over the rows of a.
 
 VECTOR_BYTES = 64  # LLVM splits it where registers are narrower
 DEPTH = 128
 PACK_ROWS = 32  # with fewer rows of a, copying b costs more than it saves
-
-
 TILE_ROWS = 6
 TILE_VECTORS = 4 if compiles_for("avx512f") else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
 HEADER_BYTES = 2 * CACHE_LINE  # of a panel: zeros, or who makes products instead, in the words of bf16.py

@@ -13,8 +13,6 @@ from numba.extending import intrinsic, overload
 
 from fast.jit import COMPILE, GELU_CUBE, GELU_SCALE, MLPS, part
 
-# == 6  rows: exponential, norm, activation ============================================================================
-
 
 @intrinsic
 def bits_of(typing_context, x):

@@ -2,6 +2,9 @@
 
 It computes nothing of the specification. The idea: all that a training step writes lies in one buffer that is laid out
 once, and scratch memory is as small as a core's cache. Order: sizes of blocks, `workspace_layout`, helpers.
+
+Each sublayer of this package is named `..._kernels` after the function of section 3 whose contract it keeps. It
+computes in the buffers of `ops.space`; without them it makes its own.
 """
 
 import dataclasses
@@ -16,11 +19,6 @@ from fast.rows import KERNEL_NORMS
 from fast.threads import POOL, kernel
 from tinygpt import CACHE_LINE, Tensor, aligned, views
 
-# == 7  sublayers ======================================================================================================
-#
-# Each `..._kernels` function has the contract of the function of section 3 that it is named after. It computes in the
-# buffers of `space`, which the table below lays out; without `space` it makes its own.
-
 ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a sublayer
 SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
 HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
@@ -29,13 +27,11 @@ HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits a
 TILED_HEAD_WORDS = 1024  # as many in a larger cache, where packing takes the time
 LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
 HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
-
-
-LAID = 64  # columns of a panel that a task lays as tiles.py has them; rows and columns fill up to a multiple
+LAID = 64  # columns that a task packs for bf16.py; rows and columns of packed matrices are multiples of it
 
 
 def laid_size(n):
-    """Rows or columns that n take where they are laid ready."""
+    """Rows or columns of a packed matrix that holds n."""
     return blocks(n, LAID) * LAID
 
 

@@ -357,7 +357,7 @@ def test_products_of_kernels_stay_theirs_whatever_they_leave_in_their_buffers(dt
     for _ in range(2):
         batch, (_, g) = random_batch(cfg, 2, 50, dtype=dtype), tinygpt.zero_gradients(cfg, dtype)
         tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
-        assert not panels.asks_others(ops.space["scratch"])
+        assert not panels.uses_bf16(ops.space["scratch"])
 
 
 def guarded(rng, rows, columns, dtype, guard):
