@@ -1,4 +1,4 @@
-"""What README.md tells a reader to do, done."""
+"""What README.md and docs/ tell a reader to do, done."""
 
 import re
 import shutil
@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def edited(source):
-    """The source with every ```diff block of the README's section "Change it" applied."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Change it")[1].split("\n## ")[0]
+    """The source with every ```diff block of the walkthrough's section "Add a norm" applied."""
+    page = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
+    section = page.split("## Add a norm")[1].split("\n## ")[0]
     for diff in re.findall(r"```diff\n(.*?)```", section, re.DOTALL):
         lines = diff.splitlines(keepends=True)
         old = "".join(line[1:] for line in lines if line[0] in " -")
@@ -21,27 +25,51 @@ def edited(source):
     return source
 
 
-def check(folder, *words):
-    words = [sys.executable, "tinygpt.py", "check", "--set", "norm=l1norm", *words]
+def check(folder, *kernels):
+    words = [sys.executable, "tinygpt.py", "check", "--set", "norm=l1norm", "--kernels", *kernels]
     return subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
 
 def test_a_norm_is_added_in_three_edits_and_proved(tmp_path):
     source = (ROOT / "tinygpt.py").read_text(encoding="utf-8")
     (tmp_path / "tinygpt.py").write_text(edited(source), encoding="utf-8")
-    missing = check(tmp_path, "--kernels", "fast")
+    missing = check(tmp_path, "fast")
     assert missing.returncode == 2 and "--kernels fast needs the folder fast/ beside tinygpt.py" in missing.stderr
-    shutil.copytree(ROOT / "fast", tmp_path / "fast", ignore=shutil.ignore_patterns("__pycache__"))
-    done = check(tmp_path, "--kernels", "numpy")
+    done = check(tmp_path, "numpy", "numba")
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr
-    refused = check(tmp_path, "--kernels", "fast")
+    assert done.stdout.splitlines()[1].split() == ["tensor", "numpy", "numba"]
+    shutil.copytree(ROOT / "fast", tmp_path / "fast", ignore=shutil.ignore_patterns("__pycache__"))
+    refused = check(tmp_path, "fast")
     assert refused.returncode == 2 and "has no kernel" in refused.stderr and "Traceback" not in refused.stderr
 
 
-def test_the_same_norm_with_a_wrong_sign_is_not_proved(tmp_path):
+@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+def test_the_same_norm_with_a_wrong_sign_is_not_proved(tmp_path, kernels):
     source = edited((ROOT / "tinygpt.py").read_text(encoding="utf-8"))
     wrong = source.replace("r * (dn - sign * (dn * n)", "r * (dn + sign * (dn * n)")
     assert wrong != source
     (tmp_path / "tinygpt.py").write_text(wrong, encoding="utf-8")
-    done = check(tmp_path, "--kernels", "numpy")
+    done = check(tmp_path, kernels)
     assert done.returncode == 1 and "FAILED" in done.stdout
+
+
+def anchor(heading):
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_or_heading_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in map(anchor, headings), link
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
