@@ -153,6 +153,19 @@ def assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, B, T, seeds,
         assert math.exp(np.mean(found)) <= 4, (name, math.exp(np.mean(found)))
 
 
+def numerical_gradient(loss, x, h=1e-5):
+    """d loss() / dx for every element of x (float64), which loss reads; x is put back."""
+    slope = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        old = x[i]
+        x[i] = old + h
+        above = loss()
+        x[i] = old - h
+        slope[i] = (above - loss()) / (2 * h)
+        x[i] = old
+    return slope
+
+
 def relative(found, expected):
     """The largest difference, relative to the largest of what is expected."""
     found, expected = np.asarray(found), np.asarray(expected)
