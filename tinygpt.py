@@ -30,6 +30,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -1299,28 +1300,25 @@ OPS["numba"] = Ops(  # what is not named here, a new norm for example, is the sp
     cross_entropy_forward=cross_entropy_forward_numba,
     cross_entropy_backward=cross_entropy_backward_numba,
 )
-KERNELS = ("fast", "numba", "numpy")  # what `find_ops` knows; the fastest first
+KERNELS = ("fast", "numba", "numpy")  # names of tables, the fastest first
 
 
-def find_ops(kernels="fast", dtype="float32"):
-    """The table that --kernels and --dtype name; ValueError in one line if there is none.
-
-    bfloat16 is a property of `fast`: its large products round their operands to it where the processor does so itself.
-    """
+def find_ops(kernels=None, dtype="float32"):
+    """The table of a name in KERNELS, by default the fastest that is here. bfloat16 is a property of `fast`: its large
+    products round their operands to it. ValueError in one line if there is no such table."""
+    kernels = kernels or KERNELS[importlib.util.find_spec("fast") is None]
     if kernels not in KERNELS or dtype not in ("float32", "bfloat16"):
         raise ValueError(f"kernels={kernels}, dtype={dtype}: expected {' or '.join(KERNELS)}, float32 or bfloat16")
+    if kernels != "fast" and dtype != "float32":
+        raise ValueError(f"dtype={dtype} is of --kernels fast; leave it out with --kernels {kernels}")
     if kernels != "fast":
-        if dtype != "float32":
-            raise ValueError(
-                f"dtype={dtype} is about the products of --kernels fast; leave it out with --kernels {kernels}"
-            )
         return OPS[kernels]
     try:
         from fast import table
     except ImportError as error:
         if error.name != "fast":  # something that fast/ needs is missing
             raise
-        raise ValueError("--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numpy") from None
+        raise ValueError("--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba") from None
     return table(dtype)
 
 
@@ -1800,19 +1798,6 @@ def load_checkpoint(path):
 # == 13  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
 
 
-def numerical_gradient(loss, x, h=1e-5):
-    """d loss() / dx for every element of x (float64), which loss reads; x is put back."""
-    slope = np.empty_like(x)
-    for i in np.ndindex(x.shape):
-        old = x[i]
-        x[i] = old + h
-        above = loss()
-        x[i] = old - h
-        slope[i] = (above - loss()) / (2 * h)
-        x[i] = old
-    return slope
-
-
 def gradient_error(analytic, numeric):
     """The largest |a - n| / (max(|a|, |n|) + 0.01): below 1e-6 where |a - n| < 1e-8 + 1e-6 max(|a|, |n|)."""
     size = np.maximum(np.abs(analytic), np.abs(numeric))
@@ -1858,29 +1843,14 @@ def scaled_down(cfg):
     return dataclasses.replace(cfg, **shape, position_rows=6, window=2 if cfg.window else 0)
 
 
-def tables_of(kernels=None):
-    """name -> table, for each of KERNELS named or, if None, found; that of `fast` in bfloat16 has a name of its own."""
-    tables = {}
-    for name in kernels or reversed(KERNELS):
-        try:
-            tables[name] = find_ops(name)
-        except ValueError:
-            if kernels:
-                raise
-    if "fast" in tables:
-        from fast import BFLOAT16
-
-        tables["fast-bf16"] = BFLOAT16  # checked in float64, which its driver takes on every machine
-    return tables
-
-
 def main(argv=None):
+    here = [name for name in reversed(KERNELS) if name != "fast" or importlib.util.find_spec("fast")]
     parser = argparse.ArgumentParser(description="Prove the model's gradients.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="every gradient of the model against finite differences, in float64")
     check.add_argument("--size", default="1m", metavar="SIZE", help="of which architecture (default 1m), scaled down")
     check.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="and these changes")
-    check.add_argument("--kernels", nargs="+", choices=KERNELS, help="of these (default all that are here)")
+    check.add_argument("--kernels", nargs="+", choices=KERNELS, default=here, help="of these (default all)")
     check.add_argument("--seed", type=int, default=0, help="of the random parameters, tokens and directions")
     args = parser.parse_args(argv)
     try:
@@ -1890,7 +1860,12 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     try:
-        tables = {name: dict(check_model(cfg, ops, args.seed)) for name, ops in tables_of(args.kernels).items()}
+        tables = {name: find_ops(name) for name in args.kernels}
+        if "fast" in tables:
+            from fast import BFLOAT16
+
+            tables["fast-bf16"] = BFLOAT16  # its driver takes float64 on every machine
+        tables = {name: dict(check_model(cfg, ops, args.seed)) for name, ops in tables.items()}
     except ValueError as error:
         parser.error(str(error))
     print(f"relative error of each gradient in float64, limit {limit:.0e}; {cfg}")

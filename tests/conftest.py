@@ -134,23 +134,36 @@ def as_bytes(results):
     return {name: x.tobytes() for name, x in results.items()}
 
 
-def assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, B, T, seeds, dropout=None):
+def assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, B, T, seeds, dropout=None, table="fast"):
     """Errors of kernels and of the spec, each against the spec in float64: the geometric mean of their ratio over
     several draws, since in one, a sum that nearly vanishes may flatter either."""
     logarithms = {}
     for seed in range(seeds):
         exact = run_model(cfg, "numpy", B, T, np.float64, seed=seed, dropout=dropout)
         errors = {}
-        for table in ("numpy", "fast"):
-            found = run_model(cfg, table, B, T, np.float32, seed=seed, dropout=dropout)
+        for kernels in ("numpy", table):
+            found = run_model(cfg, kernels, B, T, np.float32, seed=seed, dropout=dropout)
             assert all(x.dtype == np.float32 for name, x in found.items() if name != "loss")
             half_units = {name: 2.0**-24 * np.linalg.norm(x) for name, x in exact.items()}  # in the last place
-            errors[table] = {name: max(np.linalg.norm(found[name] - exact[name]), half_units[name]) for name in exact}
+            errors[kernels] = {name: max(np.linalg.norm(found[name] - exact[name]), half_units[name]) for name in exact}
         for name in exact:
-            logarithms.setdefault(name, []).append(math.log(errors["fast"][name] / errors["numpy"][name]))
+            logarithms.setdefault(name, []).append(math.log(errors[table][name] / errors["numpy"][name]))
     del logarithms["loss"]  # a single number, which luck may round well; its nats are compared
     for name, found in logarithms.items():
         assert math.exp(np.mean(found)) <= 4, (name, math.exp(np.mean(found)))
+
+
+def numerical_gradient(loss, x, h=1e-5):
+    """d loss() / dx for every element of x (float64), which loss reads; x is put back."""
+    slope = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        old = x[i]
+        x[i] = old + h
+        above = loss()
+        x[i] = old - h
+        slope[i] = (above - loss()) / (2 * h)
+        x[i] = old
+    return slope
 
 
 def relative(found, expected):

@@ -17,6 +17,7 @@ from conftest import (
     NO_BIAS,
     TABLES,
     mutant,
+    numerical_gradient,
     ops_of,
     random_batch,
     random_parameters,
@@ -282,7 +283,7 @@ def derivative_error(case, forward=None, backward=None):
     for i, analytic in zip((*case.returned, *case.added), (*returned, *gradients), strict=True):
         if arguments[i] is None:
             continue
-        numeric = tinygpt.numerical_gradient(lambda: (forward(*arguments)[0] * dout).sum(), arguments[i])
+        numeric = numerical_gradient(lambda: (forward(*arguments)[0] * dout).sum(), arguments[i])
         assert analytic.shape == numeric.shape
         errors.append(tinygpt.gradient_error(analytic, numeric))
     return max(errors)
@@ -478,7 +479,7 @@ def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
         return out if name == "head" else (out * dout).sum()
 
     if name != "embed":
-        assert tinygpt.gradient_error(dx, tinygpt.numerical_gradient(loss, x)) < LIMIT
+        assert tinygpt.gradient_error(dx, numerical_gradient(loss, x)) < LIMIT
     rng, touched = np.random.default_rng(1), set()
     for t in tinygpt.layout(cfg):
         here = slice(t.offset, t.offset + math.prod(t.shape))
@@ -992,12 +993,15 @@ def test_the_check_command_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
 
 
 def test_a_table_that_is_not_here_is_named_in_one_line(monkeypatch):
-    assert tinygpt.find_ops("numpy") is OPS["numpy"]
-    with pytest.raises(ValueError, match="dtype=bfloat16 is about the products of --kernels fast"):
+    assert tinygpt.find_ops("numpy") is OPS["numpy"] and tinygpt.find_ops() is tinygpt.find_ops("fast")
+    with pytest.raises(ValueError, match="dtype=bfloat16 is of --kernels fast"):
         tinygpt.find_ops("numpy", "bfloat16")
     for kernels, dtype in (("numba2", "float32"), ("fast", "float16")):
         with pytest.raises(ValueError, match="expected fast or numba or numpy, float32 or bfloat16"):
             tinygpt.find_ops(kernels, dtype)
     monkeypatch.setitem(sys.modules, "fast", None)
-    with pytest.raises(ValueError, match="^--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels num"):
-        tinygpt.find_ops()
+    with pytest.raises(
+        ValueError, match="^--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba"
+    ):
+        tinygpt.find_ops("fast")
+    assert tinygpt.find_ops() is OPS["numba"]
