@@ -1678,6 +1678,42 @@ class Encoder:
         return ids[:n].astype(self.dtype)
 
 
+class Progress:
+    """A bar and the time left, on a terminal; nothing where stderr is a file. Call it with what is done of `total`."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start, self.shown = what, max(1, total), time.monotonic(), 0.0
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, done):
+        now = time.monotonic()
+        if now - self.shown > 0.1 and now - self.start > 0.5 and sys.stderr.isatty():
+            share = min(1.0, done / self.total)
+            left = int(min((now - self.start) * (1 - share) / max(share, 1e-9), 359_999))
+            line = f"{self.what} [{'#' * round(30 * share):30}] {share:4.0%}, {left // 60}:{left % 60:02} left "
+            print("\r" + line, end="", file=sys.stderr, flush=True)
+            self.shown = now
+
+    def __exit__(self, *_):
+        if self.shown:
+            print("\r" + " " * (len(self.what) + 60) + "\r", end="", file=sys.stderr, flush=True)
+
+
+def error_line(error):
+    """An exception as one line: an OSError as its file and what is wrong with it."""
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if named else str(error)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error, a text or an exception, ends the program with one line on stderr and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {error_line(message)}\n")
+
+
 # == 8  command line ===============================================================================================
 
 

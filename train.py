@@ -30,7 +30,8 @@ import numpy as np
 
 import bpe
 import tinygpt
-from sample import Parser, error_line, load_model, never_drawn, newest_run
+from bpe import Parser, Progress, error_line
+from sample import generate_story, load_model, newest_run
 from tinygpt import OPS, POOL, SIZES, Config, count_cores, kernel
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
@@ -602,11 +603,8 @@ def figures(sums):
 
 def tell(state, tokenizer, ops, prompt, seed, max_new_tokens=120):
     """A story from the model as it is."""
-    banned = never_drawn(state.cfg, tokenizer)
-    decoding = tinygpt.Decoding(state.p, state.cfg, ops)
-    ids = [tokenizer.end, *tokenizer.encode(prompt)][-state.cfg.seq_len :]
-    story = tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, temperature=0.8, banned=banned)
-    return prompt + tokenizer.decode(list(story), ids[-1])
+    words = (tokenizer, ops, prompt, seed, max_new_tokens)
+    return prompt + "".join(generate_story(state.p, state.cfg, *words, temperature=0.8))
 
 
 # == 5  the run ========================================================================================================
@@ -624,29 +622,6 @@ def show(text, stream):
         print(text, file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class Progress:
-    """A bar on a terminal, for what takes a while; nothing where stderr is a file."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.start, self.shown = what, max(1, total), time.monotonic(), 0.0
-
-    def __enter__(self):
-        return self
-
-    def __call__(self, done):
-        now = time.monotonic()
-        if now - self.shown > 0.1 and now - self.start > 0.5 and sys.stderr.isatty():
-            share = min(1.0, done / self.total)
-            left = (now - self.start) * (1 - share) / max(share, 1e-9)
-            bar = "#" * round(30 * share)
-            print(f"\r{self.what} [{bar:30s}] {share:4.0%}, {clock(left)} left ", end="", file=sys.stderr, flush=True)
-            self.shown = now
-
-    def __exit__(self, *_):
-        if self.shown:
-            print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def clock(seconds):

@@ -488,7 +488,7 @@ def command_picture(args):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
+    parser = bpe.Parser(prog="explain.py", description="What a model does: op by op, as numbers, as a picture.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, run, what):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sample
+import bpe
 import tinygpt
 import train
 
@@ -918,7 +918,7 @@ def hand_on_runs(args):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="report.py", description="A page about runs, from their logs; or the logs handed on.")
+    parser = bpe.Parser(prog="report.py", description="A page about runs, from their logs; or the logs handed on.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a folder of runs, or a log.jsonl")
     add("--out", type=Path, metavar="FILE", help="the page to write (default report.html)")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import report
 
-import sample
+import bpe
 import tinygpt
 import train
 
@@ -371,7 +371,7 @@ def claim(folder, trials):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = sample.Parser(
+    parser = bpe.Parser(
         prog="sweep.py",
         usage="sweep.py FIELD=A,B,C [FIELD=...] [--out FOLDER] [--list] [flags of train.py]",
         description="Runs of train.py over every combination of values; size='graphcore-*' stands for all that fit.",
