@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
-import train
 
 # == 1  the log ========================================================================================================
 
@@ -439,7 +438,7 @@ def medians(points):
     return [(group[len(group) // 2][0], median(y for _, y in group)) for group in groups]
 
 
-NOT_LISTED = ("files", "checksums", "prompts")  # in no table: too long, or shown elsewhere
+NOT_LISTED = ("files", "checksums", "prompts", "flags")  # in no table: too long, or shown elsewhere
 FOLLOWS = ("min_lr", "steps", "warmup_steps", "eval_every", "eval_tokens", "train_tokens", "micro_batch_size")
 FOLLOWS += ("kv_heads", "head_width", "hidden", "position_rows", *NOT_LISTED)  # from other settings, mostly
 
@@ -715,7 +714,7 @@ def settings_list(logs):
     rows = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(setting(value))}</dd></div>"
         for name, value in logs[0].settings.items()
-        if name not in apart and name not in NOT_LISTED
+        if name not in apart and name not in NOT_LISTED and value != ""
     ]
     title = "Settings" if len(logs) == 1 else "Settings, the same in all"
     return f'<h2 id="settings">{title}</h2><dl class="settings">{"".join(rows)}</dl>' if rows else ""
@@ -847,7 +846,7 @@ class TensorBoard:
         self.writer = SummaryWriter(
             str(path), purge_step=0, flush_secs=5
         )  # purge: in place of what was handed on before
-        train.note(f"to see it:  {shlex.join(['tensorboard', '--logdir', str(path)])}")
+        bpe.note(f"to see it:  {shlex.join(['tensorboard', '--logdir', str(path)])}")
 
     def settings(self, entry):
         self.writer.add_text("settings", "    " + json.dumps(entry, indent=2).replace("\n", "\n    "), 0)
@@ -937,7 +936,7 @@ def main(argv=None):
         write_page(read_logs(args.runs), path)
     except (OSError, ValueError) as error:
         parser.error(error)
-    train.note(f"{path}: {path.stat().st_size:,} bytes")
+    bpe.note(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 
 

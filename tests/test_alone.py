@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import write_stories
+from helpers import write_stories
 
 FILES = ("bpe.py", "tinygpt.py", "train.py", "sample.py")
 ROOT = Path(__file__).parent.parent
