@@ -9,17 +9,14 @@ It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
 """
 
-import argparse
 import contextlib
 import hashlib
 import importlib
 import json
 import math
 import os
-import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -819,6 +816,8 @@ class Run:
         note(f"validation, every token: {nats:.4f} nats/token, {bits:.4f} bits/byte")
         if curve := import_extra("curve", optional=True):
             curve.draw_curve(self.folder)
+        else:
+            note("no loss curve: extras/curve.py is not here")
         path = self.folder / "last.safetensors"
         note(f"a story:   {command('sample.py', '--checkpoint', path, '--prompt', 'Lily found')}")
 
@@ -866,11 +865,8 @@ BUSY = "another process writes the run"  # extras/sweep.py looks for it
 
 def lock_log(folder):
     """The log of a run, open for appending; locked until it is closed. ValueError if another process has it."""
-    path = folder / "log.jsonl"
-    try:
-        return import_extra("locks").open_locked(path, f"{BUSY} in {folder}")
-    except MissingExtra:
-        return open(path, "a", encoding="utf-8", newline="\n")
+    path, locks = folder / "log.jsonl", import_extra("locks", optional=True)
+    return locks.open_locked(path, f"{BUSY} in {folder}") if locks else open(path, "a", encoding="utf-8", newline="\n")
 
 
 @contextlib.contextmanager
@@ -910,7 +906,8 @@ def begin_run(args, ranks, started):
         if draft.dropout:
             cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
         steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
-        compilers = compile_ahead(cfg, draft.kernels)
+        warmup = import_extra("warmup", optional=True)
+        compilers = warmup.compile_ahead(cfg, draft.kernels) if warmup else []
         data = prepare_data(args, cfg, draft.batch_size, steps, tokenizer)
         for prompt in draft.prompts:
             data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
@@ -933,10 +930,12 @@ def begin_run(args, ranks, started):
 
 
 def count_steps(args, s, cfg, data, batches, ranks, started):
-    """Updates that make --epochs, or fit --minutes since `started`; without extras/plan.py and a flag, one epoch."""
+    """The number of updates that make --epochs, or fit --minutes, counted from `started`."""
     plan = None if args.epochs else import_extra("plan", optional=not args.minutes)
     if plan:
         return plan.plan_steps(args.minutes or 5, s, cfg, len(data.valid), batches, ranks, started)
+    if not args.epochs:
+        note("extras/plan.py is not here, which plans by the clock: the text is read once")
     return math.ceil((args.epochs or 1) * batches.per_epoch / s.batch_size)
 
 
@@ -1007,14 +1006,6 @@ def check_precision(s, folder):
         raise ValueError(f"the run in {folder} multiplies in bfloat16, but {reason}; {other}")
 
 
-def describe_precision(s):
-    """What products are made of; where that is float32 although no flag says so, why."""
-    if s.dtype == "bfloat16":
-        return "bfloat16 tiles multiply; float32 for all else"
-    reason = tinygpt.without_tiles() if s.kernels != "numpy" and s.flags.get("dtype") != "float32" else None
-    return "float32" + (f": {reason}" if reason else "")
-
-
 def batches_of(data, cfg, seed):
     return Batches(data.train, cfg.seq_len, data.tokenizer.end, seed)
 
@@ -1027,17 +1018,6 @@ def make_ops(s, cfg, ranks):
     """The table of ops that trains, with buffers for a micro-batch."""
     micro = math.gcd(ranks.rows(s.batch_size), s.micro_batch_size)
     return tinygpt.with_buffers(table_of(s), cfg, micro, cfg.seq_len, np.float32, s.recompute)
-
-
-def compile_ahead(cfg, kernels):
-    """Processes that fill Numba's cache while this one reads the text; none where there is nothing to gain."""
-    if kernels == "numpy" or tinygpt.is_compiled() or count_cores() == 1:
-        return []
-    note("compiling kernels, once on this machine ...")
-    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import tinygpt; "
-    code += "tinygpt.compile_half(tinygpt.Config(**json.loads(sys.argv[2])), int(sys.argv[3]))"
-    words = [sys.executable, "-c", code, str(Path(tinygpt.__file__).parent), json.dumps(asdict(cfg))]
-    return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]
 
 
 OVERHEAD = 0.03  # share of a timed run that evaluations, stories and checkpoints may take
@@ -1077,20 +1057,15 @@ def command(*words):
     return shlex.join(["python", *map(str, words)])
 
 
-class MissingExtra(ValueError):
-    """A file of extras/ is not here."""
-
-
 def import_extra(name, optional=False):
-    """The module extras/NAME.py. If it is missing: MissingExtra, or None and a line that says so if it is optional."""
+    """The module extras/NAME.py. If it is missing: ValueError, or None where train.py does without it."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError as error:
         if error.name not in ("extras", f"extras.{name}"):
             raise
         if not optional:
-            raise MissingExtra(f"extras/{name}.py is not here") from None
-        note(f"extras/{name}.py is not here: going on without it")
+            raise ValueError(f"extras/{name}.py is not here") from None
 
 
 MPIEXEC_SETS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI's, MPICH's, Intel's
@@ -1100,14 +1075,6 @@ def join_ranks():
     """The processes of this run: those that mpiexec started, or this one alone. ValueError without MPI."""
     count = max(int(os.environ.get(name) or 1) for name in MPIEXEC_SETS)
     return import_extra("mpi").Ranks(count) if count > 1 else ALONE
-
-
-def size_in_bytes(text):
-    """An argparse type: 2G, 500M, 800000K."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])i?B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected a number with K, M or G, such as 2G")
-    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
 
 
 def make_parser():
@@ -1132,7 +1099,8 @@ def make_parser():
             default = "" if "default" in f.metadata["help"] or f.default is False else f" (default {f.default})"
             name = f.name.replace("_", "-")
             add(f"--{name}", **f.metadata | {"help": f.metadata["help"] + default.replace("float32", "auto")})
-    add("--max-memory", type=size_in_bytes, metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
+    size = lambda text: import_extra("plan").size_in_bytes(text)  # noqa: E731
+    add("--max-memory", type=size, metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
@@ -1172,7 +1140,8 @@ def run_command(parser, args, ranks, started):
             if summary := import_extra("summary", optional=True):
                 summary.describe(cfg, s, run.data, run.folder, ranks.count)
             else:
-                note(f"{cfg}\n{s}\nprecision {describe_precision(s)}")
+                note("extras/ is not here: the folder of the run is not locked, its settings are shown as they are")
+                note(f"{cfg}\n{s}\nprecision {s.dtype}: {tinygpt.without_tiles() or 'tiles multiply'}")
             note("first update; a kernel that is used for the first time on this machine is compiled ...")
         run.peak = measure_peak() * (ranks.count * POOL.threads / count_cores() if ranks.count > 1 else 1)
         with stop_signals() as stopped:

@@ -1,6 +1,8 @@
 """What fits: how many updates into --minutes, how many sequences at a time into --max-memory."""
 
+import argparse
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -24,6 +26,14 @@ def memory_needed(cfg, micro_batch_size, recompute=False):
     evaluation = buffers(replace(cfg, layers=1), max(1, train.TOKENS_AT_ONCE // cfg.seq_len), cfg.seq_len)
     tensors = 4 * (4 * count + cfg.vocab_size * cfg.width) + count  # count bytes: the mask of finite numbers
     return BASE_MEMORY + tensors + evaluation + buffers(cfg, micro_batch_size, cfg.seq_len, recompute)
+
+
+def size_in_bytes(text):
+    """An argparse type: 2G, 500M, 800000K."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])i?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected a number with K, M or G, such as 2G")
+    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
 
 
 def fit_memory(max_memory, s, cfg):

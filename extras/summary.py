@@ -38,9 +38,17 @@ def describe(cfg, s, data, folder, processes=1):
         f"          lr {s.lr:g} to {s.min_lr:g} ({s.schedule}) after {s.warmup_steps} updates of warm-up, "
         f"weight decay {s.weight_decay:g}, betas {s.beta1:g} {s.beta2:g}, clip {s.grad_clip:g}, seed {s.seed}\n"
         f"machine   {s.kernels} kernels, {tinygpt.POOL.threads} threads{memory}{of_ranks}\n"
-        f"precision {train.describe_precision(s)}\n"
+        f"precision {describe_precision(s)}\n"
         f"run       {folder}"
     )
+
+
+def describe_precision(s):
+    """What products are made of; where that is float32 although no flag says so, why."""
+    if s.dtype == "bfloat16":
+        return "bfloat16 tiles multiply; float32 for all else"
+    reason = tinygpt.without_tiles() if s.kernels != "numpy" and s.flags.get("dtype") != "float32" else None
+    return "float32" + (f": {reason}" if reason else "")
 
 
 def describe_held_out(data):

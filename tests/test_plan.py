@@ -147,3 +147,8 @@ def test_a_size_of_memory_that_is_none_is_refused_in_one_line(words, capsys):
         train.main(words)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, size", [("2G", 2 << 30), ("500M", 500 << 20), ("1.5GiB", 3 << 29), ("800K", 800 << 10)])
+def test_sizes_of_memory_are_read(text, size):
+    assert plan.size_in_bytes(text) == size

@@ -1243,8 +1243,3 @@ def test_a_recomputing_workspace_is_smaller_by_what_layers_share():
     assert kept == {"attended", "mixed"}
     saved, shared = whole[-1].offset - less[-1].offset, [n for name, n in layered.items() if name not in kept]
     assert abs(saved - 5 * sum(shared)) <= tinygpt.CACHE_LINE * len(shared)
-
-
-@pytest.mark.parametrize("text, size", [("2G", 2 << 30), ("500M", 500 << 20), ("1.5GiB", 3 << 29), ("800K", 800 << 10)])
-def test_sizes_of_memory_are_read(text, size):
-    assert train.size_in_bytes(text) == size
