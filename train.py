@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import zlib
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -106,12 +107,12 @@ FLAT_BLOCK = 1 << 16  # elements of the flat buffers that a task owns
 
 
 @kernel
-def adamw_kernel(task, slot, p, g, m, v, decayed, scale, lr, decay, beta1, beta2, fix1, fix2, eps):
-    """`adamw_spec` for one block; fix1 = 1 / (1 - beta1^t), fix2 = 1 / (1 - beta2^t)."""
-    number = p.dtype.type
-    scale, b1, b2, c1, c2 = number(scale), number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
-    rate, fix2, eps = number(lr * fix1), number(fix2), number(eps)
-    for part in range(2):  # what decays, what does not
+def adamw_kernel(task, slot, p, g, m, v, decayed, rates):
+    """`adamw_spec` for one block; rates (8,) float64: those of `State.adamw`, in its order."""
+    lr, decay, beta1, beta2, number = rates[1], rates[2], rates[3], rates[4], p.dtype.type
+    b1, b2, c1, c2 = number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
+    scale, rate, fix2, eps = number(rates[0]), number(lr * rates[5]), number(rates[6]), number(rates[7])
+    for part in range(2):  # of the block: what decays, what does not
         start, stop = task * FLAT_BLOCK, min((task + 1) * FLAT_BLOCK, p.size)
         if part == 0:
             stop, keep = min(stop, decayed), number(1 - lr * decay)
@@ -151,12 +152,12 @@ class State:
         return math.sqrt(float(squares.sum()))
 
     def adamw(self, lr, scale, s):
-        """Apply AdamW to gradient * scale."""
+        """Apply AdamW to gradient * scale; the gradient is zero afterwards."""
         self.step += 1
-        fix1, fix2 = 1 / (1 - s.beta1**self.step), 1 / (1 - s.beta2**self.step)
+        fix1, fix2 = 1 / (1 - s.beta1**self.step), 1 / (1 - s.beta2**self.step)  # the moments begin at 0
+        rates = np.array([scale, lr, s.weight_decay, s.beta1, s.beta2, fix1, fix2, ADAM_EPS])
         buffers = (self.parameters, self.gradient, self.m, self.v)
-        rates = (scale, lr, s.weight_decay, s.beta1, s.beta2, fix1, fix2, ADAM_EPS)
-        POOL.run(adamw_kernel, -(-self.parameters.size // FLAT_BLOCK), *buffers, self.decayed, *rates)
+        POOL.run(adamw_kernel, -(-self.parameters.size // FLAT_BLOCK), *buffers, self.decayed, rates)
 
 
 # == 3  learning rate ==================================================================================================
@@ -167,17 +168,15 @@ RESTARTS = 4  # cosines, one after the other; Loshchilov & Hutter 2017, arXiv:16
 
 
 def learning_rate(step, s):
-    """The rate of update `step` (from 0): lr / warmup_steps at the first, straight up to lr, then down to min_lr.
-
-    The last update, step = s.steps - 1, has min_lr, unless the schedule is constant.
-    """
+    """The rate of update `step`, from 0: it rises in a straight line from lr / warmup_steps at the first update to lr,
+    then falls by s.schedule to min_lr at the last one, step = s.steps - 1. wsd falls late, constant never."""
     if step < s.warmup_steps:
         return s.lr * (step + 1) / s.warmup_steps
-    share = min(1, (step - s.warmup_steps) / max(1, s.steps - 1 - s.warmup_steps))  # 0 to 1
+    share = min(1, (step - s.warmup_steps) / max(1, s.steps - 1 - s.warmup_steps))  # of the way, 0 to 1
     if s.schedule == "constant":
         return s.lr
     if s.schedule == "wsd":
-        fallen = max(0, (step + 1 - (1 - WSD_DECAY) * s.steps) / (WSD_DECAY * s.steps))
+        fallen = max(0, (step + 1 - (1 - WSD_DECAY) * s.steps) / (WSD_DECAY * s.steps))  # 0: lr, 1: min_lr
     elif s.schedule == "linear":
         fallen = share
     else:
@@ -629,33 +628,27 @@ def file_state(path):
 
 HELD_OUT = 0.02  # share of the stories, or of their bytes, that is validation text where there is no other
 LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # of the bytes: what a cut between two stories may leave for validation
-COUNTED = 1 << 20  # tokens whose bytes are counted at a time: memory only, same result
 
 
 def hold_out(tokens, tokenizer):
     """tokens -> (training, validation): the last 2% of the stories if they are 1% to 5% of the bytes. Otherwise cut
     where the story nearest to 98% of the bytes ends, within these limits; inside a story if none ends there."""
-    lengths, total = byte_lengths(tokenizer), 0
-    stops, read, totals = [], [], []  # of each story: the token after it, bytes up to there; bytes up to each block
-    for first in range(0, len(tokens), COUNTED):
-        block = tokens[first : first + COUNTED]
-        sums, ends = total + np.cumsum(lengths[block]), np.flatnonzero(block == tokenizer.end)
-        stops.append(first + ends + 1)
-        read.append(sums[ends])
-        totals.append(total)
-        total = int(sums[-1])
-    stops, held = np.concatenate(stops), total - np.concatenate(read)
+    sizes = byte_lengths(tokenizer).astype(np.int16)[tokens]  # (M,), small: a text may have 10^9 tokens
+    stops = np.flatnonzero(tokens == tokenizer.end) + 1  # of each story, the token after it
+    starts, total = np.concatenate([[0], stops]), int(sizes.sum(dtype=np.int64))
+    inside = sizes[: starts[-1]]  # what stands before the last end
+    read = np.cumsum(np.add.reduceat(inside, starts[:-1], dtype=np.int64))  # bytes up to the end of each story
+    held, target = total - read, (1 - HELD_OUT) * total
     fair = np.flatnonzero((LEAST_HELD_OUT * total <= held) & (held <= MOST_HELD_OUT * total))
     usual = len(stops) - 1 - max(1, round(HELD_OUT * len(stops)))
     if len(fair):
         nearest = fair[np.abs(held[fair] - HELD_OUT * total).argmin()]
         cut = int(stops[usual if usual in fair else nearest])
     else:
-        target = (1 - HELD_OUT) * total
-        block = max(1, np.searchsorted(totals, target)) - 1
-        first = block * COUNTED
-        sums = totals[block] + np.cumsum(lengths[tokens[first : first + COUNTED]])
-        cut = first + int(np.searchsorted(sums, target))
+        whole = int(np.searchsorted(read, target))  # stories before the one to cut
+        start, before = (int(stops[whole - 1]), int(read[whole - 1])) if whole else (0, 0)
+        rest = sizes[start:]
+        cut = start + bisect_left(range(len(rest)), target - before, key=lambda i: rest[: i + 1].sum(dtype=np.int64))
     return tokens[:cut], tokens[cut:]
 
 

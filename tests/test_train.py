@@ -116,15 +116,6 @@ def test_hold_out_prefers_whole_stories_of_about_two_percent(tokenizer, sizes, w
     assert 0.01 <= share <= 0.05 and stories == whole and not inside
 
 
-@pytest.mark.parametrize("sizes", [[200, 200], [100] * 20, [20] * 9 + [3000], [3000], [50] * 120])
-def test_hold_out_cuts_at_the_same_place_whatever_it_counts_at_a_time(tokenizer, monkeypatch, sizes):
-    tokens = joined_stories(tokenizer, sizes)
-    cut = len(train.hold_out(tokens, tokenizer)[0])
-    for size in (1, 7, 100, len(tokens) - 1, len(tokens)):
-        monkeypatch.setattr(train, "COUNTED", size)
-        assert len(train.hold_out(tokens, tokenizer)[0]) == cut
-
-
 def test_bits_per_byte_divides_by_the_bytes_of_the_text(tokenizer):
     story = "Zo\u00eb saw a cat."
     tokens = np.array([*tokenizer.encode(story), tokenizer.end])
@@ -330,8 +321,8 @@ SCALE, LR, DECAY, BETA1, BETA2 = 0.37, 3e-2, 0.2, 0.9, 0.95
 
 def by_kernel(p, g, m, v, t):
     fixes = 1 / (1 - BETA1**t), 1 / (1 - BETA2**t)
-    rates = (DECAYED, SCALE, LR, DECAY, BETA1, BETA2, *fixes, train.ADAM_EPS)
-    tinygpt.POOL.run(train.adamw_kernel, -(-SIZE // train.FLAT_BLOCK), p, g, m, v, *rates)
+    rates = np.array([SCALE, LR, DECAY, BETA1, BETA2, *fixes, train.ADAM_EPS])
+    tinygpt.POOL.run(train.adamw_kernel, -(-SIZE // train.FLAT_BLOCK), p, g, m, v, DECAYED, rates)
 
 
 def by_spec(p, g, m, v, t):
@@ -1156,6 +1147,32 @@ def test_a_value_out_of_range_is_named(place, monkeypatch, flag, value):
     monkeypatch.setattr(tinygpt.POOL, "resize", lambda threads: None)
     message = refusal(train.main, "train.py", f"{flag}={value}")
     assert flag in message
+
+
+def test_settings_are_frozen_and_the_same_after_json():
+    s = dataclasses.replace(
+        SETTINGS, prompts=["Zo\u00eb"], files=[["t.bin"], []], checksums={"t.bin": [None, [1, 2, 3]]}
+    )
+    text = json.dumps(dataclasses.asdict(s))
+    assert train.read_settings(text) == s
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        s.lr = 1.0
+    for change in ({"colour": 1}, {"steps": True}, {"lr": "fast"}, {"steps": 0}, {"micro_batch_size": 3}, {"beta2": 1}):
+        with pytest.raises((TypeError, ValueError)):
+            train.read_settings(json.dumps(json.loads(text) | change))
+
+
+def test_every_setting_of_a_flag_is_chosen_by_it(place):
+    """The table of `Settings` is that of the flags: a value given on the command line is the one of the run."""
+    words = ["--lr", "0.5", "--min-lr", "0.25", "--warmup-steps", "3", "--schedule", "wsd", "--batch-size", "6"]
+    words += ["--micro-batch-size", "3", "--recompute", "--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.7"]
+    words += ["--grad-clip", "2", "--dropout", "0.4", "--seed", "9", "--kernels", "numpy", "--eval-every", "7"]
+    words += ["--save-every", "5", "--keep", "2", "--dtype", "float32"]
+    args = train.make_parser().parse_args(words)
+    s = train.choose_settings(args, TINY, 40)
+    for f in dataclasses.fields(train.Settings):
+        if f.metadata:
+            assert getattr(s, f.name) == getattr(args, f.name) and f"--{f.name.replace('_', '-')}" in words, f.name
 
 
 def test_two_lengths_of_a_run_are_refused(place):
