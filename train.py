@@ -9,6 +9,7 @@ It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib
@@ -359,11 +360,13 @@ class Settings:
     """What a run is. Made once, before the first update; every checkpoint and the log hold it as JSON."""
 
     batch_size: int = flag(8, "sequences per update", SEQUENCES, metavar="N")
-    micro_batch_size: int = flag(8, "sequences at a time: memory only, same result", SEQUENCES, metavar="N")
+    micro_batch_size: int = flag(8, "sequences at a time: memory only (default 2048 tokens)", SEQUENCES, metavar="N")
     recompute: bool = flag(False, "run layers forward again in backward: less memory, same result", action="store_true")
     lr: float = flag(0.0, "the highest learning rate (default that of the size)", in_range(float, 0, 1e3, True))
     min_lr: float = flag(0.0, "the last learning rate (default a tenth of --lr)", in_range(float, 0, 1e3))
-    warmup_steps: int = flag(0, "of rising rate; < 1 a share; 0 off", in_range(float, 0, 2**31 - 1), metavar="N")
+    warmup_steps: int = flag(
+        0, "of rising rate; < 1 a share; 0 off (default 100)", in_range(float, 0, 1e9), metavar="N"
+    )
     schedule: str = flag("cosine", "of the rate after it", choices=SCHEDULES)
     weight_decay: float = flag(0.1, "of matrices; 0 is off", in_range(float, 0, 10))
     beta1: float = flag(0.9, "decay of AdamW's mean", in_range(float, 0, 0.9999))
@@ -1070,6 +1073,14 @@ def join_ranks():
     return import_extra("mpi").Ranks(count) if count > 1 else ALONE
 
 
+def size_in_bytes(text):
+    """An argparse type: 2G, 500M, 800000K."""
+    try:
+        return import_extra("plan").size_in_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
 def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add, positive = parser.add_argument_group("what").add_argument, in_range(float, 0, 1e6, open_low=True)
@@ -1092,8 +1103,7 @@ def make_parser():
             default = "" if "default" in f.metadata["help"] or f.default is False else f" (default {f.default})"
             name = f.name.replace("_", "-")
             add(f"--{name}", **f.metadata | {"help": f.metadata["help"] + default.replace("float32", "auto")})
-    size = lambda text: import_extra("plan").size_in_bytes(text)  # noqa: E731
-    add("--max-memory", type=size, metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
+    add("--max-memory", type=size_in_bytes, metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument

@@ -1,6 +1,5 @@
 """What fits: how many updates into --minutes, how many sequences at a time into --max-memory."""
 
-import argparse
 import math
 import re
 import time
@@ -29,10 +28,10 @@ def memory_needed(cfg, micro_batch_size, recompute=False):
 
 
 def size_in_bytes(text):
-    """An argparse type: 2G, 500M, 800000K."""
+    """2G, 500M, 800000K -> bytes. ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])i?B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected a number with K, M or G, such as 2G")
+        raise ValueError(f"{text!r} is not a size; expected a number with K, M or G, such as 2G")
     return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
 
 
