@@ -1809,6 +1809,83 @@ class Encoder:
         return ids[:n].astype(self.dtype)
 
 
+# -- shared by the command lines of all files
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error, a text or an exception, ends the program with one line on stderr and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {error_line(message)}\n")
+
+
+def error_line(error):
+    """An exception as one line: an OSError as its file and what is wrong with it."""
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if named else str(error)
+
+
+def in_range(kind, low, high, open_low=False):
+    """An argparse type: a number of this kind from low to high; low itself is out of range if open_low."""
+
+    def convert(text):
+        value = kind(text)
+        if not (low < value if open_low else low <= value) or not value <= high:
+            least = f"above {low}" if open_low else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {least}, at most {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def note(line):
+    """Print to stderr: statistics and progress."""
+    print_line(line, sys.stderr)
+
+
+def say(text):
+    """Print to stdout; what the console cannot encode is replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print_line(text.encode(encoding, "replace").decode(encoding), sys.stdout)
+
+
+def print_line(text, stream):
+    """Print at once; a reader of the stream who left, or a disk too full for it, does not end the program."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def clock(seconds):
+    """Seconds -> "minutes:seconds"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Progress:
+    """A bar and the time left, on a terminal; nothing where stderr is a file. Call it with what is done of `total`."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start, self.shown = what, max(1, total), time.monotonic(), 0.0
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, done):
+        now = time.monotonic()
+        if now - self.shown > 0.1 and now - self.start > 0.5 and sys.stderr.isatty():
+            share = min(1.0, done / self.total)
+            left = clock(min((now - self.start) * (1 - share) / max(share, 1e-9), 359_999))
+            line = f"{self.what} [{'#' * round(30 * share):30}] {share:4.0%}, {left} left "
+            print("\r" + line, end="", file=sys.stderr, flush=True)
+            self.shown = now
+
+    def __exit__(self, *_):
+        if self.shown:
+            print("\r" + " " * (len(self.what) + 60) + "\r", end="", file=sys.stderr, flush=True)
+
+
 # == 8  command line ===============================================================================================
 
 

@@ -6,7 +6,6 @@ Reads one checkpoint, which holds the model and its tokenizer, and prints the st
 this order: temperature, top-k, top-p. Text goes to stdout, everything else to stderr.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -49,63 +48,50 @@ def load_model(path, tokenizer_path=None):
 
 
 def never_drawn(cfg, tokenizer):
-    """Ids that mean nothing to a reader: reserved specials, and rows of the model beyond the tokenizer."""
+    """Ids that are never sampled: reserved specials, and rows of the model beyond the tokenizer."""
     reserved = [i for i in tokenizer.specials.values() if i != tokenizer.end]
     return [*reserved, *range(tokenizer.vocab_size, cfg.vocab_size)]
 
 
-def prompt_ids(prompt, cfg, tokenizer):
-    """The end of a story, then the prompt; of a prompt longer than the context its end, and a line that says so."""
-    ids = [tokenizer.end, *tokenizer.encode(prompt)]
-    if len(ids) > cfg.seq_len:
-        note(f"the prompt has {len(ids)} tokens, the context {cfg.seq_len}: only its end is read")
-        ids = ids[-cfg.seq_len :]
-    return ids
-
-
 # == 2  the story ======================================================================================================
+
+
+def generate_story(p, cfg, tokenizer, ops, prompt, seed, max_new_tokens, **filters):
+    """Yield the text that each new token adds to the prompt, held back until its characters are whole; then the rest.
+
+    The model reads the end of a story and then the prompt; of a prompt longer than its window the end. The filters are
+    those of `tinygpt.probabilities`. ValueError if the prompt is no text.
+    """
+    ids = [tokenizer.end, *tokenizer.encode(prompt)][-cfg.seq_len :]
+    decoding, decoder = tinygpt.Decoding(p, cfg, ops), bpe.Decoder(tokenizer, ids[-1])
+    filters["banned"] = never_drawn(cfg, tokenizer)
+    for token in tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, **filters):
+        yield decoder.push(token)
+    yield decoder.finish()
+
+
+def print_story(p, cfg, tokenizer, args, seed):
+    """Print a story while it is drawn -> number of tokens, seconds to the first, seconds from the first to the last."""
+    print(args.prompt, end="", flush=True)
+    start, times = time.monotonic(), []
+    filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    ops = tinygpt.find_ops(args.kernels)
+    for text in generate_story(p, cfg, tokenizer, ops, args.prompt, seed, args.max_new_tokens, **filters):
+        print(text, end="", flush=True)
+        times.append(time.monotonic())
+    print(flush=True)
+    return len(times) - 1, times[0] - start, times[-1] - times[0]
 
 
 def note(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def tell(p, cfg, tokenizer, args, number):
-    """Print one story as it is drawn; returns (tokens, seconds to the first, seconds from the first to the last)."""
-    decoding = tinygpt.Decoding(p, cfg, tinygpt.find_ops(args.kernels))
-    filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    filters["banned"] = never_drawn(cfg, tokenizer)
-    ids = prompt_ids(args.prompt, cfg, tokenizer)
-    decoder = bpe.Decoder(tokenizer, ids[-1])
-    print(args.prompt, end="", flush=True)
-    start, first, count = time.monotonic(), None, 0
-    story = tinygpt.generate(decoding, ids, args.seed + number, tokenizer.end, args.max_new_tokens, **filters)
-    for token in story:
-        print(decoder.push(token), end="", flush=True)
-        first, count = first or time.monotonic(), count + 1
-    print(decoder.finish(), flush=True)
-    end = time.monotonic()
-    return count, (first or end) - start, end - (first or end)
-
-
 # == 3  command line ===================================================================================================
 
 
-def error_line(error):
-    """An exception as one line: an OSError as the file and what is wrong with it."""
-    named = isinstance(error, OSError) and error.filename and error.strerror
-    return f"{error.filename}: {error.strerror}" if named else str(error)
-
-
-class Parser(argparse.ArgumentParser):
-    """A user's mistake, as text or as an exception, ends in one line on stderr and exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {error_line(message)}\n")
-
-
 def make_parser():
-    parser = Parser(prog="sample.py", description="Tell stories with a trained model.")
+    parser = bpe.Parser(prog="sample.py", description="Tell stories with a trained model.")
     add = parser.add_argument
     add("--prompt", default="", help="how the story begins (default: nothing, a story from its beginning)")
     add(
@@ -137,7 +123,7 @@ def make_parser():
     return parser
 
 
-def check(args):
+def check_ranges(args):
     """ValueError for a number out of its range."""
     for name, low, high in (
         ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 0, 1), ("max_new_tokens", 0, 2**31),
@@ -156,23 +142,23 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character still gets the story
     try:
-        check(args)
+        check_ranges(args)
         tinygpt.find_ops(args.kernels)  # says at once if they are not here
-        if args.threads and args.kernels == "fast":
-            from fast import POOL
-
-            POOL.resize(args.threads)
+        if args.threads:
+            tinygpt.set_threads(args.threads)
         path = args.checkpoint or newest_checkpoint()
         checkpoint, tokenizer = load_model(path, args.tokenizer)
         cfg = checkpoint.cfg
         p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
         note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
-        for number in range(args.num_samples):
-            if number:
+        if (length := 1 + len(tokenizer.encode(args.prompt))) > cfg.seq_len:
+            note(f"the prompt has {length} tokens, the context {cfg.seq_len}: only its end is read")
+        for seed in range(args.seed, args.seed + args.num_samples):
+            if seed > args.seed:
                 print("\n---\n")
-            count, wait, seconds = tell(p, cfg, tokenizer, args, number)
+            count, wait, seconds = print_story(p, cfg, tokenizer, args, seed)
             speed = max(0, count - 1) / max(seconds, 1e-9)
-            note(f"[{count} tokens, the first after {wait:.1f} s, then {speed:,.0f} tok/s, seed {args.seed + number}]")
+            note(f"[{count} tokens, the first after {wait:.1f} s, then {speed:,.0f} tok/s, seed {seed}]")
     except BrokenPipeError:  # whoever read stdout has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -1229,6 +1229,13 @@ class Threads:
 THREADS = Threads()
 
 
+def set_threads(count):
+    """Run the kernels of every table with so many threads."""
+    THREADS.count = count
+    if "fast" in sys.modules:
+        sys.modules["fast"].POOL.resize(count)
+
+
 @dataclass(frozen=True)
 class Ops:
     """A table of the functions that a model runs on; each keeps the contract of the one that stands here.

@@ -68,8 +68,7 @@ def our_step(size, threads, dtype):
         fast.POOL.resize(threads)
     (cfg, batch), ops = shape_of(size), tinygpt.find_ops("fast", dtype)
     micro = train.usual_micro_batch(batch, cfg.seq_len)
-    s = {"batch_size": batch, "micro_batch_size": micro, "lr": 1e-3, "min_lr": 1e-4, "steps": 10**6, "warmup_steps": 0}
-    s |= {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "seed": 0}
+    s = train.Settings(batch_size=batch, micro_batch_size=micro, lr=1e-3, min_lr=1e-4, steps=10**6, beta2=0.95)
     state = train.State(cfg, tinygpt.init_parameters(cfg, 0))
     ops = tinygpt.with_buffers(ops, cfg, micro, cfg.seq_len)
     rng, weights = np.random.default_rng(0), np.ones((batch, cfg.seq_len), np.float32)

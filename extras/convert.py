@@ -19,7 +19,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
-import sample
 import tinygpt
 
 # == 1  tensors ========================================================================================================
@@ -280,7 +279,7 @@ def both_names(name, prefix, layer):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="convert.py", description="Convert a model of transformers to a checkpoint.")
+    parser = bpe.Parser(prog="convert.py", description="Convert a model of transformers to a checkpoint.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
     args = parser.parse_args(argv)

@@ -187,19 +187,25 @@ class SpecState(train.State):
     def adamw(self, lr, scale, s):
         self.step += 1
         buffers = (self.parameters, self.gradient, self.m, self.v)
-        train.adamw_spec(*buffers, self.decayed, scale, lr, s["weight_decay"], s["beta1"], s["beta2"], self.step)
+        train.adamw_spec(*buffers, self.decayed, scale, lr, s.weight_decay, s.beta1, s.beta2, self.step)
+
+
+SETTINGS = ("steps", "lr", "min_lr", "warmup_steps", "schedule", "batch_size", "micro_batch_size", "weight_decay")
+SETTINGS += ("beta1", "beta2", "grad_clip", "dropout", "seed")
 
 
 def golden_settings(cfg, B, seed):
     """Settings of the ten updates: the defaults of train.py, a shorter warm-up, and clipping that affects some."""
-    s = train.recipe_of("", cfg, False) | dict(batch_size=B, micro_batch_size=B, steps=STEPS, warmup_steps=3)
-    return s | dict(min_lr=s["lr"] / 10, grad_clip=2.0, seed=seed, eps=train.ADAM_EPS)
+    lr = train.own_rate(cfg)
+    s = train.Settings(batch_size=B, micro_batch_size=B, lr=lr, min_lr=lr / 10, warmup_steps=3, steps=STEPS, seed=seed)
+    return {name: getattr(s, name) for name in SETTINGS} | {"grad_clip": 2.0, "eps": train.ADAM_EPS}
 
 
 def updates(state, ops, s, T):
     """Run ten updates of `state` -> {name: (10,)} of each update, and the final parameters and moments by name."""
+    settings = train.Settings(**{name: s[name] for name in SETTINGS})
     rows = [
-        train.update(state, golden_batch(step, s["batch_size"], T, state.cfg.vocab_size), ops, s)
+        train.update(state, golden_batch(step, s["batch_size"], T, state.cfg.vocab_size), ops, settings)
         for step in range(s["steps"])
     ]
     found = {f"steps.{name}": np.array(column) for name, column in zip(("loss", "norm", "lr"), zip(*rows))}
@@ -286,8 +292,8 @@ def write_golden(path, cfg, flat, s, T):
     where = {
         "parameters": "layout, section 1.2",
         "gradients": "loss_and_gradients and add_lookup_gradient, sections 4 and 1.2",
-        "steps": "update, section 3 of train.py",
-        **dict.fromkeys(("after", "moment1", "moment2"), "adamw_spec, section 3 of train.py"),
+        "steps": "update of train.py",
+        **dict.fromkeys(("after", "moment1", "moment2"), "adamw_spec of train.py"),
         "loss": "loss_and_gradients, section 4",
     }
     legend = {name: legend.get(name) or where.get(name.split(".")[0], "the batch") for name in [*tensors, *legend]}
@@ -488,7 +494,7 @@ def command_picture(args):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="explain.py", description="Explain a model: trace of its ops, golden numbers, picture.")
+    parser = bpe.Parser(prog="explain.py", description="Explain a model: trace of its ops, golden numbers, picture.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(name, run, what):
@@ -506,10 +512,12 @@ def main(argv=None):
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained model instead")
     command.add_argument("--scaled-down", action="store_true", help="the same architecture with short axes")
     command.add_argument(
-        "--batch-size", type=train.SOME, default=2, metavar="B", help="sequences per update (default %(default)s)"
+        "--batch-size", type=train.SEQUENCES, default=2, metavar="B", help="sequences (default %(default)s)"
     )
-    command.add_argument("--seq-len", type=train.SOME, metavar="T", help="tokens of each (default 8, or the window)")
-    command.add_argument("--seed", type=train.in_range(int, 0, 2**63 - 1), default=0, help="(default %(default)s)")
+    command.add_argument(
+        "--seq-len", type=train.SEQUENCES, metavar="T", help="tokens of each (default 8, or the window)"
+    )
+    command.add_argument("--seed", type=bpe.in_range(int, 0, 2**63 - 1), default=0, help="(default %(default)s)")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     command = add("picture", command_picture, "the architecture as an SVG")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="an .svg file to write")

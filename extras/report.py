@@ -21,9 +21,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sample
+import bpe
 import tinygpt
-import train
 
 # == 1  the log ========================================================================================================
 
@@ -439,7 +438,7 @@ def medians(points):
     return [(group[len(group) // 2][0], median(y for _, y in group)) for group in groups]
 
 
-NOT_LISTED = ("files", "checksums", "prompts")  # left out of tables: too long, or shown elsewhere
+NOT_LISTED = ("files", "checksums", "prompts", "flags")  # left out of tables: too long, or shown elsewhere
 FOLLOWS = ("min_lr", "steps", "warmup_steps", "eval_every", "eval_tokens", "train_tokens", "micro_batch_size")
 FOLLOWS += ("kv_heads", "head_width", "hidden", "position_rows", *NOT_LISTED)  # mostly derived from other settings
 
@@ -715,7 +714,7 @@ def settings_list(logs):
     rows = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(setting(value))}</dd></div>"
         for name, value in logs[0].settings.items()
-        if name not in apart and name not in NOT_LISTED
+        if name not in apart and name not in NOT_LISTED and value != ""
     ]
     title = "Settings" if len(logs) == 1 else "Settings shared by all runs"
     return f'<h2 id="settings">{title}</h2><dl class="settings">{"".join(rows)}</dl>' if rows else ""
@@ -845,7 +844,7 @@ class TensorBoard:
             raise ValueError("--tensorboard needs tensorboardX; pip install tensorboardX tensorboard") from None
         path = folder / "tensorboard"
         self.writer = SummaryWriter(str(path), purge_step=0, flush_secs=5)  # purge_step=0 replaces an earlier export
-        train.note(f"to view it:  {shlex.join(['tensorboard', '--logdir', str(path)])}")
+        bpe.note(f"to view it:  {shlex.join(['tensorboard', '--logdir', str(path)])}")
 
     def settings(self, entry):
         self.writer.add_text("settings", "    " + json.dumps(entry, indent=2).replace("\n", "\n    "), 0)
@@ -916,7 +915,7 @@ def hand_on_runs(args):
 
 
 def main(argv=None):
-    parser = sample.Parser(prog="report.py", description="Write a page about runs from their logs, or export the logs.")
+    parser = bpe.Parser(prog="report.py", description="Write a page about runs from their logs, or export the logs.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, a folder of runs, or a log.jsonl")
     add("--out", type=Path, metavar="FILE", help="the page to write (default report.html)")
@@ -935,7 +934,7 @@ def main(argv=None):
         write_page(read_logs(args.runs), path)
     except (OSError, ValueError) as error:
         parser.error(error)
-    train.note(f"{path}: {path.stat().st_size:,} bytes")
+    bpe.note(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 
 

@@ -30,9 +30,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import locks
 import report
 
-import sample
+import bpe
 import tinygpt
 import train
 
@@ -114,8 +115,8 @@ def refuse(message):
 def check(args):
     """ValueError if train.py would reject these settings for any text."""
     args.size = args.size or "1m"
-    base = tinygpt.SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
-    train.resolve(args, base.changed(seq_len=args.seq_len or base.seq_len))
+    cfg = tinygpt.SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
+    train.choose_settings(args, cfg.changed(seq_len=args.seq_len or cfg.seq_len))
 
 
 def folder_of(swept, trials):
@@ -150,8 +151,8 @@ def read_trial(trial, folder):
         log = report.read_log(folder / "log.jsonl", trial.name)
     except FileNotFoundError:
         return None
-    asked = train.asked(train.make_parser().parse_args(trial.words))
-    if log.settings.get("asked", asked) != asked:
+    flags = train.flags_given(train.make_parser().parse_args(trial.words))
+    if log.settings.get("flags", flags) != flags:
         raise ValueError(f"{folder} holds a run with other flags than this trial's; move it elsewhere")
     return log if log.settings else None
 
@@ -225,7 +226,7 @@ def lock_trial(folder, stop, head):
             return train.lock_log(folder)
         except ValueError as error:
             if not waiting:
-                train.note(f"{head}: {str(error).partition(';')[0]}; waiting until it ends ...")
+                bpe.note(f"{head}: {str(error).partition(';')[0]}; waiting until it ends ...")
             waiting = True
             time.sleep(0.5)
 
@@ -240,13 +241,13 @@ def run_trial(trial, folder, stop, head):
             except ValueError as error:
                 return str(error)
             if is_finished(folder):
-                train.note(f"{head}: already finished")
+                bpe.note(f"{head}: already finished")
                 return None
             if not has_checkpoint(folder):  # killed early: start again, without its best model
                 lock.truncate(0)
                 for path in folder.glob("*.safetensors"):
                     path.unlink()
-        train.note(f"{head} ...")
+        bpe.note(f"{head} ...")
         begun = time.monotonic()
         status, last = run_process(trial, folder, stop, show)
         show.clear()
@@ -254,7 +255,7 @@ def run_trial(trial, folder, stop, head):
             return None
         if is_finished(folder):
             bits = report.score(report.read_log(folder / "log.jsonl", trial.name))
-            train.note(f"{head}: {bits:.4f} bits/byte in {train.clock(time.monotonic() - begun)}")
+            bpe.note(f"{head}: {bits:.4f} bits/byte in {bpe.clock(time.monotonic() - begun)}")
             return ""
         if train.BUSY not in last:  # otherwise another process locked the log first: wait for it
             killed = status < 0 or not last
@@ -278,7 +279,7 @@ def run_all(trials, folder):
                 continue
             if why:
                 failed[trial.name] = why
-                train.note(f"{head}: failed: {why}")
+                bpe.note(f"{head}: failed: {why}")
             write_results(trials, folder, failed)
     finally:
         for number, handler in old.items():
@@ -339,11 +340,11 @@ def finish(trials, folder, failed):
     rows = results(trials, folder, failed)
     if not rows:
         return
-    train.say("\n".join(table(rows)))
-    train.note(f"as JSON lines: {folder / 'results.jsonl'}")
+    bpe.say("\n".join(table(rows)))
+    bpe.note(f"as JSON lines: {folder / 'results.jsonl'}")
     if logs := report.best_first(read_begun(trials, folder).values()):
         report.write_page(logs, folder / "report.html")
-        train.note(f"curves:        {folder / 'report.html'}")
+        bpe.note(f"curves:        {folder / 'report.html'}")
 
 
 # == 4  command line ===================================================================================================
@@ -356,7 +357,7 @@ def claim(folder, trials):
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no sweep; name another --out or leave it out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = train.open_locked(path, f"another process is running the sweep in {folder}")
+    lock = locks.open_locked(path, f"another process is running the sweep in {folder}")
     found = path.read_text(encoding="utf-8", errors="replace")
     if found not in ("", text):
         lock.close()
@@ -369,7 +370,7 @@ def claim(folder, trials):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = sample.Parser(
+    parser = bpe.Parser(
         prog="sweep.py",
         usage="sweep.py FIELD=A,B,C [FIELD=...] [--out FOLDER] [--list] [flags of train.py]",
         description="Run train.py for every combination of values; size='graphcore-*' stands for all matching sizes.",
@@ -388,16 +389,16 @@ def main(argv=None):
         if args.list:
             for trial in trials:
                 words = train.command("train.py", *trial.words, "--out", folder / trial.name)
-                train.say(f"{state_of(folder / trial.name):8}  {words}")
+                bpe.say(f"{state_of(folder / trial.name):8}  {words}")
             return 0
         with claim(folder, trials):
-            train.note(f"{len(trials)} trials in {folder}")
+            bpe.note(f"{len(trials)} trials in {folder}")
             failed, stopped = run_all(trials, folder)
             finish(trials, folder, failed)
     except (OSError, ValueError) as error:
         parser.error(error)
     if stopped:
-        train.note(f"stopped; to resume:  {train.command('extras/sweep.py', *argv)}")
+        bpe.note(f"stopped; to resume:  {train.command('extras/sweep.py', *argv)}")
         return 130
     return 1 if failed else 0
 

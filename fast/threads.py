@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from fast.jit import COMPILE, stamped
 from fast.memory import word_at
-from tinygpt import aligned, count_cores
+from tinygpt import THREADS, aligned
 
 # A launch goes through one array of words, from machine code to machine code: waking a thread takes 100 us and the
 # interpreter's lock 70, which is what a task takes. Each word that threads contend for has a cache line of its own.
@@ -171,7 +171,7 @@ class Pool:
 
     def __init__(self):
         self.lock, self.changed = threading.Lock(), threading.Condition()
-        self.threads, self.helpers, self.asleep, self.wakes, self.stopping = count_cores(), [], 0, 0, False
+        self.threads, self.helpers, self.asleep, self.wakes, self.stopping = THREADS.count, [], 0, 0, False
         self.words = aligned(WORDS, np.int64)
         self.words[GATE] = CLOSED
         self.compiles = None  # name -> whether to compile what has it, where nothing is to run

@@ -5,10 +5,13 @@ import inspect
 import itertools
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import LONG, trained, workshop, write_stories
 
+import bpe
 import fast
 import tinygpt
 from fast import bf16
@@ -194,3 +197,30 @@ def pool():
     threads = fast.POOL.threads
     yield fast.POOL
     fast.POOL.resize(threads)
+
+
+# -- runs of a tiny model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_stories(tmp_path_factory.mktemp("text") / "stories.txt")
+
+
+@pytest.fixture
+def place(tmp_path):
+    with workshop(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """An uninterrupted run of 12 updates: its folder, and what it printed."""
+    with workshop(tmp_path_factory.mktemp("finished")) as folder:
+        out, err = trained("--data", text, *LONG)
+    return SimpleNamespace(folder=folder / "runs" / "tiny", out=out, err=err)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text):
+    return bpe.Tokenizer.from_merges(bpe.train(bpe.documents([text]), 35))

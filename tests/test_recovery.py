@@ -17,17 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import (
+from helpers import (
     LONG,
-    finished,
+    NUMPY,
+    ROOT,
+    SMALL,
     interrupt_at,
     invoke,
     losses,
     model_bytes,
-    place,
     read_log,
     refusal,
-    text,
     trained,
     write_stories,
 )
@@ -35,11 +35,6 @@ from test_train import (
 import bpe
 import tinygpt
 import train
-
-__all__ = ["finished", "place", "text"]  # fixtures
-ROOT = Path(train.__file__).resolve().parent
-SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 --batch-size 2 --threads 1".split()
-NUMPY = [*SMALL, "--kernels", "numpy"]  # starts without a compiler
 
 
 def start(folder, *words, **more):
@@ -101,7 +96,9 @@ def result(folder):
     tensors = [(c.parameters.tobytes(), {name: x.tobytes() for name, x in c.extra.items()}) for c in kept]
     places = [(c.metadata.get("step"), c.metadata.get("evaluated"), c.metadata.get("best")) for c in kept]
     settings, *entries = read_log(folder)
-    settings["settings"].pop("asked")  # --minutes here, --steps in the command that repeats it
+    settings["settings"].pop("flags")  # --minutes here, --steps in the command that repeats it
+    checksums = settings["settings"].pop("checksums").items()  # without the times when the token files were written
+    settings["checksums"] = {path: crc32 for path, (crc32, *_) in checksums}
     return files, tensors, places, settings, [{k: v for k, v in e.items() if k != "seconds"} for e in entries]
 
 
@@ -149,6 +146,7 @@ INJECT = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import bpe, fast, tinygpt, train
+from extras import curve, locks, plan, summary
 what, stride, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 sys.modules["matplotlib"] = None
 train.measure_peak = lambda: 1e11
@@ -187,7 +185,7 @@ def patched_open(path, mode="r", **more):
     f = open(path, mode, **more)
     return f if mode in ("r", "rb") else File(f)
 
-for module in (bpe, tinygpt, train):
+for module in (bpe, tinygpt, train, locks):
     module.open = patched_open
 for name in ("fsync", "replace", "mkdir", "remove"):
     real = getattr(os, name)

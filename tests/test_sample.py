@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ops_of
-from test_eval import write_llama2c
-from test_train import TINY, invoke, own_helps, refusal, shown, trained, workshop, write_stories
+from helpers import TINY, invoke, own_helps, refusal, shown, trained, workshop, write_llama2c, write_stories
 
 import bpe
 import sample
@@ -200,7 +199,6 @@ def test_without_a_checkpoint_one_line_says_what_to_type(place):
 TRAINING = f"""
 import sys, tinygpt, train
 tinygpt.SIZES["tiny"] = tinygpt.{TINY!r}
-train.DEFAULTS["batch_size"] = 4
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -208,6 +206,7 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.skipif(os.name != "posix", reason="SIGTERM ends a process at once elsewhere")
 def test_stories_are_told_while_training_runs_and_sigterm_saves(place, model):
     words = ["--size", "tiny", "--data", model.folder / "s.txt", "--steps", 1000000, "--threads", 1, "--save-every", 0]
+    words += ["--batch-size", 4]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(
         [sys.executable, "-c", TRAINING, *map(str, words)], env=environment, stderr=subprocess.PIPE, text=True

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_train import invoke, read_log, refusal, write_stories
+from helpers import invoke, read_log, refusal, write_stories
 
 import tinygpt
 import train

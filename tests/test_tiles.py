@@ -14,26 +14,14 @@ import numba
 import numpy as np
 import pytest
 from conftest import as_bytes, ops_of, random_batch, random_parameters, relative, run_model, tiny_config
+from helpers import interrupt_at, invoke, losses, model_bytes, read_log, refusal, trained
 from llvmlite import binding
 from test_kernels import around, bytes_of_any_threads, guarded
-from test_train import (
-    interrupt_at,
-    invoke,
-    losses,
-    model_bytes,
-    place,
-    read_log,
-    refusal,
-    text,
-    trained,
-)
 
 import fast
 import tinygpt
 import train
 from fast import bf16, products, workspace
-
-__all__ = ["place", "text"]  # fixtures
 
 HAS_UNIT = bf16.why_not() is None
 KINDS = ["stand-in", "float64", *(["amx"] if HAS_UNIT else [])]
@@ -413,8 +401,6 @@ def test_the_table_says_why_it_cannot_multiply(monkeypatch):
 def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(place, text):
     message = refusal(train.main, "train.py", "--data", text, "--kernels", "numpy", "--dtype", "bfloat16")
     assert message.startswith("--dtype bfloat16 is about the products of kernels")
-    message = refusal(train.main, "train.py", "--data", text, "--eval", "x.safetensors", "--dtype", "float32")
-    assert "--eval trains nothing; leave out --dtype" in message
     _, err = trained("--data", text, *STEPS, "--kernels", "numpy")
     assert "precision float32\n" in err
 

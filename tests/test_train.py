@@ -1,12 +1,10 @@
 """train.py: data, AdamW, updates, whole runs of a tiny model, and every misuse that should end in one line."""
 
-import contextlib
 import dataclasses
 import io
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -20,6 +18,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TABLES, ops_of, tiny_config
+from helpers import (
+    LONG,
+    PLAIN,
+    RECIPE,
+    SETTINGS,
+    TINY,
+    WORDS,
+    fresh,
+    interrupt_at,
+    invoke,
+    losses,
+    model_bytes,
+    own_helps,
+    random_batch,
+    read_log,
+    refusal,
+    shown,
+    trained,
+    write_stories,
+)
 
 import bpe
 import fast
@@ -27,130 +45,12 @@ import tinygpt
 import train
 from extras import stories
 
-TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
-RECIPE = (1.2e-2, 4)  # learning rate, as train.recipe_of gives it, and sequences per update
-SETTINGS = dict(lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=8, batch_size=4, micro_batch_size=4, grad_clip=1.0)
-SETTINGS |= dict(weight_decay=0.1, beta1=0.9, beta2=0.95, seed=0)
-
-
 # == tools =============================================================================================================
-
-
-def write_stories(path, seed=0, count=60):
-    """A text file of generated stories -> its path."""
-    text = "".join(f"{story}\n{bpe.END}\n" for story in islice(stories.generate(seed), count))
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return path
-
-
-@contextlib.contextmanager
-def workshop(folder):
-    """Work in `folder`, offline, with a tiny size, one thread, no matplotlib, a peak that nobody measures, no tiles."""
-    threads = fast.POOL.threads
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setitem(tinygpt.SIZES, "tiny", TINY)
-        patch.setitem(train.DEFAULTS, "batch_size", RECIPE[1])
-        patch.setitem(sys.modules, "matplotlib", None)
-        patch.setattr(train, "measure_peak", lambda: 1e11)
-        patch.setattr(fast, "why_no_bf16", lambda: "there are no tiles in this workshop")
-        fast.POOL.resize(1)
-        try:
-            yield folder
-        finally:
-            fast.POOL.resize(threads)
-
-
-def invoke(main, *words):
-    """main(words) -> status, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as leave:
-            status = leave.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def trained(*words):
-    """A run that must succeed -> stdout, stderr."""
-    status, out, err = invoke(train.main, "--size", "tiny", *words)
-    assert status == 0, err
-    return out, err
-
-
-def refusal(main, program, *words):
-    """The message of a run that must end with status 2 and exactly one line that says why."""
-    status, _, err = invoke(main, *words)
-    assert status == 2, err
-    lines = err.splitlines()
-    assert [line.startswith(f"{program}: error: ") for line in lines].count(True) == 1, err
-    assert lines[-1].startswith(f"{program}: error: ") and "Traceback" not in err, err
-    return lines[-1].removeprefix(f"{program}: error: ")
-
-
-def read_log(folder="runs/tiny"):
-    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
-
-
-def losses(folder="runs/tiny"):
-    return {e["step"]: e["loss"] for e in read_log(folder) if "loss" in e}
-
-
-def model_bytes(folder="runs/tiny"):
-    """All that training has changed: parameters and both moments of the last checkpoint, and the best one whole."""
-    last = tinygpt.load_checkpoint(Path(folder, "last.safetensors"))
-    moments = [last.extra[name].tobytes() for name in ("moment1", "moment2")]
-    return last.parameters.tobytes(), *moments, Path(folder, "best.safetensors").read_bytes()
-
-
-def interrupt_at(monkeypatch, step, interrupt):
-    """Call interrupt() in the middle of the update after `step`: when one of its micro-batches is done."""
-    real, here = tinygpt.loss_and_gradients, []
-
-    def wrapped(p, tokens, targets, weights, g, *rest):
-        result = real(p, tokens, targets, weights, g, *rest)
-        if g is not None:
-            here.append(1)
-            if len(here) == 2 * step + 1:  # runs that are interrupted have two micro-batches
-                interrupt()
-        return result
-
-    monkeypatch.setattr(tinygpt, "loss_and_gradients", wrapped)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_stories(tmp_path_factory.mktemp("text") / "stories.txt")
-
-
-@pytest.fixture
-def place(tmp_path):
-    with workshop(tmp_path):
-        yield tmp_path
-
-
-PLAIN = ("--steps", 12, "--eval-every", 5, "--micro-batch-size", 2)
-LONG = (*PLAIN, "--seed", 3, "--prompt", "Lily", "--prompt", "Zo\u00eb")
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
-    """An uninterrupted run of 12 updates: its folder, and what it printed."""
-    with workshop(tmp_path_factory.mktemp("finished")) as folder:
-        out, err = trained("--data", text, *LONG)
-    return SimpleNamespace(folder=folder / "runs" / "tiny", out=out, err=err)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(text):
-    return bpe.Tokenizer.from_merges(bpe.train(bpe.documents([text]), 35))
 
 
 def prepare(*words, seq_len=TINY.seq_len):
     args = train.make_parser().parse_args([str(word) for word in words])
-    return train.prepare_data(args, {"batch_size": 4}, TINY.changed(seq_len=seq_len), TINY.vocab_size)
+    return train.prepare_data(args, TINY.changed(seq_len=seq_len), batch_size=4)
 
 
 # == 1  text to token files ============================================================================================
@@ -189,9 +89,6 @@ def test_hold_out_cuts_one_document_by_bytes(tokenizer):
     assert abs(train.count_bytes(kept, tokenizer) - 0.98 * len(story.encode())) <= longest
 
 
-WORDS = " ".join(islice(stories.generate(1), 60)).split(" ")
-
-
 def joined_stories(tokenizer, sizes):
     """Tokens of stories of these numbers of words, each with its end."""
     return np.concatenate([[*tokenizer.encode(" ".join(WORDS[:size])), tokenizer.end] for size in sizes])
@@ -218,34 +115,6 @@ def test_hold_out_cuts_inside_a_story_where_whole_ones_would_be_too_much(tokeniz
 def test_hold_out_prefers_whole_stories_of_about_two_percent(tokenizer, sizes, whole):
     share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
     assert 0.01 <= share <= 0.05 and stories == whole and not inside
-
-
-@pytest.mark.parametrize("sizes", [[200, 200], [100] * 20, [20] * 9 + [3000], [3000], [50] * 120])
-def test_hold_out_cuts_at_the_same_place_whatever_it_counts_at_a_time(tokenizer, monkeypatch, sizes):
-    tokens = joined_stories(tokenizer, sizes)
-    cut = len(train.hold_out(tokens, tokenizer)[0])
-    for size in (1, 7, 100, len(tokens) - 1, len(tokens)):
-        monkeypatch.setattr(train, "COUNTED", size)
-        assert len(train.hold_out(tokens, tokenizer)[0]) == cut
-
-
-@pytest.mark.parametrize("count, piece", [(1, "cut inside a story"), (2, "cut inside a story"), (50, "1 story")])
-def test_the_first_lines_say_what_is_held_out(place, count, piece):
-    path = write_stories(place / "s.txt", count=count)
-    path.write_text(path.read_text("utf-8").replace(".", ". " + " ".join(WORDS[:9])), "utf-8")
-    _, err = trained("--data", path, "--steps", 1)
-    (line,) = [line for line in err.splitlines() if line.startswith("data ")]
-    total, valid, share, what = re.search(
-        r": ([\d,]+) tokens, ([\d,]+) for validation \(the last (.*)%, (.*)\);", line
-    ).groups()
-    assert what == piece
-    total, valid = (int(number.replace(",", "")) for number in (total, valid))
-    assert float(share) == pytest.approx(100 * valid / (total + valid), abs=0.06)
-
-
-def test_the_first_lines_of_a_run_with_validation_text_hold_nothing_out(place, text):
-    _, err = trained("--data", text, "--val-data", text, "--steps", 1)
-    assert " for validation; ln V" in err
 
 
 def test_bits_per_byte_divides_by_the_bytes_of_the_text(tokenizer):
@@ -431,7 +300,7 @@ def test_epochs_and_seeds_differ_in_order_and_in_where_they_cut():
 
 # == 3  AdamW ==========================================================================================================
 
-SIZE, DECAYED = 2 * train.FLAT_BLOCK + 1001, train.FLAT_BLOCK + 77  # the border lies inside a block
+SIZE, DECAYED = 2 * train.NORM_BLOCK + 1001, train.NORM_BLOCK + 77  # the border lies inside a block
 
 
 def adamw_run(dtype, step, drawn=None):
@@ -453,8 +322,8 @@ SCALE, LR, DECAY, BETA1, BETA2 = 0.37, 3e-2, 0.2, 0.9, 0.95
 
 def by_kernel(p, g, m, v, t):
     fixes = 1 / (1 - BETA1**t), 1 / (1 - BETA2**t)
-    rates = (DECAYED, SCALE, LR, DECAY, BETA1, BETA2, *fixes, train.ADAM_EPS)
-    fast.POOL.run(train.adamw_kernel, -(-SIZE // train.FLAT_BLOCK), p, g, m, v, *rates)
+    rates = np.array([SCALE, LR, DECAY, BETA1, BETA2, *fixes, train.ADAM_EPS])
+    tinygpt.THREADS.run(train.adamw_kernel, SIZE, p, g, m, v, DECAYED, tuple(rates.tolist()))
 
 
 def by_spec(p, g, m, v, t):
@@ -492,10 +361,6 @@ def test_adamw_is_that_of_torch(step):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def fresh(dtype=np.float32, seed=0):
-    return train.State(TINY, tinygpt.init_parameters(TINY, seed, dtype))
-
-
 def test_only_matrices_decay():
     state = fresh(np.float64)
     state.parameters += 1
@@ -507,7 +372,7 @@ def test_only_matrices_decay():
     seen = set()
     for one, other in pairs:
         for name in {name for name, x in one.items() if x is not None} - {"layers"}:
-            factor = 1 - 0.5 * SETTINGS["weight_decay"] if name in matrices else 1
+            factor = 1 - 0.5 * SETTINGS.weight_decay if name in matrices else 1
             np.testing.assert_allclose(other[name], factor * one[name], rtol=1e-12)
             seen.add(name)
     assert matrices < seen
@@ -525,7 +390,7 @@ def test_norm_is_that_of_numpy(pool, threads):
 
 
 def test_learning_rate_warms_up_then_falls_by_half_a_cosine():
-    s = dict(lr=0.4, min_lr=0.1, warmup_steps=4, steps=15)
+    s = train.Settings(lr=0.4, min_lr=0.1, warmup_steps=4, steps=15)
     rates = [train.learning_rate(step, s) for step in range(15)]
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=1e-12)
     assert rates[4] == max(rates) == pytest.approx(0.4, rel=1e-12)
@@ -535,7 +400,7 @@ def test_learning_rate_warms_up_then_falls_by_half_a_cosine():
 
 
 def rates(schedule, steps=102, warmup=1, **more):
-    s = dict(lr=1.0, min_lr=0.1, warmup_steps=warmup, steps=steps, schedule=schedule) | more
+    s = train.Settings(lr=1.0, min_lr=0.1, warmup_steps=warmup, steps=steps, schedule=schedule, **more)
     return np.array([train.learning_rate(step, s) for step in range(steps)])
 
 
@@ -559,22 +424,15 @@ def test_every_schedule_turns_its_corners():
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (2, 5), (3, 3), (4, 0)])
 def test_learning_rate_stays_in_its_range_in_short_runs(steps, warmup):
-    s = dict(lr=0.4, min_lr=0.1, warmup_steps=warmup, steps=steps)
+    s = train.Settings(lr=0.4, min_lr=0.1, warmup_steps=warmup, steps=steps)
     assert all(0 < train.learning_rate(step, s) <= 0.4 * (1 + 1e-12) for step in range(steps))
 
 
 # == update ============================================================================================================
 
 
-def random_batch(count=4, seed=0):
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, TINY.vocab_size, (count, TINY.seq_len + 1))
-    weights = (rng.random((count, TINY.seq_len)) > 0.3).astype(np.float32)
-    return tokens[:, :-1], tokens[:, 1:], weights
-
-
 def updates(micro, kernels="fast", dtype=np.float32, count=3, **changes):
-    s = SETTINGS | dict(micro_batch_size=micro) | changes
+    s = dataclasses.replace(SETTINGS, micro_batch_size=micro, **changes)
     state = fresh(dtype)
     ops = tinygpt.with_buffers(ops_of(kernels), TINY, micro, TINY.seq_len, dtype)
     results = [train.update(state, random_batch(seed=i), ops, s) for i in range(count)]
@@ -617,7 +475,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     for clip, expected in ((norm / 3, norm / 3), (norm * 3, norm), (0.0, norm)):
         state, [(_, same, _)] = updates(4, count=1, grad_clip=clip)
         assert same == norm
-        used = np.linalg.norm(state.m.astype(np.float64)) / (1 - SETTINGS["beta1"])
+        used = np.linalg.norm(state.m.astype(np.float64)) / (1 - SETTINGS.beta1)
         assert used == pytest.approx(expected, rel=1e-5)
 
 
@@ -645,6 +503,73 @@ def test_a_gradient_that_is_infinite_changes_nothing(monkeypatch):
     with pytest.raises(FloatingPointError, match="grad norm inf"):
         train.update(state, random_batch(), ops, SETTINGS)
     assert state.parameters.tobytes() == before and state.step == 0
+
+
+# -- accumulation===========
+
+
+def test_validation_leaves_training_with_dropout_as_it_is(place, text):
+    words = ("--data", text, "--steps", 12, "--dropout", 0.3, "--seed", 2)
+    found = []
+    for every in (12, 1, 5):
+        trained(*words, "--eval-every", every, "--save-every", 0, "--prompt", "Lily")
+        found.append((model_bytes()[:3], [(e["loss"], e["norm"]) for e in read_log() if "loss" in e]))
+        shutil.rmtree("runs")
+    assert found[0] == found[1] == found[2]
+
+
+class Kept(train.State):
+    """A state whose update keeps the gradient that AdamW would use."""
+
+    def adamw(self, lr, scale, s):
+        self.kept = self.gradient * self.gradient.dtype.type(scale)
+
+
+def gradient_of_an_update(table, dtype, micro, cfg):
+    inputs, targets, weights = random_batch(8)
+    for row, count in enumerate((0, 1, 5, TINY.seq_len, 3, 0, 2, 9)):  # counts that differ from sequence to sequence
+        weights[row] = np.arange(TINY.seq_len) < count
+    state = Kept(cfg, tinygpt.init_parameters(cfg, 0, dtype))
+    ops = tinygpt.with_buffers(ops_of(table), cfg, micro, TINY.seq_len, np.dtype(dtype))
+    s = dataclasses.replace(SETTINGS, batch_size=8, micro_batch_size=micro, grad_clip=0.0)
+    result = train.update(state, (inputs, targets, weights.astype(dtype)), ops, s)
+    return state.kept, result
+
+
+DROPPED = TINY.changed(attention_dropout=0.2, out_dropout=0.2, mlp_dropout=0.2)
+
+
+@pytest.mark.parametrize("cfg", [TINY, DROPPED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("table", ["numpy", "fast"])
+def test_micro_batches_whose_token_counts_differ_give_the_gradient_of_the_whole(table, cfg):
+    whole, (loss, norm, _) = gradient_of_an_update(table, np.float64, 8, cfg)
+    for micro in (1, 2, 4):
+        cut, (same_loss, same_norm, _) = gradient_of_an_update(table, np.float64, micro, cfg)
+        assert np.abs(cut - whole).max() <= 1e-12 * np.abs(whole).max()
+        assert same_loss == pytest.approx(loss, rel=1e-12) and same_norm == pytest.approx(norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("cfg", [TINY, DROPPED], ids=["plain", "dropout"])
+def test_micro_batches_whose_token_counts_differ_give_the_same_bytes_in_float32(cfg):
+    found = {
+        (x.tobytes(), *figures)
+        for x, figures in (gradient_of_an_update("fast", np.float32, n, cfg) for n in (1, 2, 4, 8))
+    }
+    assert len(found) == 1
+
+
+def test_the_gradient_of_an_update_is_that_of_the_mean_over_its_targets():
+    """A mean of the micro-batches' means would be another one."""
+    state = fresh(np.float64)
+    inputs, targets, weights = random_batch(8)
+    for row, count in enumerate((0, 1, 5, TINY.seq_len, 3, 0, 2, 9)):
+        weights[row] = np.arange(TINY.seq_len) < count
+    gradient, g = tinygpt.zero_gradients(TINY, np.float64)
+    share = weights.astype(np.float64) / weights.sum()
+    tinygpt.loss_and_gradients(state.p, inputs, targets, share, g, TINY, tinygpt.OPS["numpy"])
+    tinygpt.add_lookup_gradient(g)
+    found, _ = gradient_of_an_update("numpy", np.float64, 2, TINY)
+    assert np.abs(found - gradient).max() <= 1e-12 * np.abs(gradient).max()
 
 
 # == 4  evaluation =====================================================================================================
@@ -731,29 +656,16 @@ def test_the_log_has_settings_then_each_update_once_then_the_last_validation(fin
     assert all(0 < e["lr"] <= RECIPE[0] * (1 + 1e-12) and e["norm"] > 0 for e in entries if "loss" in e)
 
 
-def test_the_logged_command_repeats_the_run_to_the_byte(place, finished):
-    program, script, *words = shlex.split(read_log(finished.folder)[0]["command"])
-    assert (program, script) == ("python", "train.py")
-    status, out, err = invoke(train.main, *words)
-    assert status == 0, err
-    assert model_bytes() == model_bytes(finished.folder)
-    assert out == finished.out
-
-
-def test_the_logged_command_keeps_a_prompt_that_begins_with_a_dash(place, text):
-    trained("--data", text, "--steps", 1, "--prompt=-Lily")
-    words = shlex.split(read_log()[0]["command"])[2:]
-    assert invoke(train.main, *words)[0] == 0
-    assert model_bytes() == model_bytes("runs/tiny-2")
-
-
 def test_best_is_the_model_alone_at_its_best_validation(place, text, monkeypatch):
     figures = iter([3.0, 2.0, 2.5, 2.2])  # of updates 2, 4, 6, and of all validation tokens
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: next(figures))
-    kept = {}
-    monkeypatch.setattr(
-        train, "tell", lambda state, *_: kept.setdefault(state.step, state.parameters.tobytes()).hex()[:8]
-    )
+    kept, real = {}, train.Run.generate_stories
+
+    def keep(run, stopped):
+        kept[run.state.step] = run.state.parameters.tobytes()
+        return real(run, stopped)
+
+    monkeypatch.setattr(train.Run, "generate_stories", keep)
     trained("--data", text, "--steps", 6, "--eval-every", 2, "--prompt", "Lily")
     best = tinygpt.load_checkpoint("runs/tiny/best.safetensors")
     assert best.parameters.tobytes() == kept[4] and not best.extra
@@ -816,7 +728,7 @@ def test_stderr_shows_settings_progress_and_what_to_type_next(finished):
 def test_a_console_without_a_character_gets_a_question_mark(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
-    train.say("Zo\u00eb \u65e5")
+    bpe.say("Zo\u00eb \u65e5")
     assert raw.getvalue().rstrip() == "Zo\u00eb ?".encode("cp1252")
 
 
@@ -838,12 +750,6 @@ def test_out_that_holds_a_run_is_refused_and_left_as_it_was(place, text):
 
 
 # == interrupted runs ==================================================================================================
-
-
-def shown(err, what):
-    """The words after `what` in stderr: a command to type."""
-    line = next(line for line in err.splitlines() if line.startswith(what))
-    return shlex.split(line.removeprefix(what))
 
 
 @pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGINT", 5), ("SIGTERM", 7), ("SIGTERM", 11)])
@@ -1108,64 +1014,6 @@ def test_a_learning_rate_that_is_far_too_high_ends_in_one_line_that_names_the_ch
     assert np.isfinite(tinygpt.load_checkpoint("runs/tiny/last.safetensors").parameters).all()
 
 
-def test_a_number_that_is_none_while_the_speed_is_measured_ends_in_one_line(place, text, monkeypatch):
-    def overflow(p, tokens, *rest):
-        return math.nan, np.full(tokens.shape, np.nan)
-
-    monkeypatch.setattr(tinygpt, "loss_and_gradients", overflow)
-    message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--minutes", 0.01)
-    assert "loss is nan" in message
-    assert not list(place.glob("runs/*"))
-
-
-def test_ctrl_c_while_the_speed_is_measured_leaves_no_folder(place, text, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tinygpt, "loss_and_gradients", interrupt)
-    assert invoke(train.main, "--size", "tiny", "--data", text, "--minutes", 0.01)[0] == 130
-    assert not list(place.glob("runs/*"))
-
-
-class Clock:
-    """A clock that stands still but for what `passes` adds: in place of train.py's `time`."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    perf_counter = monotonic
-
-
-def measured(monkeypatch, seconds, budget):
-    """The pace measured where update `number` takes seconds(number), and how many were made."""
-    clock, made = Clock(), []
-    monkeypatch.setattr(train, "time", clock)
-
-    def run_update(number):
-        made.append(number)
-        clock.now += seconds(number)
-
-    return train.measure_pace(run_update, budget), made
-
-
-def test_the_pace_is_measured_for_3_percent_of_the_time_and_without_the_update_that_compiles(monkeypatch):
-    for budget, count in ((300, 36), (60, 8), (1, 4), (36_000, 120)):  # 9 s, 1.8 s, four updates at least, 30 s at most
-        pace, made = measured(monkeypatch, lambda number: 0.25 if number else 50.0, budget)
-        assert pace == 0.25 and made == list(range(count + 1)), budget
-
-
-@pytest.mark.parametrize("early, late, expected", [(0.25, 0.5, 0.5), (0.5, 0.25, 0.5), (0.25, 0.25, 0.25)])
-def test_the_pace_is_that_of_the_slower_half_of_the_measurement(monkeypatch, early, late, expected):
-    budget = (10 * (early + late) - 0.1) / 0.03
-    pace, made = measured(monkeypatch, lambda number: early if number <= 10 else late, budget)
-    assert len(made) == 21 and pace == expected
-    four, _ = measured(monkeypatch, lambda number: early if number <= 2 else late, 0.1)
-    assert four == expected
-
-
 def test_the_recent_pace_forgets_the_compilation_and_follows_a_machine_that_slows_down():
     pace = train.recent_pace(0.0, 50.0, 1)
     assert pace == 50 and train.recent_pace(pace, 0.1, 2) == 0.1
@@ -1177,63 +1025,6 @@ def test_the_recent_pace_forgets_the_compilation_and_follows_a_machine_that_slow
     assert train.seconds_left(97, 0.5) == pytest.approx(50)  # 3% for what stands between updates
 
 
-def by_the_clock(monkeypatch, text, seconds, *words):
-    """stderr of a run whose update number n (all that are made, from 0) takes seconds(n) of a clock that else stands
-    still, and what the clock shows at its end."""
-    clock, real, made = Clock(), train.update, []
-
-    def update(*arguments):
-        result = real(*arguments)
-        clock.now += seconds(len(made))
-        made.append(1)
-        return result
-
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "update", update)
-    _, err = trained("--data", text, *words)
-    return err, clock.now - 1000
-
-
-def lefts(err):
-    """{step: seconds left} of the lines that say so."""
-    found = re.findall(r"^step (\d+) .* tok/s .*?(?:\| (\d+):(\d\d) left)?$", err, re.MULTILINE)
-    return {int(step): int(minutes) * 60 + int(seconds) if minutes else None for step, minutes, seconds in found}
-
-
-@pytest.mark.parametrize("compiling", [0.5, 30.0])
-def test_a_steady_machine_keeps_the_promise_and_the_plan_says_when_it_ends(place, text, monkeypatch, compiling):
-    err, end = by_the_clock(monkeypatch, text, lambda n: 0.5 if n else compiling, "--minutes", 1)
-    steps = read_log()[0]["settings"]["steps"]
-    assert 57.5 < end <= 60 and steps == int((60 - compiling - 2) * 0.97 / 0.5)
-    valid = re.search(r"(\d+) for validation", err)[1]
-    plan = re.search(
-        r"planned: (\d+) updates, training ends (\d):(\d\d) after the start; then all (\S+) val.*0:(\d\d)", err
-    )
-    assert int(plan[1]) == steps and 59 <= 60 * int(plan[2]) + int(plan[3]) <= 60 and plan[4] == valid
-    assert int(plan[5]) == int(int(valid) * 0.5 / (4 * TINY.seq_len) / 2.5)
-    assert f"scoring all {valid} validation tokens, about 0:{plan[5]} ..." in err
-
-
-def test_the_time_left_is_that_of_the_last_updates_without_compilation(place, text, monkeypatch):
-    err, _ = by_the_clock(monkeypatch, text, lambda n: 0.5 if n else 100.0, "--steps", 101)
-    found = lefts(err)
-    assert found.pop(1) is None and found[101] == 0
-    assert all(left == int((101 - step) * 0.5 / 0.97) for step, left in found.items()) and len(found) > 10
-    slow, _ = by_the_clock(monkeypatch, text, lambda n: 0.5 if n < 100 else 1.0, "--steps", 300)
-    assert lefts(slow)[200] == pytest.approx(100 / 0.97, abs=2)  # the average since the start promises 75
-
-
-def test_a_run_by_the_clock_plans_its_updates_and_repeats_by_their_number(place, text):
-    start = time.monotonic()
-    trained("--data", text, "--minutes", 0.04)
-    seconds = time.monotonic() - start  # of 2.4, and the last validation; loose, this is no timing gate
-    s, command = read_log()[0]["settings"], shlex.split(read_log()[0]["command"])
-    assert max(losses()) == s["steps"] and 0.5 < seconds < 20
-    assert command[command.index("--steps") + 1] == str(s["steps"]) and "--minutes" not in command
-    trained(*command[4:])
-    assert model_bytes() == model_bytes("runs/tiny-2")
-
-
 def test_epochs_read_the_text_that_often(place):
     write_stories(place / "s.txt", count=3)
     trained("--data", "s.txt", "--epochs", 2)
@@ -1243,38 +1034,6 @@ def test_epochs_read_the_text_that_often(place):
 
 
 # == the loss curve ====================================================================================================
-
-
-@pytest.mark.parametrize("count", [2, 3, 64, 65, 1000])
-def test_the_terminal_curve_has_one_star_in_each_column(count):
-    falling = np.linspace(5, 1, count)
-    *rows, axis, caption = train.terminal_curve(list(range(1, count + 1)), falling.tolist()).splitlines()
-    columns = list(zip(*[row.split("|")[1] for row in rows]))
-    assert len(columns) == min(64, count) and all(column.count("*") == 1 for column in columns)
-    places = [column.index("*") for column in columns]
-    assert places == sorted(places) and places[0] == 0 and places[-1] == len(rows) - 1
-    assert f"update 1 to {count}" in caption and all(len(row) <= 79 for row in (*rows, axis, caption))
-
-
-def test_the_terminal_curve_of_a_constant_is_a_line():
-    rows = train.terminal_curve([1, 2, 3], [2.0, 2.0, 2.0]).splitlines()
-    assert sum(row.count("*") for row in rows) == 3
-
-
-def test_the_curve_is_a_picture_where_matplotlib_is(place, finished, monkeypatch):
-    monkeypatch.delitem(sys.modules, "matplotlib")
-    pytest.importorskip("matplotlib")
-    (place / "run").mkdir()
-    shutil.copy(finished.folder / "log.jsonl", place / "run")
-    _, _, err = invoke(lambda _: train.draw_curve(Path("run")))
-    assert (place / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert str(Path("run", "loss.png")) in err
-
-
-def test_without_matplotlib_one_line_says_how_to_get_it(finished):
-    assert sum("pip install matplotlib" in line for line in finished.err.splitlines()) == 1
-    assert not (finished.folder / "loss.png").exists()
-    assert "*" in finished.err
 
 
 # == 6  settings and command line ======================================================================================
@@ -1385,10 +1144,36 @@ def test_a_value_out_of_range_is_named(place, monkeypatch, flag, value):
     def begun(*_):
         raise AssertionError("went on to train")
 
-    monkeypatch.setattr(train, "begin", begun)
-    monkeypatch.setattr(fast.POOL, "resize", lambda threads: None)
+    monkeypatch.setattr(train, "begin_run", begun)
+    monkeypatch.setattr(tinygpt, "set_threads", lambda threads: None)
     message = refusal(train.main, "train.py", f"{flag}={value}")
     assert flag in message
+
+
+def test_settings_are_frozen_and_the_same_after_json():
+    s = dataclasses.replace(
+        SETTINGS, prompts=["Zo\u00eb"], files=[["t.bin"], []], checksums={"t.bin": [None, [1, 2, 3]]}
+    )
+    text = json.dumps(dataclasses.asdict(s))
+    assert train.read_settings(text) == s
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        s.lr = 1.0
+    for change in ({"colour": 1}, {"steps": True}, {"lr": "fast"}, {"steps": 0}, {"micro_batch_size": 3}, {"beta2": 1}):
+        with pytest.raises((TypeError, ValueError)):
+            train.read_settings(json.dumps(json.loads(text) | change))
+
+
+def test_every_setting_of_a_flag_is_chosen_by_it(place):
+    """The table of `Settings` is that of the flags: a value given on the command line is the one of the run."""
+    words = ["--lr", "0.5", "--min-lr", "0.25", "--warmup-steps", "3", "--schedule", "wsd", "--batch-size", "6"]
+    words += ["--micro-batch-size", "3", "--recompute", "--weight-decay", "0.3", "--beta1", "0.8", "--beta2", "0.7"]
+    words += ["--grad-clip", "2", "--dropout", "0.4", "--seed", "9", "--kernels", "numpy", "--eval-every", "7"]
+    words += ["--save-every", "5", "--keep", "2", "--dtype", "float32"]
+    args = train.make_parser().parse_args(words)
+    s = train.choose_settings(args, TINY, 40)
+    for f in dataclasses.fields(train.Settings):
+        if f.metadata:
+            assert getattr(s, f.name) == getattr(args, f.name) and f"--{f.name.replace('_', '-')}" in words, f.name
 
 
 def test_two_lengths_of_a_run_are_refused(place):
@@ -1399,14 +1184,6 @@ def test_a_prompt_that_is_no_text_is_refused_before_training(place, text):
     message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--steps", 4, "--prompt", "a\udcff")
     assert "surrogate" in message or "prompt" in message
     assert not list(place.glob("runs/*"))
-
-
-def own_helps(parser):
-    """The help texts of a parser's flags; each must be there and unlike the others."""
-    helps = {action.option_strings[0]: (action.help or "").strip() for action in parser._actions}
-    assert all(len(text) > 3 for text in helps.values()), helps
-    assert len(set(helps.values())) == len(helps), helps
-    return parser.format_help()  # and each can be printed
 
 
 def test_every_flag_has_a_help_of_its_own():
@@ -1448,35 +1225,6 @@ def test_a_field_or_recipe_that_cannot_be_is_refused(place, text, words, said):
     assert not list(Path("runs").glob("*"))
 
 
-def test_published_recipes_are_complete():
-    for size, cfg in tinygpt.SIZES.items():
-        if tinygpt.source_of(size) in ("this project", "Radford et al. 2019", "Stanford CS336, assignment 1"):
-            continue
-        recipe = train.recipe_of(size, cfg, True)
-        assert set(recipe) >= {"lr", "steps", *train.DEFAULTS}
-        assert recipe["batch_size"] * cfg.seq_len <= recipe.get("tokens", 10**6)
-    assert train.recipe_of("30m", tinygpt.SIZES["30m"], True)["batch_size"] == 512  # 2^17 tokens
-    assert train.recipe_of("graphcore-64x1", tinygpt.SIZES["graphcore-64x1"], True)["schedule"] == "linear"
-    assert train.recipe_of("gpt-tinystories-28m", tinygpt.SIZES["gpt-tinystories-28m"], True)["lr"] == 1e-4
-
-
-def test_a_published_recipe_trains(place, text, monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "tiny", dict(tokens=64, steps=3, lr=1e-3, schedule="linear", dropout=0.2))
-    trained("--data", text, "--recipe", "published")
-    settings = read_log()[0]["settings"]
-    assert (settings["steps"], settings["batch_size"], settings["schedule"]) == (3, 2, "linear")
-    assert tinygpt.load_checkpoint("runs/tiny/last.safetensors").cfg.mlp_dropout == 0.2
-
-
-def test_list_sizes_names_every_size_and_field():
-    status, out, _ = invoke(train.main, "--list-sizes")
-    assert status == 0
-    for size, cfg in tinygpt.SIZES.items():
-        assert re.search(rf"^{re.escape(size)} +{tinygpt.count_parameters(cfg)[0]:,} ", out, re.MULTILINE)
-    for field in dataclasses.fields(tinygpt.Config):
-        assert f"  {field.name}=" in out
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs head")
 def test_a_reader_of_stdout_or_stderr_who_leaves_does_not_end_the_run(tmp_path, text):
     words = f"{shlex.quote(sys.executable)} {shlex.quote(train.__file__)} --data {shlex.quote(str(text))} --steps 3"
@@ -1513,50 +1261,3 @@ def test_a_recomputing_workspace_is_smaller_by_what_layers_share():
     assert kept == {"attended", "mixed"}
     saved, shared = whole[-1].offset - less[-1].offset, [n for name, n in layered.items() if name not in kept]
     assert abs(saved - 5 * sum(shared)) <= tinygpt.CACHE_LINE * len(shared)
-
-
-@pytest.mark.parametrize("text, size", [("2G", 2 << 30), ("500M", 500 << 20), ("1.5GiB", 3 << 29), ("800K", 800 << 10)])
-def test_sizes_of_memory_are_read(text, size):
-    assert train.size_in_bytes(text) == size
-
-
-def chosen(words, cfg):
-    """(settings, what choose_micro_batch says) for a command line."""
-    args = train.make_parser().parse_args(words)
-    args.size = "1m"
-    s = train.resolve(args, cfg)
-    return s, train.choose_micro_batch(args, s, cfg, None)
-
-
-def test_the_fastest_micro_batch_is_measured_and_changes_no_byte(place, text):
-    words = ["--data", text, "--steps", 3, "--batch-size", 4]
-    _, err = trained(*words, "--micro-batch-size", "auto")
-    assert "measuring which --micro-batch-size is fastest" in err
-    chosen = read_log()[0]
-    assert chosen["settings"]["micro_batch_size"] in (1, 2, 4)
-    assert f"--micro-batch-size {chosen['settings']['micro_batch_size']} " in chosen["command"]
-    trained(*words)
-    assert model_bytes("runs/tiny-2") == model_bytes()
-
-
-def test_max_memory_takes_fewer_sequences_before_it_recomputes():
-    cfg = tinygpt.SIZES["8m"]
-    needed = {(again, n): train.memory_needed(cfg, n, again) for again in (False, True) for n in (1, 2, 4)}
-    assert chosen([], cfg)[1] == (4, False)
-    for limit in (needed[False, 4], needed[False, 2] + 1, needed[False, 1], needed[False, 1] - 1, needed[True, 1]):
-        micro, again = chosen([f"--max-memory={limit / 1024}K"], cfg)[1]
-        assert needed[again, micro] <= limit
-        fits = [choice for choice in needed if needed[choice] <= limit]
-        assert again == all(choice[0] for choice in fits)
-        assert micro == max(n for a, n in fits if a == again)
-    assert chosen(["--recompute"], cfg)[1] == (4, True)
-    with pytest.raises(ValueError, match=r"--max-memory 100 MiB is too little: 1m needs \d+ MiB with one sequence"):
-        chosen(["--max-memory=100M"], cfg)
-
-
-@pytest.mark.parametrize("words", [["--max-memory", "much"], ["--micro-batch-size", "some"], ["--max-memory", "2"]])
-def test_a_size_of_memory_that_is_none_is_refused_in_one_line(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(words)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -2,27 +2,19 @@
 what evaluation and accumulation must not change."""
 
 import math
-import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ops_of
-from test_train import (
+from helpers import (
     PLAIN,
-    SETTINGS,
     TINY,
-    finished,
-    fresh,
     invoke,
-    model_bytes,
-    place,
-    random_batch,
     read_log,
     refusal,
-    text,
     trained,
+    write_llama2c,
     write_stories,
 )
 
@@ -30,8 +22,8 @@ import bpe
 import sample
 import tinygpt
 import train
+from extras import evaluate
 
-__all__ = ["finished", "place", "text"]  # fixtures
 END, T = 264, TINY.seq_len
 
 
@@ -60,7 +52,7 @@ def slow_score(p, tokens, stride, end=END):
 
 def evaluated(*words):
     """figures by name, each (value, low, high), of a command that must succeed; and stdout."""
-    status, out, err = invoke(train.main, "--eval", *words)
+    status, out, err = invoke(evaluate.main, *words)
     assert status == 0, err
     rows = [line.replace(" to ", " ").split() for line in out.splitlines()]
     return {name: tuple(map(float, numbers)) for name, *numbers in rows}, out
@@ -107,10 +99,14 @@ def test_sums_by_story_have_each_token_and_byte_in_its_story():
     texts = ["abc ab", "Zo\u00eb", "x" * 9]
     tokens = np.array([i for one in texts for i in [*tokenizer.encode(one), tokenizer.end]], np.uint16)
     nats = np.arange(len(tokens)) / 8
-    sums = train.by_story(nats, tokens, tokenizer)
+    sums = evaluate.sum_by_story(nats, tokens, tokenizer)
     assert sums[2].tolist() == [6, 4, 9] and sums[1].tolist() == [len(tokenizer.encode(one)) + 1 for one in texts]
     assert sums[0].sum() == nats.sum() and sums[0][2] == nats[-10:].sum()
-    assert train.by_story(nats[:-1], tokens[:-1], tokenizer)[2].tolist() == [6, 4, 9]  # the last one lacks its end
+    assert evaluate.sum_by_story(nats[:-1], tokens[:-1], tokenizer)[2].tolist() == [
+        6,
+        4,
+        9,
+    ]  # the last one lacks its end
 
 
 # == intervals =========================================================================================================
@@ -125,7 +121,7 @@ def draw_stories(S, rng):
 def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(0), 0
     for seed in range(200):
-        drawn = train.figures(train.bootstrap(draw_stories(150, rng), seed))["nats/token"]
+        drawn = evaluate.figures(evaluate.bootstrap(draw_stories(150, rng), seed))["nats/token"]
         low, high = np.percentile(drawn, (2.5, 97.5))
         held += low < 2 < high
     assert 0.89 < held / 200 < 0.99
@@ -133,16 +129,16 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_resamples_are_those_of_a_slow_loop_and_of_the_seed():
     stories = draw_stories(30, np.random.default_rng(1))
-    found, rng = train.bootstrap(stories, 5), np.random.Generator(np.random.Philox(key=[5, 2]))
-    assert found.shape == (3, train.RESAMPLES)
+    found, rng = evaluate.bootstrap(stories, 5), np.random.Generator(np.random.Philox(key=[5, 2]))
+    assert found.shape == (3, evaluate.RESAMPLES)
     for column in found.T:
         expected = sum(stories[:, story] for story in rng.integers(0, 30, 30))
         np.testing.assert_allclose(column, expected, rtol=1e-12)
-    assert train.bootstrap(stories, 5).tobytes() == found.tobytes() != train.bootstrap(stories, 6).tobytes()
+    assert evaluate.bootstrap(stories, 5).tobytes() == found.tobytes() != evaluate.bootstrap(stories, 6).tobytes()
 
 
 def test_figures_are_nats_perplexity_and_bits():
-    found = train.figures(np.array([30.0, 20.0, 60.0]))
+    found = evaluate.figures(np.array([30.0, 20.0, 60.0]))
     assert found["nats/token"] == 1.5 and found["perplexity"] == pytest.approx(math.exp(1.5))
     assert found["bits/byte"] == pytest.approx(30 / math.log(2) / 60)
 
@@ -191,20 +187,8 @@ def test_context_stride_and_token_files(place, text, finished):
 
 def test_one_story_has_no_interval(place, finished):
     Path("one.txt").write_text("Lily found a box. " * 30, encoding="utf-8")
-    status, out, _ = invoke(train.main, "--eval", finished.folder / "last.safetensors", "--data", "one.txt")
+    status, out, _ = invoke(evaluate.main, finished.folder / "last.safetensors", "--data", "one.txt")
     assert status == 0 and out.count("(one story: no interval)") == 3
-
-
-def write_llama2c(folder):
-    """A tiny model and tokenizer in the formats of llama2.c: its bytes, and two words."""
-    C, F, L, H, V, T = 8, 16, 1, 2, 262, 16
-    shapes = [(V, C), (L, C), *4 * [(L, C, C)], (L, C), *3 * [(L, C, F)], (C,), *2 * [(T, C // H // 2)]]
-    values = 0.1 * np.random.default_rng(0).standard_normal(sum(map(math.prod, shapes)))
-    header = struct.pack("<7i", C, F, L, H, H, V, T)
-    (folder / "model.bin").write_bytes(header + values.astype("<f4").tobytes())
-    tokens = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % b for b in range(256)), b"a", b" ", b" a"]
-    data = b"".join(struct.pack("<fi", -float(i), len(token)) + token for i, token in enumerate(tokens))
-    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 8) + data)
 
 
 def test_models_of_llama2c_are_scored_by_the_bytes_of_the_text(place):
@@ -218,19 +202,19 @@ def test_models_of_llama2c_are_scored_by_the_bytes_of_the_text(place):
     nats = train.score(p, checkpoint.cfg, ids, tokenizer.end, tinygpt.OPS["numpy"]).sum()
     size = sum(len(one.encode()) for one in texts)
     assert found["bits/byte"][0] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
-    message = refusal(train.main, "train.py", "--eval", "model.bin", "--data", "text.txt")
+    message = refusal(evaluate.main, "evaluate.py", "model.bin", "--data", "text.txt")
     assert "holds no tokenizer; name its file with --tokenizer" in message
 
 
-BAD = {  # words after --eval -> a piece of what it must say
+BAD = {  # words -> a piece of what it must say
     "no text": (["MODEL"], "--data FILE"),
     "missing text": (["MODEL", "--data", "none.txt"], "none.txt does not exist"),
     "empty text": (["MODEL", "--data", "empty.txt"], "empty.txt"),
     "missing model": (["none.safetensors", "--data", "TEXT"], "none.safetensors"),
     "no model": (["TEXT", "--data", "TEXT"], "is not"),
     "cut model": (["cut.safetensors", "--data", "TEXT"], "cut.safetensors"),
-    "a setting of training": (["MODEL", "--data", "TEXT", "--lr", "1e-3"], "leave out --lr"),
-    "a size": (["MODEL", "--data", "TEXT", "--size", "1m"], "leave out --size"),
+    "a setting of training": (["MODEL", "--data", "TEXT", "--lr", "1e-3"], "unrecognized arguments: --lr"),
+    "a size": (["MODEL", "--data", "TEXT", "--size", "1m"], "unrecognized arguments: --size"),
     "long windows": (["MODEL", "--data", "TEXT", "--seq-len", "33"], "--seq-len 33 is above the 32"),
     "long stride": (["MODEL", "--data", "TEXT", "--stride", "33"], "--stride 33 is above the window of T=32"),
     "another tokenizer": (["MODEL", "--data", "TEXT", "--tokenizer", "other.json"], "leave out --tokenizer"),
@@ -247,7 +231,7 @@ def test_bad_input_ends_in_one_line(place, text, finished, what):
     Path("empty.txt").write_bytes(b"")
     Path("cut.safetensors").write_bytes(model.read_bytes()[:-9])
     words, piece = BAD[what]
-    message = refusal(train.main, "train.py", "--eval", *({"MODEL": model, "TEXT": text}.get(w, w) for w in words))
+    message = refusal(evaluate.main, "evaluate.py", *({"MODEL": model, "TEXT": text}.get(w, w) for w in words))
     assert piece in message, message
     assert not Path("runs").exists()
 
@@ -256,7 +240,7 @@ def test_a_model_whose_numbers_are_none_is_refused(place, text, finished):
     model = tinygpt.load_checkpoint(finished.folder / "best.safetensors")
     model.parameters[:] = np.nan
     tinygpt.save_checkpoint("nan.safetensors", model.parameters, model.cfg, model.tokenizer)
-    message = refusal(train.main, "train.py", "--eval", "nan.safetensors", "--data", text)
+    message = refusal(evaluate.main, "evaluate.py", "nan.safetensors", "--data", text)
     assert "nan.safetensors: tensor embed_w holds NaN or infinity" in message
 
 
@@ -265,77 +249,5 @@ def test_a_model_whose_nats_overflow_is_refused(place, text, finished):
     tinygpt.views(tinygpt.layout(model.cfg), model.parameters, model.cfg.layers)["norm_w"][:] = 3e38
     tinygpt.save_checkpoint("huge.safetensors", model.parameters, model.cfg, model.tokenizer)
     with np.errstate(all="ignore"):
-        message = refusal(train.main, "train.py", "--eval", "huge.safetensors", "--data", text)
+        message = refusal(evaluate.main, "evaluate.py", "huge.safetensors", "--data", text)
     assert "nats that are not finite" in message
-
-
-def test_a_stride_without_eval_is_refused(place, text):
-    assert "--stride is of --eval" in refusal(train.main, "train.py", "--data", text, "--stride", 3)
-    assert not Path("runs").exists()
-
-
-# == what changes nothing ==============================================================================================
-
-
-def test_validation_leaves_training_with_dropout_as_it_is(place, text):
-    words = ("--data", text, "--steps", 12, "--dropout", 0.3, "--seed", 2)
-    found = []
-    for every in (12, 1, 5):
-        trained(*words, "--eval-every", every, "--save-every", 0, "--prompt", "Lily")
-        found.append((model_bytes()[:3], [(e["loss"], e["norm"]) for e in read_log() if "loss" in e]))
-        shutil.rmtree("runs")
-    assert found[0] == found[1] == found[2]
-
-
-class Kept(train.State):
-    """A state whose update keeps the gradient that AdamW would use."""
-
-    def adamw(self, lr, scale, s):
-        self.kept = self.gradient * self.gradient.dtype.type(scale)
-
-
-def gradient_of_an_update(table, dtype, micro, cfg):
-    inputs, targets, weights = random_batch(8)
-    for row, count in enumerate((0, 1, 5, T, 3, 0, 2, 9)):  # counts that differ from sequence to sequence
-        weights[row] = np.arange(T) < count
-    state = Kept(cfg, tinygpt.init_parameters(cfg, 0, dtype))
-    ops = tinygpt.with_buffers(ops_of(table), cfg, micro, T, np.dtype(dtype))
-    s = SETTINGS | dict(batch_size=8, micro_batch_size=micro, grad_clip=0.0)
-    result = train.update(state, (inputs, targets, weights.astype(dtype)), ops, s)
-    return state.kept, result
-
-
-DROPPED = TINY.changed(attention_dropout=0.2, out_dropout=0.2, mlp_dropout=0.2)
-
-
-@pytest.mark.parametrize("cfg", [TINY, DROPPED], ids=["plain", "dropout"])
-@pytest.mark.parametrize("table", ["numpy", "fast"])
-def test_micro_batches_whose_token_counts_differ_give_the_gradient_of_the_whole(table, cfg):
-    whole, (loss, norm, _) = gradient_of_an_update(table, np.float64, 8, cfg)
-    for micro in (1, 2, 4):
-        cut, (same_loss, same_norm, _) = gradient_of_an_update(table, np.float64, micro, cfg)
-        assert np.abs(cut - whole).max() <= 1e-12 * np.abs(whole).max()
-        assert same_loss == pytest.approx(loss, rel=1e-12) and same_norm == pytest.approx(norm, rel=1e-12)
-
-
-@pytest.mark.parametrize("cfg", [TINY, DROPPED], ids=["plain", "dropout"])
-def test_micro_batches_whose_token_counts_differ_give_the_same_bytes_in_float32(cfg):
-    found = {
-        (x.tobytes(), *figures)
-        for x, figures in (gradient_of_an_update("fast", np.float32, n, cfg) for n in (1, 2, 4, 8))
-    }
-    assert len(found) == 1
-
-
-def test_the_gradient_of_an_update_is_that_of_the_mean_over_its_targets():
-    """A mean of the micro-batches' means would be another one."""
-    state = fresh(np.float64)
-    inputs, targets, weights = random_batch(8)
-    for row, count in enumerate((0, 1, 5, T, 3, 0, 2, 9)):
-        weights[row] = np.arange(T) < count
-    gradient, g = tinygpt.zero_gradients(TINY, np.float64)
-    share = weights.astype(np.float64) / weights.sum()
-    tinygpt.loss_and_gradients(state.p, inputs, targets, share, g, TINY, tinygpt.OPS["numpy"])
-    tinygpt.add_lookup_gradient(g)
-    found, _ = gradient_of_an_update("numpy", np.float64, 2, TINY)
-    assert np.abs(found - gradient).max() <= 1e-12 * np.abs(gradient).max()

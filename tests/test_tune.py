@@ -6,20 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_eval import write_llama2c
-from test_train import (
+from helpers import (
     TINY,
-    finished,
     interrupt_at,
     invoke,
     losses,
     model_bytes,
-    place,
     read_log,
     refusal,
-    text,
     trained,
     workshop,
+    write_llama2c,
     write_stories,
 )
 
@@ -27,8 +24,8 @@ import bpe
 import sample
 import tinygpt
 import train
+from extras import evaluate
 
-__all__ = ["finished", "place", "text"]  # fixtures
 TUNED = "runs/tuned"
 
 
@@ -60,7 +57,7 @@ def test_a_run_begins_with_the_model_and_tokenizer_of_another(place, learnt, oth
     settings = read_log(TUNED)[0]["settings"]
     assert settings["init_from"] == str(learnt) and json.loads(model.metadata["settings"]) == settings
     assert f"begun with {learnt}" in err
-    assert settings["lr"] == pytest.approx(train.recipe_of("tiny", TINY, False)["lr"] / 10)
+    assert settings["lr"] == pytest.approx(train.own_rate(TINY) / 10)
     assert [e["step"] for e in read_log(TUNED) if "loss" in e] == list(range(1, 11)) and model.metadata["step"] == "10"
 
 
@@ -131,7 +128,7 @@ def test_a_model_of_llama2c_is_tuned_with_its_tokenizer(place, other):
     write_llama2c(place)
     tune("model.bin", "--tokenizer", "tokenizer.bin", "--data", other, "--steps", 2)
     assert tinygpt.load_checkpoint(f"{TUNED}/last.safetensors").cfg.vocab_size == 262
-    assert invoke(train.main, "--eval", f"{TUNED}/best.safetensors", "--data", other)[0] == 0
+    assert invoke(evaluate.main, f"{TUNED}/best.safetensors", "--data", other)[0] == 0
 
 
 @pytest.mark.parametrize("kernels", ["fast", "numpy"])

@@ -1,0 +1,92 @@
+"""What fits: how many updates into --minutes, how many sequences at a time into --max-memory."""
+
+import math
+import re
+import time
+from dataclasses import replace
+
+import bpe
+import tinygpt
+import train
+
+# == 1  memory =========================================================================================================
+
+BASE_MEMORY = 185 << 20  # bytes of a process without tensors: Python, NumPy, Numba, the kernels; measured on Linux
+
+
+def memory_needed(cfg, micro_batch_size, recompute=False):
+    """Bytes of the process at its peak: parameters, gradients, both moments, buffers of training and of evaluation."""
+    from fast import workspace_layout
+
+    def buffers(cfg, *shape):
+        last = workspace_layout(cfg, *shape)[-1]
+        return 4 * (last.offset + math.prod(last.shape))
+
+    count = tinygpt.count_parameters(cfg)[0]
+    evaluation = buffers(replace(cfg, layers=1), max(1, train.TOKENS_AT_ONCE // cfg.seq_len), cfg.seq_len)
+    tensors = 4 * (4 * count + cfg.vocab_size * cfg.width) + count  # count bytes: the mask of finite numbers
+    return BASE_MEMORY + tensors + evaluation + buffers(cfg, micro_batch_size, cfg.seq_len, recompute)
+
+
+def size_in_bytes(text):
+    """2G, 500M, 800000K -> bytes. ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])i?B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size; expected a number with K, M or G, such as 2G")
+    return int(float(match[1]) * 1024 ** (1 + "KMG".index(match[2].upper())))
+
+
+def fit_memory(max_memory, s, cfg):
+    """Settings that stay below max_memory, bytes of the process: fewer sequences at a time, then recomputed layers.
+    ValueError if one sequence is too much."""
+    fits = [n for n in train.divisors(s.batch_size) if n <= s.micro_batch_size]
+    needed = {(again, n): memory_needed(cfg, n, again) for again in {s.recompute, True} for n in fits}
+    within = [choice for choice in needed if needed[choice] <= max_memory]
+    if not within:
+        least = f"{min(needed.values()) / 2**20:,.0f} MiB"
+        found = f"--max-memory {max_memory / 2**20:,.0f} MiB is too little: {s.size} needs {least}"
+        raise ValueError(f"{found} with one sequence at a time and --recompute; take a smaller --size or --seq-len")
+    recompute = min(within)[0]
+    micro_batch_size = max(n for again, n in within if again == recompute)
+    return replace(s, micro_batch_size=micro_batch_size, recompute=recompute)
+
+
+# == 2  time ===========================================================================================================
+
+MEASURED, MEASURED_MOST = 0.03, 30.0  # share of --minutes in which updates are timed; seconds of it at most
+
+
+def plan_steps(minutes, s, cfg, valid_tokens, batches, ranks, started):
+    """The number of updates that fit --minutes, counted from `started`; says when training and validation will end.
+    Times updates of a model that is thrown away."""
+    bpe.note("measuring the speed of this machine; the first time, kernels are compiled ...")
+    state, ops = train.State(cfg, tinygpt.init_parameters(cfg, s.seed)), train.make_ops(s, cfg, ranks)
+
+    def run_update(number):
+        train.update(state, batches.get(number * s.batch_size, ranks.rows(s.batch_size)), ops, s, ranks)
+
+    pace = measure_pace(run_update, 60 * minutes)
+    passed = time.monotonic() - started
+    steps = max(1, int((60 * minutes - passed) * (1 - train.OVERHEAD) / pace))
+    scoring = train.scoring_seconds(valid_tokens, s.batch_size * cfg.seq_len / pace / ranks.count)
+    bpe.note(
+        f"planned: {steps:,} updates, training ends {bpe.clock(passed + train.seconds_left(steps, pace))} after the "
+        f"start; then all {valid_tokens:,} validation tokens are scored, about {bpe.clock(scoring)} more"
+    )
+    return steps
+
+
+def measure_pace(run_update, seconds):
+    """Seconds that an update takes, from run_update(number) in MEASURED of so many `seconds`; number 0, which compiles
+    kernels, does not count.
+
+    A processor that has rested may be faster at first than it stays: the mean of the slower half counts.
+    """
+    run_update(0)
+    ends = [time.monotonic()]
+    while len(ends) < 5 or ends[-1] - ends[0] < min(MEASURED * seconds, MEASURED_MOST):
+        run_update(len(ends))
+        ends.append(time.monotonic())
+    middle = len(ends) // 2
+    halves = ends[: middle + 1], ends[middle:]
+    return max((half[-1] - half[0]) / (len(half) - 1) for half in halves)

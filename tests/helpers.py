@@ -1,0 +1,173 @@
+"""What test files share: a tiny model and its runs, text to train on, commands that must succeed or be refused."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import shlex
+import struct
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bpe
+import fast
+import tinygpt
+import train
+from extras import stories
+
+ROOT = Path(train.__file__).resolve().parent
+SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 --batch-size 2 --threads 1".split()
+NUMPY = [*SMALL, "--kernels", "numpy"]  # starts without a compiler
+TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
+RECIPE = (1.2e-2, 4)  # learning rate of TINY where no flag gives it, and sequences per update
+SETTINGS = train.Settings(lr=1e-2, min_lr=1e-3, warmup_steps=2, steps=8, batch_size=4, micro_batch_size=4, beta2=0.95)
+PLAIN = ("--steps", 12, "--eval-every", 5, "--micro-batch-size", 2)
+LONG = (*PLAIN, "--seed", 3, "--prompt", "Lily", "--prompt", "Zo\u00eb")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallSettings(train.Settings):
+    """Fewer sequences in an update where no flag gives them."""
+
+    batch_size: int = train.flag(RECIPE[1], "sequences per update", train.SEQUENCES)
+
+
+def write_stories(path, seed=0, count=60):
+    """A text file of generated stories -> its path."""
+    text = "".join(f"{story}\n{bpe.END}\n" for story in islice(stories.generate(seed), count))
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+@contextlib.contextmanager
+def workshop(folder):
+    """Work in `folder`, offline, with a tiny size, one thread, no matplotlib, a peak that nobody measures, no tiles."""
+    threads = tinygpt.THREADS.count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setitem(tinygpt.SIZES, "tiny", TINY)
+        patch.setattr(train, "Settings", SmallSettings)
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setattr(train, "measure_peak", lambda: 1e11)
+        patch.setattr(fast, "why_no_bf16", lambda: "there are no tiles in this workshop")
+        tinygpt.set_threads(1)
+        try:
+            yield folder
+        finally:
+            tinygpt.set_threads(threads)
+
+
+def invoke(main, *words):
+    """main(words) -> status, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as leave:
+            status = leave.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def trained(*words):
+    """A run that must succeed -> stdout, stderr."""
+    status, out, err = invoke(train.main, "--size", "tiny", *words)
+    assert status == 0, err
+    return out, err
+
+
+def refusal(main, program, *words):
+    """The message of a run that must end with status 2 and exactly one line that says why."""
+    status, _, err = invoke(main, *words)
+    assert status == 2, err
+    lines = err.splitlines()
+    assert [line.startswith(f"{program}: error: ") for line in lines].count(True) == 1, err
+    assert lines[-1].startswith(f"{program}: error: ") and "Traceback" not in err, err
+    return lines[-1].removeprefix(f"{program}: error: ")
+
+
+def read_log(folder="runs/tiny"):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def losses(folder="runs/tiny"):
+    return {e["step"]: e["loss"] for e in read_log(folder) if "loss" in e}
+
+
+def model_bytes(folder="runs/tiny"):
+    """All that training has changed: parameters and both moments of the last checkpoint, and the best one whole."""
+    last = tinygpt.load_checkpoint(Path(folder, "last.safetensors"))
+    moments = [last.extra[name].tobytes() for name in ("moment1", "moment2")]
+    return last.parameters.tobytes(), *moments, Path(folder, "best.safetensors").read_bytes()
+
+
+def interrupt_at(monkeypatch, step, interrupt):
+    """Call interrupt() in the middle of the update after `step`: when one of its micro-batches is done."""
+    real, here = tinygpt.loss_and_gradients, []
+
+    def wrapped(p, tokens, targets, weights, g, *rest):
+        result = real(p, tokens, targets, weights, g, *rest)
+        if g is not None:
+            here.append(1)
+            if len(here) == 2 * step + 1:  # runs that are interrupted have two micro-batches
+                interrupt()
+        return result
+
+    monkeypatch.setattr(tinygpt, "loss_and_gradients", wrapped)
+
+
+def fresh(dtype=np.float32, seed=0):
+    return train.State(TINY, tinygpt.init_parameters(TINY, seed, dtype))
+
+
+def random_batch(count=4, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, TINY.vocab_size, (count, TINY.seq_len + 1))
+    weights = (rng.random((count, TINY.seq_len)) > 0.3).astype(np.float32)
+    return tokens[:, :-1], tokens[:, 1:], weights
+
+
+def shown(err, what):
+    """The words after `what` in stderr: a command to type."""
+    line = next(line for line in err.splitlines() if line.startswith(what))
+    return shlex.split(line.removeprefix(what))
+
+
+class Clock:
+    """A clock that stands still but for what `passes` adds: in place of train.py's `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+
+def own_helps(parser):
+    """The help texts of a parser's flags; each must be there and unlike the others."""
+    helps = {action.option_strings[0]: (action.help or "").strip() for action in parser._actions}
+    assert all(len(text) > 3 for text in helps.values()), helps
+    assert len(set(helps.values())) == len(helps), helps
+    return parser.format_help()  # and each can be printed
+
+
+WORDS = " ".join(islice(stories.generate(1), 60)).split(" ")
+
+
+def write_llama2c(folder):
+    """A tiny model and tokenizer in the formats of llama2.c: its bytes, and two words."""
+    C, F, L, H, V, T = 8, 16, 1, 2, 262, 16
+    shapes = [(V, C), (L, C), *4 * [(L, C, C)], (L, C), *3 * [(L, C, F)], (C,), *2 * [(T, C // H // 2)]]
+    values = 0.1 * np.random.default_rng(0).standard_normal(sum(map(math.prod, shapes)))
+    header = struct.pack("<7i", C, F, L, H, H, V, T)
+    (folder / "model.bin").write_bytes(header + values.astype("<f4").tobytes())
+    tokens = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % b for b in range(256)), b"a", b" ", b" a"]
+    data = b"".join(struct.pack("<fi", -float(i), len(token)) + token for i, token in enumerate(tokens))
+    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 8) + data)
