@@ -14,7 +14,6 @@ import base64
 import codecs
 import contextlib
 import functools
-import glob
 import hashlib
 import heapq
 import json
@@ -1008,6 +1007,8 @@ def load(path):
 def save(tokenizer, path):
     """As a rank file where the name ends in .tiktoken, as vocab.json and merges.txt beside it where it ends in
     vocab.json, else as tokenizer.json. ValueError where a file would not give the same tokenizer again."""
+    from tinygpt import write_aside
+
     path = Path(path)
     files = {path: tokenizer.to_json()}
     if path.name.endswith(".tiktoken"):
@@ -1080,6 +1081,8 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     it what they are, as JSON. Returns that. Calls progress(bytes of text done). On all cores by default; the bytes
     written are the same with any number of threads.
     """
+    from tinygpt import write_aside
+
     path = os.fspath(path)
     info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
@@ -1182,73 +1185,6 @@ def _check_out(path):
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is not writable; choose another place for {path}")
-
-
-# The next three stand in tinygpt.py, too: neither file imports the other, and a test compares them.
-
-
-def lock_file(file):
-    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
-    it; OSError where the file system has no locks."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def open_aside(path):
-    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
-    the files of processes that were killed; Windows keeps them."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
-        with contextlib.suppress(OSError), open(left, "r+b") as file:
-            if lock_file(file):
-                os.remove(left)
-    while True:
-        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
-        try:
-            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
-                return file
-        except OSError:  # no locks: nobody removes leftovers
-            return file
-        file.close()
-
-
-def write_aside(path, chunks):
-    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
-    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
-    path, aside = Path(path), None
-    try:
-        with open_aside(path) as file:
-            aside = file.name
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
-                file.close()
-            os.replace(aside, path)
-        if os.name == "posix":  # the folder's entry as well
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException as error:
-        if aside:
-            with contextlib.suppress(OSError):
-                os.remove(aside)  # a full disk is not kept full
-        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
-            error.filename = str(path)
-        raise
 
 
 # -- text in other layouts: JSON, which is read, and compressed files, which are refused

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bpe
+import tinygpt
 
 END = bpe.END
 MIB = 1 << 20
@@ -97,9 +98,9 @@ def write_generated(folder: str | Path, num_bytes: int, seed: int = 0) -> Source
     with alone(source.train):
         if not fits():  # else another process has made them meanwhile
             note.unlink(missing_ok=True)  # until both files are in place again nothing vouches for them
-            bpe.write_aside(source.train, chunks(seed, "train", num_bytes))
-            bpe.write_aside(source.valid, chunks(seed, "valid", VALID_BYTES))
-            bpe.write_aside(note, [json.dumps({**made, "bytes": sizes()}).encode()])
+            tinygpt.write_aside(source.train, chunks(seed, "train", num_bytes))
+            tinygpt.write_aside(source.valid, chunks(seed, "valid", VALID_BYTES))
+            tinygpt.write_aside(note, [json.dumps({**made, "bytes": sizes()}).encode()])
     return source
 
 
@@ -123,7 +124,7 @@ def alone(path: Path):
     with open(path.with_name("stories.lock"), "ab") as file:
         try:
             waits = False
-            while not bpe.lock_file(file):
+            while not tinygpt.lock_file(file):
                 if not waits:
                     print(f"stories: another process is making {path}; waiting for it ...", file=sys.stderr)
                 waits = True
@@ -293,8 +294,8 @@ def complete(remote: Remote, part: Path, have: int, crc: int, num_bytes: int) ->
 def hand_out(remote: Remote, part: Path, keep: int) -> Path:
     """The first `keep` bytes of the part under the name of a beginning. The order is one that may end anywhere."""
     first, crc = part.with_name(f"{remote.name}.first-{keep}"), checksum(part, keep)
-    bpe.write_aside(note_of(first), [noted(keep, crc)])
-    bpe.write_aside(note_of(part), [noted(keep, crc)])
+    tinygpt.write_aside(note_of(first), [noted(keep, crc)])
+    tinygpt.write_aside(note_of(part), [noted(keep, crc)])
     os.truncate(part, keep)
     os.replace(part, first)
     note_of(part).unlink()

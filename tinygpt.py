@@ -3662,9 +3662,6 @@ DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
 
 
-# The next three stand in bpe.py, too: neither file imports the other, and a test compares them.
-
-
 def lock_file(file):
     """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
     it; OSError where the file system has no locks."""

@@ -1126,7 +1126,7 @@ def open_locked(path, busy):
     the words of `busy`, if another process has locked it."""
     file = open(path, "a", encoding="utf-8", newline="\n")
     try:
-        if not bpe.lock_file(file):
+        if not tinygpt.lock_file(file):
             file.close()
             raise ValueError(f"{busy}; wait for its end or name another --out")
     except OSError as error:  # some network file systems have no locks

@@ -3,7 +3,6 @@
 import base64
 import bz2
 import gzip
-import inspect
 import io
 import json
 import lzma
@@ -12,7 +11,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import tarfile
 import zipfile
 from functools import cache
@@ -24,7 +22,6 @@ from test_bpe import GOLDEN, STORIES, gpt2_json, random_texts, shuffled, with_sp
 from test_bpe_long import by_kernels
 
 import bpe
-import tinygpt
 
 END = bpe.END
 TOK512 = Path(__file__).parent / "golden" / "tok512.bin"  # the tokenizer of llama2.c's stories260K, MIT licence
@@ -600,23 +597,6 @@ def test_a_folder_of_compressed_files_is_refused_with_the_command_for_the_first(
         list(bpe.text_files(tmp_path))
 
 
-# -- files that several processes write
-
-
-@pytest.mark.parametrize("write_aside", [bpe.write_aside, tinygpt.write_aside], ids=["bpe", "tinygpt"])
-def test_two_writers_of_one_file_at_once_leave_the_whole_file_of_the_later_one(write_aside, tmp_path):
-    path = tmp_path / "x.json"
-
-    def chunks():
-        yield b"the first half, "
-        write_aside(path, [b"all of another"])  # begins later, ends earlier
-        assert path.read_bytes() == b"all of another"
-        yield b"the second half"
-
-    write_aside(path, chunks())
-    assert path.read_bytes() == b"the first half, the second half" and os.listdir(tmp_path) == ["x.json"]
-
-
 def test_two_writers_of_one_token_file_at_once_leave_one_that_reads(tokenizer, tmp_path):
     """In two containers that share a folder, both may have the same process id."""
     path = tmp_path / "t.bin"
@@ -627,58 +607,3 @@ def test_two_writers_of_one_token_file_at_once_leave_one_that_reads(tokenizer, t
 
     info = bpe.write_tokens(stories(), tokenizer, path)
     assert bpe.read_tokens(path, tokenizer)[1] == info and sorted(os.listdir(tmp_path)) == ["t.bin", "t.bin.json"]
-
-
-WRITE = """
-import sys, bpe, tinygpt
-def chunks(part):
-    yield part
-    print("half", flush=True)
-    sys.stdin.read()
-    yield part
-getattr(sys.modules[sys.argv[1]], "write_aside")(sys.argv[2], chunks(sys.argv[3].encode() * 10000))
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="on Windows leftovers stay")
-@pytest.mark.parametrize("module", [bpe, tinygpt])
-def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(module, tmp_path):
-    def half_way(word):
-        words = [sys.executable, "-c", WRITE, module.__name__, tmp_path / "x[1].bin", word]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        process = subprocess.Popen(words, cwd=Path(bpe.__file__).parent, **pipes)
-        assert process.stdout.readline() == b"half\n"
-        return process
-
-    (tmp_path / "x[1].bin.bak.tmp-not").write_bytes(b"of somebody else")
-    with half_way("killed") as killed, half_way("living") as living:
-        assert len(list(tmp_path.glob("*.tmp"))) == 2
-        killed.kill()
-        killed.wait()
-        module.write_aside(tmp_path / "x[1].bin", [b"new"])
-        assert len(list(tmp_path.glob("*.tmp"))) == 1
-        living.communicate()
-        assert living.returncode == 0
-    assert (tmp_path / "x[1].bin").read_bytes() == b"living" * 20000
-    assert sorted(os.listdir(tmp_path)) == ["x[1].bin", "x[1].bin.bak.tmp-not"]
-
-
-def test_many_processes_may_write_one_file_again_and_again(tmp_path):
-    code = "import bpe, sys; [bpe.write_aside(sys.argv[1], [b'abc' * 9999, b'd']) for _ in range(150)]"
-    words = [sys.executable, "-c", code, tmp_path / "x.bin"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    writers = [subprocess.Popen(words, cwd=Path(bpe.__file__).parent, **pipes) for _ in range(4)]
-    assert [(writer.communicate()[0], writer.returncode) for writer in writers] == [(b"", 0)] * 4
-    assert (tmp_path / "x.bin").read_bytes() == b"abc" * 9999 + b"d" and os.listdir(tmp_path) == ["x.bin"]
-
-
-def test_an_error_of_writing_names_the_file_and_not_the_one_aside(tmp_path):
-    for module in (bpe, tinygpt):
-        with pytest.raises(OSError) as error:
-            module.write_aside(tmp_path / "none" / "x.bin", [b""])
-        assert error.value.filename == str(tmp_path / "none" / "x.bin")
-
-
-@pytest.mark.parametrize("name", ["lock_file", "open_aside", "write_aside"])
-def test_what_stands_in_two_files_is_the_same_text(name):
-    assert inspect.getsource(getattr(bpe, name)) == inspect.getsource(getattr(tinygpt, name))

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bpe
 import stories
+import tinygpt
 
 MIB = 1 << 20
 
@@ -439,7 +439,7 @@ def test_first_runs_at_once_that_need_different_amounts_both_have_true_stories(s
 
 def test_a_process_that_waits_says_so_in_one_line_and_then_takes_what_came(server, tmp_path):
     with open(tmp_path / "stories.lock", "ab") as lock:
-        assert bpe.lock_file(lock)
+        assert tinygpt.lock_file(lock)
         waiting = start(tmp_path, 900_000)
         line = waiting.stderr.readline()
         path = tmp_path / stories.TRAIN.name
@@ -528,7 +528,7 @@ def no_locks(_):
 
 
 def test_without_locks_one_line_says_so_and_the_download_goes_on(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bpe, "lock_file", no_locks)
+    monkeypatch.setattr(tinygpt, "lock_file", no_locks)
     assert stories.get(tmp_path, 900_000).name.startswith("TinyStoriesV2")
     assert "cannot be locked (No locks available)" in capsys.readouterr().err.splitlines()[0]
 
@@ -813,7 +813,7 @@ def count(path):
 
 def test_two_writers_of_generated_stories_do_not_meet_in_one_file(tmp_path, monkeypatch):
     """Even where nothing is locked: each has a file of its own until it is whole."""
-    monkeypatch.setattr(bpe, "lock_file", no_locks)
+    monkeypatch.setattr(tinygpt, "lock_file", no_locks)
     real, inner = stories.generate, []
 
     def generate(seed, split="train"):
