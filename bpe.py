@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import heapq
+import importlib
 import json
 import os
 import shlex
@@ -23,9 +24,8 @@ import struct
 import sys
 import time
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, pairwise
+from collections import Counter, defaultdict
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -157,9 +157,9 @@ def utf8_of(data):
 def count_pretokens(texts):
     """Documents (str or bytes) -> {pre-token as bytes: how often it occurs}, in order of first occurrence."""
     counts = Counter()
-    for text in [texts] if isinstance(texts, (str, bytes)) else texts:
-        for part in _text(text).split(END):
-            counts.update(SPLIT.findall(part))
+    for text, _ in as_pieces(texts):
+        for story in _text(text).split(END):
+            counts.update(SPLIT.findall(story))
     return {word.encode("utf-8", "surrogateescape"): n for word, n in counts.items()}
 
 
@@ -199,208 +199,103 @@ def _joined(word, pair, new):
 
 
 # == 3  the trainer that runs ======================================================================================
-#
-# The distinct words stand one behind the other. A cell is a token of a word, at the place of the token's first byte. A
-# pair keeps its count and a chain of the cells where it begins. A merge visits the cells of its pair, makes pairs of
-# the new token and lessens the counts of others: a pair is made by one merge, and afterwards its count only falls. So
-# a heap may hold counts that are out of date: a pair whose count has fallen goes back when its turn comes.
-
-TOKEN, BEFORE, AFTER, WORD = range(4)  # columns of cells, int32 (bytes, 4): its token, its neighbours, its word
-KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of links, their number
-CELL, NEXT = range(2)  # of links, int32 (links, 2)
-START, LENGTH = range(2)  # of tokens, int64 (tokens, 2): where the bytes of a token stand in `raw`
-PAIRS, CHAINED, HEAP, TOKENS = range(4)  # of used, int64 (4,): how many there are of each
-PARTS = []
-# Kernels allocate nothing: so Numba need not count who holds an array, which would take longer than the work itself.
-COMPILE = {"error_model": "numpy", "_nrt": False}  # and Numba's own error model checks every division
-
-
-def part(function):
-    """Of kernels: compiled into those that call it."""
-    PARTS.append(function)
-    return function
-
-
-@functools.cache
-def _compiler():
-    import numba  # only here: importing it takes longer than encoding a megabyte without it
-    from numba.extending import register_jitable
-
-    for function in PARTS:
-        register_jitable(**COMPILE)(function)
-    return numba.njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)
-
-
-def kernel(function):
-    """`function`, compiled when it is first called."""
-    compiled = functools.cache(lambda: _compiler()(function))
-    return functools.wraps(function)(lambda *args: compiled()(*args))
 
 
 def train(texts, num_merges, progress=None):
-    """The merges of train_spec, of documents or `pieces`. Calls progress(merges_done). Memory, and the time that a
-    merge takes, grow with the distinct words, not with the text."""
-    raw, words = distinct_words(texts)  # 256 single bytes, then the words; (start, stop, how often) of each
-    size, limit = len(raw), 256 + min(num_merges, len(raw))
-    cells, links = np.empty((size, 4), np.int32), np.empty((3 * size, 2), np.int32)  # of links a join makes two at most
-    tokens, merges = np.ones((limit, 2), np.int64), np.empty((limit, 2), np.int32)
-    tokens[:256, START] = np.arange(256)
-    used = np.array([0, 0, 0, 256])
-    pairs, heap = np.empty((min(size, 1 << 16), 5), np.int64), np.empty((min(size, 1 << 16), 2), np.int64)
-    slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
-    first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap)
-    for goal in [*range(256, limit, 256), limit]:
-        while need := join_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, goal):
-            pairs, heap = (np.concatenate([old, np.empty((need, old.shape[1]), np.int64)]) for old in (pairs, heap))
-            slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
-            place_pairs(pairs, slots, used)
-        if progress:
-            progress(int(used[TOKENS]) - 256)
-    made, raw = int(used[TOKENS]), raw.tobytes()
-    vocab = [raw[start : start + length] for start, length in tokens[:made].tolist()]
-    return [(vocab[left], vocab[right]) for left, right in merges[256:made].tolist()]
+    """The merges of train_spec, of documents or `pieces`. Calls progress(merges_done).
+
+    Below TRAIN_LONG bytes in plain Python at once; above, fast/merges.py where it is here. Memory, and the time that
+    a merge takes, grow with the distinct words, not with the text.
+    """
+    first, pieces, size = read_ahead(as_pieces(texts), TRAIN_LONG)
+    if size >= TRAIN_LONG and (merges := find_fast("merges")):
+        return merges.train(chain(first, pieces), num_merges, progress)
+    return merge_pairs(count_pretokens(chain(first, pieces)), num_merges, progress)
 
 
-@part
-def pair_at(pairs, slots, key):
-    """The slot of a pair, or the free one where it belongs: slots hold rows of pairs, -1 is free."""
-    at = home(U(key), len(slots))
-    while slots[at] >= 0 and pairs[slots[at], KEY] != key:
-        at = (at + 1) & (len(slots) - 1)
-    return at
+def merge_pairs(words, num_merges, progress=None):
+    """The merges of train_spec for {pre-token: how often it occurs}.
 
-
-@part
-def count_pair(pairs, slots, links, used, left, right, times, cell):
-    """A pair occurs `times` more often, at this cell too."""
-    key = np.int64(left) << 32 | right
-    at = pair_at(pairs, slots, key)
-    link = used[CHAINED]
-    used[CHAINED] += 1
-    links[link, CELL] = cell
-    links[link, NEXT] = -1
-    if slots[at] < 0:
-        slots[at] = used[PAIRS]
-        used[PAIRS] += 1
-        pair = pairs[slots[at]]
-        pair[KEY], pair[COUNT], pair[FIRST], pair[LINKS] = key, 0, link, 0
-    else:
-        pair = pairs[slots[at]]
-        links[pair[LAST], NEXT] = link
-    pair[LAST] = link
-    pair[COUNT] += times
-    pair[LINKS] += 1
-
-
-@kernel
-def place_pairs(pairs, slots, used):
-    """Fill the slots, which are all free, with the pairs that there are."""
-    for k in range(used[PAIRS]):
-        slots[pair_at(pairs, slots, pairs[k, KEY])] = k
-
-
-@part
-def compare(raw, tokens, a, b):
-    """Above 0 where the bytes of token a are greater than those of b, below 0 where they are less."""
-    for k in range(min(tokens[a, LENGTH], tokens[b, LENGTH])):
-        difference = np.int64(raw[tokens[a, START] + k]) - np.int64(raw[tokens[b, START] + k])
-        if difference:
-            return difference
-    return tokens[a, LENGTH] - tokens[b, LENGTH]
-
-
-@part
-def comes_first(heap, i, j, raw, tokens, pairs):
-    """Whether entry i of the heap is merged before entry j: the more frequent, of equals the greater pair."""
-    if heap[i, 0] != heap[j, 0]:
-        return heap[i, 0] > heap[j, 0]
-    one, other = pairs[heap[i, 1], KEY], pairs[heap[j, 1], KEY]
-    order = compare(raw, tokens, one >> 32, other >> 32)
-    return order > 0 or (order == 0 and compare(raw, tokens, one & 0xFFFFFFFF, other & 0xFFFFFFFF) > 0)
-
-
-@part
-def swap(heap, i, j):
-    heap[i, 0], heap[i, 1], heap[j, 0], heap[j, 1] = heap[j, 0], heap[j, 1], heap[i, 0], heap[i, 1]
-
-
-@part
-def push_pair(heap, used, pair, raw, tokens, pairs):
-    i = used[HEAP]
-    used[HEAP] += 1
-    heap[i, 0], heap[i, 1] = pairs[pair, COUNT], pair
-    while i and comes_first(heap, i, (i - 1) // 2, raw, tokens, pairs):
-        swap(heap, i, (i - 1) // 2)
-        i = (i - 1) // 2
-
-
-@part
-def settle_first(heap, used, raw, tokens, pairs):
-    """The first entry sinks to where it belongs."""
-    i = 0
-    while 2 * i + 1 < used[HEAP]:
-        child = 2 * i + 1
-        if child + 1 < used[HEAP] and comes_first(heap, child + 1, child, raw, tokens, pairs):
-            child += 1
-        if not comes_first(heap, child, i, raw, tokens, pairs):
-            break
-        swap(heap, i, child)
-        i = child
-
-
-@kernel
-def first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap):
-    """The cells of the words as they are before any merge, and their pairs."""
-    for w in range(len(words)):
-        start, stop = words[w, 0], words[w, 1]
-        for i in range(start, stop):
-            cells[i, TOKEN], cells[i, WORD] = raw[i], w
-            cells[i, BEFORE], cells[i, AFTER] = i - 1 if i > start else -1, i + 1 if i + 1 < stop else -1
-            if i + 1 < stop:
-                count_pair(pairs, slots, links, used, raw[i], raw[i + 1], words[w, 2], i)
-    for k in range(used[PAIRS]):
-        push_pair(heap, used, k, raw, tokens, pairs)
-
-
-@kernel
-def join_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, limit):
-    """Merge until there are `limit` tokens or no pair is left; 0, or how much room there must be for pairs to go on."""
-    while used[TOKENS] < limit and used[HEAP]:
-        pair = heap[0, 1]
-        if heap[0, 0] != pairs[pair, COUNT]:
-            heap[0, 0] = pairs[pair, COUNT]
-            settle_first(heap, used, raw, tokens, pairs)
+    The pre-tokens stand one behind the other, None between them. Cell i holds a token, its neighbours are before[i]
+    and after[i], and places[pair] lists the cells where a pair begins. A merge makes all pairs of its new token, so
+    afterwards a count only falls: a heap may hold counts that are too high, and corrects one when it comes first.
+    """
+    tokens, times = [None], [0]
+    for word, n in words.items():
+        tokens += [*(BYTES[b] for b in word), None]
+        times += [n] * (len(word) + 1)
+    before, after = list(range(-1, len(tokens) - 1)), list(range(1, len(tokens) + 1))
+    counts, places = Counter(), defaultdict(list)
+    for i, pair in enumerate(pairwise(tokens)):
+        if None not in pair:
+            counts[pair] += times[i]
+            places[pair].append(i)
+    heap = [(-n, _descending(pair), pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < num_merges:
+        n, key, best = heapq.heappop(heap)
+        if -n != counts[best]:
+            if counts[best]:
+                heapq.heappush(heap, (-counts[best], key, best))
             continue
-        if not pairs[pair, COUNT]:
-            break  # so are all that are left
-        if used[PAIRS] + 2 * pairs[pair, LINKS] > len(pairs):
-            return used[PAIRS] + 2 * pairs[pair, LINKS]
-        left, right = pairs[pair, KEY] >> 32, pairs[pair, KEY] & 0xFFFFFFFF
-        new, first = used[TOKENS], used[PAIRS]
-        used[TOKENS] += 1
-        merges[new, 0], merges[new, 1] = left, right
-        tokens[new, LENGTH] = tokens[left, LENGTH] + tokens[right, LENGTH]
-        link = pairs[pair, FIRST]
-        while link >= 0:  # in the order of cells, for in aaa the left pair is joined
-            i, link = links[link, CELL], links[link, NEXT]
-            j = cells[i, AFTER]
-            if cells[i, TOKEN] != left or j < 0 or cells[j, TOKEN] != right:
+        merges.append(best)
+        (left, right), new, made = best, best[0] + best[1], set()
+        for i in places.pop(best):  # in the order of cells: in aaa the left pair is joined
+            j = after[i]
+            if tokens[i] != left or tokens[j] != right:
                 continue  # joined to another neighbour by an earlier merge
-            tokens[new, START] = i
-            times, h, k = words[cells[i, WORD], 2], cells[i, BEFORE], cells[j, AFTER]
-            cells[i, TOKEN], cells[j, TOKEN], cells[i, AFTER] = new, -1, k
-            if h >= 0:
-                pairs[slots[pair_at(pairs, slots, np.int64(cells[h, TOKEN]) << 32 | left)], COUNT] -= times
-                count_pair(pairs, slots, links, used, cells[h, TOKEN], new, times, h)
-            if k >= 0:
-                cells[k, BEFORE] = i
-                pairs[slots[pair_at(pairs, slots, right << 32 | cells[k, TOKEN])], COUNT] -= times
-                count_pair(pairs, slots, links, used, new, cells[k, TOKEN], times, i)
-        pairs[pair, COUNT] = 0
-        for k in range(first, used[PAIRS]):
-            if pairs[k, COUNT]:
-                push_pair(heap, used, k, raw, tokens, pairs)
-    return 0
+            h, k = before[i], after[j]  # cells h i j k become h i k
+            tokens[i], tokens[j], after[i], before[k] = new, None, k, i
+            for cell, old, pair in (
+                (h, (tokens[h], left), (tokens[h], new)),
+                (i, (right, tokens[k]), (new, tokens[k])),
+            ):
+                if None not in pair:
+                    counts[old] -= times[i]
+                    counts[pair] += times[i]
+                    places[pair].append(cell)
+                    made.add(pair)
+        counts[best] = 0
+        for pair in made:
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], _descending(pair), pair))
+        if progress:
+            progress(len(merges))
+    return merges
+
+
+TRAIN_LONG = 1 << 22  # bytes of text: 0.4 s in Python
+
+
+def read_ahead(pieces, size):
+    """`pieces` -> (a list of the first, with `size` bytes or more if there are; an iterator over the rest; bytes)."""
+    pieces, first, seen = iter(pieces), [], 0
+    for piece in pieces:
+        first.append(piece)
+        seen += len(piece[0])
+        if seen >= size:
+            break
+    return first, pieces, seen
+
+
+@functools.cache
+def find_fast(name):
+    """The module fast/NAME.py; None, with a line on stderr, where it is not here."""
+    try:
+        return importlib.import_module(f"fast.{name}")
+    except ImportError as error:
+        _note(f"bpe.py: fast/{name}.py is not here ({error}): long texts take several times as long in plain Python")
+        return None
+
+
+def _descending(pair):
+    """A string that sorts before that of every lesser pair: bytes turned round, U+0100 ends each of the two."""
+    return "".join(token.translate(REVERSED).decode("latin-1") + "\u0100" for token in pair)
+
+
+BYTES = [bytes([b]) for b in range(256)]
+REVERSED = bytes(range(255, -1, -1))
 
 
 # == 4  the tokenizer ==============================================================================================
@@ -503,8 +398,10 @@ class Tokenizer:
 
     def _encode_long(self, text, allowed_special, disallowed_special, threads=None):
         segments = self._segments(utf8_of(text), *self._names(allowed_special, disallowed_special))
-        threads = threads or count_cores() if len(text) > 4 * BATCH else 1
-        return np.concatenate(list(in_order(self.kernels(), batches(segments), threads)))
+        from fast import words
+
+        threads = threads or words.count_cores() if len(text) > 4 * words.BATCH else 1
+        return np.concatenate(list(words.in_order(self.kernels(), words.batches(segments), threads)))
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         """Yield the ids of encode("".join(chunks)), holding back what a later chunk can still change."""
@@ -528,18 +425,15 @@ class Tokenizer:
         if self.spaced or size < LONG_WHEN_LOADED:
             return False
         self._seen += size
-        return self._encoder is not None or self._seen >= LONG
+        return self._encoder is not None or (self._seen >= LONG and find_fast("words") is not None)
 
     def kernels(self):
         """A function from a Batch to its ids: section 7."""
         if self._encoder is None:
-            self._encoder = Encoder(self._byte_ids, self._ranks, self.dtype)
-        return self._encoder.encode
+            from fast import words
 
-    def encode_batch(self, batch):
-        """The same in Python."""
-        ids = (self._encode(_text(text)) + [end] * (end >= 0) for text, end in batch.segments)
-        return np.array(list(chain.from_iterable(ids)), self.dtype)
+            self._encoder = words.Encoder(self._byte_ids, self._ranks, self.dtype)
+        return self._encoder.encode
 
     def _names(self, allowed, refused):
         """(the names to look for in text, longest first; those of them that are an error)."""
@@ -1158,22 +1052,23 @@ def read_tokens(path, tokenizer=None, check=True):
 
 
 def _encoded(documents, tokenizer, threads=None):
-    """Yield (ids, stories, bytes of text) for one batch of documents after the other, in order."""
-    whole = tokenizer.spaced  # its text cannot be cut
-    segments = ((text, tokenizer.end if ends else -1) for text, ends in as_pieces(documents, whole))
-    todo = batches(segments, whole=whole)
-    first = list(islice(todo, LONG // BATCH))
-    kernels = tokenizer.takes_kernels(sum(batch.size for batch in first))
-    encode = tokenizer.kernels() if kernels else tokenizer.encode_batch
+    """Yield (ids, stories, bytes of text) for some documents after the other, in order."""
+    pieces = as_pieces(documents, tokenizer.spaced)  # a spaced tokenizer's text cannot be cut
+    first, pieces, size = read_ahead(pieces, LONG)
+    segments = ((text, tokenizer.end if ends else -1) for text, ends in chain(first, pieces))
+    if not tokenizer.takes_kernels(size):
+        for text, end in segments:
+            ids = tokenizer._encode(_text(text)) + [end] * (end >= 0)
+            yield np.array(ids, tokenizer.dtype), int(end >= 0), len(text)
+        return
+    from fast import words
+
+    encode = tokenizer.kernels()
 
     def work(batch):
         return encode(batch), int((batch.ends >= 0).sum()), batch.size
 
-    yield from in_order(work, chain(first, todo), threads or count_cores())
-
-
-def count_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield from words.in_order(work, words.batches(segments), threads or words.count_cores())
 
 
 def _check_out(path):
@@ -1271,430 +1166,6 @@ def _refuse_packed(path, head=b""):
             raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")
 
 
-# == 7  long texts: the scanner, and a table of words, in Numba ======================================================
-#
-# The same pre-tokens and ids as SPLIT and Tokenizer.encode, at some 100 MB a second and thread, from UTF-8 bytes. Eight
-# bytes at a time are one integer. A word that was seen before is a row of a table; another is joined pair by pair.
-
-U = np.uint64
-U0, U1, U7, U31, U32, U56, U62, U63 = map(U, (0, 1, 7, 31, 32, 56, 62, 63))
-EACH, HIGH, LOW = U(0x0101010101010101), U(0x8080808080808080), U(0x7F7F7F7F7F7F7F7F)  # of eight bytes
-CASE, FROM_A, PAST_Z = EACH * U(0x20), EACH * U(0x80 - ord("a")), EACH * U(0x7F - ord("z"))
-FIRST_BYTE, BLANK = U(0xFF), U(ord(" "))
-ID, NONE = U((1 << 31) - 1), U((1 << 64) - 1)
-GOLDEN, MURMUR = U(0x9E3779B97F4A7C15), U(0xFF51AFD7ED558CCD)  # odd multipliers: 2^64 / golden ratio; MurmurHash3's
-LETTER, NUMBER, SPACE, OTHER = range(4)
-
-BATCH = 1 << 18  # bytes of text in a call of a kernel: what it reads and writes stays in a core's cache
-PADDING = 24  # bytes that a kernel may read after the last
-SHORT = 64  # longest word, in bytes, whose pairs are searched one by one rather than kept in a heap
-KEPT = 256  # longest word, in bytes, whose ids are kept
-
-
-@functools.cache
-def classes():
-    """Code point -> LETTER, NUMBER, SPACE or OTHER, (0x110000,): what `regex` says that they are."""
-    every = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    table = np.full(len(every), OTHER, np.uint8)
-    for kind, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (SPACE, r"\s+")):
-        for match in regex.finditer(pattern, every):
-            table[match.start() : match.end()] = kind
-    return table
-
-
-@part
-def eight(words, i):
-    """Bytes i to i + 7 of the text as one integer, byte i lowest; words is the text as uint64."""
-    shift = U((i & 7) << 3)
-    return words[i >> 3] >> shift | words[(i >> 3) + 1] << U1 << (U63 - shift)
-
-
-@part
-def no_letters(x):
-    """The high bit of each byte that is no ASCII letter."""
-    y = (x | CASE) & LOW
-    return ~((y + FROM_A) & ~(y + PAST_Z) & ~x) & HIGH
-
-
-@part
-def below(marks):
-    """The bytes below the lowest that is marked by its high bit: all ones there, zeros above."""
-    return ((marks & (~marks + U1)) >> U7) - U1
-
-
-@part
-def first_bytes(n):
-    """Ones in the first n of eight bytes; n may be below 0 or above 8."""
-    return NONE if n >= 8 else (U1 << U(8 * n)) - U1 if n > 0 else U0
-
-
-@part
-def character(text, i, stop, classes):
-    """(class, bytes) of the character at byte i. A byte that begins no valid UTF-8 is one of class OTHER."""
-    lead = np.int64(text[i])
-    if lead < 0x80:
-        return np.int64(classes[lead]), 1
-    size = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    if lead < 0xC2 or lead > 0xF4 or i + size > stop:
-        return OTHER, 1
-    code = lead & (0x7F >> size)
-    for k in range(i + 1, i + size):
-        if text[k] & 0xC0 != 0x80:
-            return OTHER, 1
-        code = code << 6 | np.int64(text[k] & 0x3F)
-    overlong = code < (0x80 if size == 2 else 0x800 if size == 3 else 0x10000)
-    if overlong or 0xD800 <= code < 0xE000 or code >= 0x110000:
-        return OTHER, 1
-    return np.int64(classes[code]), size
-
-
-@part
-def pretoken(text, i, stop, classes):
-    """Where the pre-token ends that begins at byte i: the alternatives of PATTERN, in their order."""
-    lead, second = text[i], text[i + 1] if i + 1 < stop else 0
-    if lead == ord("'"):
-        if second == ord("s") or second == ord("d") or second == ord("m") or second == ord("t"):
-            return i + 2
-        third = text[i + 2] if i + 2 < stop else 0
-        if (second == ord("l") and third == ord("l")) or (
-            (second == ord("v") or second == ord("r")) and third == ord("e")
-        ):
-            return i + 3
-    kind, size = character(text, i, stop, classes)
-    end = i + size
-    if lead == ord(" ") and end < stop:
-        kind, size = character(text, end, stop, classes)
-        end += size if kind != SPACE else 0
-    last = i  # where the last character of a run of white space begins, if it has several
-    while end < stop:
-        next_kind, size = character(text, end, stop, classes)
-        if next_kind != kind:
-            return last if kind == SPACE and last > i else end
-        last = end
-        end += size
-    return end
-
-
-@part
-def word_at(text, words, i, stop, classes):
-    """(bytes of the pre-token that begins at byte i, its first eight as an integer, its next eight)."""
-    x = eight(words, i)
-    blank = x & FIRST_BYTE == BLANK
-    marks = no_letters(x) & ~(FIRST_BYTE if blank else U0)
-    inside = below(marks)
-    size = np.int64((inside & EACH) * EACH >> U56)  # sums the bytes of inside & EACH
-    if size > blank and size < 8 and x & marks & (~marks + U1) == U0:  # letters, then something else of ASCII
-        return size, x & inside, U0
-    if size == 8:
-        y = eight(words, i + 8)
-        marks = no_letters(y)
-        inside = below(marks)
-        size += np.int64((inside & EACH) * EACH >> U56)
-        if size < 16 and y & marks & (~marks + U1) == U0:
-            return size, x, y & inside
-    size = pretoken(text, i, stop, classes) - i
-    return size, x & first_bytes(size), eight(words, i + 8) & first_bytes(size - 8)
-
-
-# A table of words: rows of four integers, a power of two of them, at most two thirds used. A word is its first eight
-# bytes, the next eight, its length, and a value; of one that is longer than 16 bytes a hash stands first, and the whole
-# in the arena at the place that stands second. Length 0 is a free row.
-
-ROWS, ARENA = range(2)  # of used, int64 (2,): rows of the table, integers of the arena
-
-
-@part
-def home(key, slots):
-    """The place where a search for a key begins, of a power of two of slots."""
-    key = (key ^ key >> U32) * GOLDEN
-    return np.int64((key ^ key >> U32) & U(slots - 1))
-
-
-@part
-def row_of(table, arena, words, i, size, first, second):
-    """(row of the word at byte i or the free one where it belongs, what stands first in it)."""
-    if size > 16:
-        for k in range(8, size, 8):
-            first = (first ^ first >> U32) * GOLDEN + (eight(words, i + k) & first_bytes(size - k))
-        second = U0
-    last = len(table) - 4
-    row = home(first ^ second * MURMUR, len(table) >> 2) << 2
-    while table[row + 2] != U0:
-        if table[row] == first and table[row + 2] == U(size):
-            if size <= 16:
-                if table[row + 1] == second:
-                    break
-            else:
-                at, k = np.int64(table[row + 1]), 0
-                while k < size and arena[at + (k >> 3)] == eight(words, i + k) & first_bytes(size - k):
-                    k += 8
-                if k >= size:
-                    break
-        row = (row + 4) & last
-    return row, first
-
-
-@part
-def enter(table, arena, used, row, words, i, size, first, second):
-    """The word at byte i takes its row."""
-    table[row], table[row + 1], table[row + 2] = first, second, U(size)
-    used[ROWS] += 1
-    if size > 16:
-        table[row + 1] = U(used[ARENA])
-        for k in range(0, size, 8):
-            arena[used[ARENA]] = eight(words, i + k) & first_bytes(size - k)
-            used[ARENA] += 1
-
-
-@kernel
-def count_words(text, words, starts, stops, classes, table, arena, used):
-    """Count the pre-tokens of text[start : stop] for each start and stop."""
-    for k in range(len(starts)):
-        i, stop = starts[k], stops[k]
-        while i < stop:
-            size, first, second = word_at(text, words, i, stop, classes)
-            row, first = row_of(table, arena, words, i, size, first, second)
-            if table[row + 2] == U0:
-                enter(table, arena, used, row, words, i, size, first, second)
-            table[row + 3] += U1
-            i += size
-
-
-@kernel
-def place_rows(table, wider):
-    """Copy the rows of a table to a larger one that is empty."""
-    for old in range(0, len(table), 4):
-        if table[old + 2] != U0:
-            second = table[old + 1] if table[old + 2] <= U(16) else U0
-            row = home(table[old] ^ second * MURMUR, len(wider) >> 2) << 2
-            while wider[row + 2] != U0:
-                row = (row + 4) & (len(wider) - 4)
-            for k in range(4):
-                wider[row + k] = table[old + k]
-
-
-@part
-def look_up(pairs, left, right):
-    """rank << 32 | new id of a pair of ids, NONE where no merge joins it."""
-    key = U(left) << U32 | U(right)
-    at = home(key, len(pairs))
-    while pairs[at, 0] != key and pairs[at, 0] != NONE:
-        at = (at + 1) & (len(pairs) - 1)
-    return pairs[at, 1]
-
-
-@part
-def join_short(ids, n, pairs, ranks):
-    """joined_ids of ids[:n], in place, the lowest rank searched for each time; how many are left."""
-    for k in range(n - 1):
-        ranks[k] = look_up(pairs, ids[k], ids[k + 1])
-    while n > 1:
-        at = 0
-        for k in range(1, n - 1):
-            if ranks[k] < ranks[at]:
-                at = k
-        if ranks[at] == NONE:
-            break
-        ids[at] = ranks[at] & ID
-        n -= 1
-        for k in range(at + 1, n):
-            ids[k], ranks[k - 1] = ids[k + 1], ranks[k]
-        if at:
-            ranks[at - 1] = look_up(pairs, ids[at - 1], ids[at])
-        if at + 1 < n:
-            ranks[at] = look_up(pairs, ids[at], ids[at + 1])
-    return n
-
-
-@part
-def push(heap, n, value):
-    heap[n] = value
-    while n and heap[n] < heap[(n - 1) >> 1]:
-        heap[n], heap[(n - 1) >> 1] = heap[(n - 1) >> 1], heap[n]
-        n = (n - 1) >> 1
-
-
-@part
-def pop(heap, n):
-    """The lowest of n values; the others are then heap[: n - 1]."""
-    lowest, heap[0], i = heap[0], heap[n - 1], 0
-    while 2 * i + 1 < n - 1:
-        child = 2 * i + 1
-        if child + 1 < n - 1 and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= heap[i]:
-            break
-        heap[i], heap[child] = heap[child], heap[i]
-        i = child
-    return lowest
-
-
-@part
-def join_long(ids, n, pairs, heap, before, after):
-    """joined_ids of ids[:n], in place, as it is there: a heap, of rank << 32 | place, and a linked list."""
-    waiting = 0
-    for k in range(n):
-        before[k], after[k] = k - 1, k + 1
-    for k in range(n - 1):
-        found = look_up(pairs, ids[k], ids[k + 1])
-        if found != NONE:
-            push(heap, waiting, (found >> U32) << U32 | U(k))
-            waiting += 1
-    while waiting:
-        lowest = pop(heap, waiting)
-        waiting -= 1
-        i = np.int64(lowest & U(0xFFFFFFFF))
-        j = after[i]
-        found = look_up(pairs, ids[i], ids[j]) if ids[i] >= 0 and j < n else NONE
-        if found == NONE or found >> U32 != lowest >> U32:
-            continue
-        ids[i], ids[j], after[i] = found & ID, -1, after[j]
-        if after[j] < n:
-            before[after[j]] = i
-        for k in (np.int64(before[i]), i):
-            found = look_up(pairs, ids[k], ids[after[k]]) if k >= 0 and after[k] < n else NONE
-            if found != NONE:
-                push(heap, waiting, (found >> U32) << U32 | U(k))
-                waiting += 1
-    left = 0
-    for k in range(n):
-        if ids[k] >= 0:
-            ids[left] = ids[k]
-            left += 1
-    return left
-
-
-@kernel
-def encode_words(
-    text, words, starts, stops, ends, classes, byte_ids, pairs, table, arena, used, ids, heap, before, after
-):
-    """The ids of text[start : stop], and `end` where it is not below 0, for each start, stop and end; how many.
-
-    The value of a word is its number of ids, 1 or 2, in two bits, and these in 31 bits each, the second higher; or 3,
-    and where in the arena their number stands and they follow.
-    """
-    n = 0
-    for s in range(len(starts)):
-        i, stop = starts[s], stops[s]
-        while i < stop:
-            size, first, second = word_at(text, words, i, stop, classes)
-            row = -1
-            if size <= KEPT:
-                row, first = row_of(table, arena, words, i, size, first, second)
-                if table[row + 2] != U0:
-                    value = table[row + 3]
-                    ids[n], ids[n + 1] = value & ID, value >> U31 & ID
-                    if value >> U62 != U(3):
-                        n += np.int64(value >> U62)
-                    else:
-                        at = np.int64(value & ID)
-                        for k in range(np.int64(arena[at])):
-                            ids[n + k] = arena[at + 1 + k]
-                        n += np.int64(arena[at])
-                    i += size
-                    continue
-            for k in range(size):
-                ids[n + k] = byte_ids[text[i + k]]
-            if size <= SHORT:
-                made = join_short(ids[n:], size, pairs, heap)
-            else:
-                made = join_long(ids[n:], size, pairs, heap, before, after)
-            if row >= 0:
-                if 3 * used[ROWS] > len(table) >> 1 or used[ARENA] + size // 8 + 2 + made > len(arena):
-                    table[:], used[:] = 0, 0  # full: begin again
-                    row, first = row_of(table, arena, words, i, size, first, second)
-                enter(table, arena, used, row, words, i, size, first, second)
-                if made <= 2:
-                    table[row + 3] = U(made) << U62 | U(ids[n]) | (U(ids[n + 1]) << U31 if made == 2 else U0)
-                else:
-                    table[row + 3] = U(3) << U62 | U(used[ARENA])
-                    arena[used[ARENA]] = made
-                    for k in range(made):
-                        arena[used[ARENA] + 1 + k] = ids[n + k]
-                    used[ARENA] += 1 + made
-            n += made
-            i += size
-        if ends[s] >= 0:
-            ids[n] = ends[s]
-            n += 1
-    return n
-
-
-def pair_table(ranks):
-    """{(left, right): (rank, new id)} -> the table that look_up reads, uint64 (slots, 2), at most half full."""
-    table = np.full((2 << len(ranks).bit_length(), 2), NONE)
-    ids = np.array(list(ranks), np.uint64).reshape(-1, 2)
-    found = np.array(list(ranks.values()), np.uint64).reshape(-1, 2)
-    rows = np.stack([ids[:, 0] << U32 | ids[:, 1], found[:, 0] << U32 | found[:, 1]], 1)
-    at = home(rows[:, 0], len(table))
-    while len(rows):
-        free = table[at, 0] == NONE
-        table[at[free]] = rows[free]  # of several that want a slot the last gets it
-        lost = table[at, 0] != rows[:, 0]
-        rows, at = rows[lost], (at[lost] + 1) & (len(table) - 1)
-    return table
-
-
-class Batch:
-    """Segments of text, each (bytes, the id that follows it or -1), laid out for the kernels."""
-
-    def __init__(self, segments):
-        self.segments = segments
-        texts = [text for text, _ in segments]
-        lengths = np.array([len(text) for text in texts], np.int64)
-        self.stops = np.cumsum(lengths + 1) - 1
-        self.starts = self.stops - lengths
-        # NUL between two segments: letters that the kernels read eight at a time end there.
-        joined = b"\0".join([*texts, bytes(PADDING + -int(self.stops[-1] + 1) % 8)])
-        self.text, self.words = np.frombuffer(joined, np.uint8), np.frombuffer(joined, np.uint64)
-        self.ends = np.array([end for _, end in segments], np.int64)
-        self.size = int(lengths.sum())
-
-
-def batches(segments, size=BATCH, whole=False):
-    """Batches of at least `size` bytes, the last excepted; longer segments are cut, where that changes no pre-token,
-    unless they must stay whole."""
-    batch, held = [], 0
-    for text, end in segments:
-        start = 0
-        while not whole and len(text) - start > size and (place := CUT_BYTES.search(text, start + size)):
-            yield Batch([*batch, (memoryview(text)[start : place.start()], -1)])
-            batch, held, start = [], 0, place.start()
-        batch.append((memoryview(text)[start:], end))
-        held += len(text) - start
-        if held >= size:
-            yield Batch(batch)
-            batch, held = [], 0
-    if batch:
-        yield Batch(batch)
-
-
-def distinct_words(texts):
-    """Documents or pieces -> (256 single bytes and then their distinct pre-tokens, uint8; (start, stop, how often) of
-    each pre-token, int64 (words, 3))."""
-    table, arena, used, end = np.zeros(1 << 16, np.uint64), np.empty(0, np.uint64), np.zeros(2, np.int64), END.encode()
-    for batch in batches((story, -1) for text, _ in as_pieces(texts) for story in text.split(end)):
-        # At most: 256 words of one byte, else one for two bytes; one integer of the arena for 8 bytes and one a word.
-        rows, stored = used + [256 + len(batch.text) // 2, len(batch.words) + len(batch.text) // 17]
-        if 6 * rows > len(table):
-            wider = np.zeros(4 << int(3 * rows // 2).bit_length(), np.uint64)
-            place_rows(table, wider)
-            table = wider
-        if stored > len(arena):
-            arena = np.concatenate([arena, np.empty(stored, np.uint64)])
-        count_words(batch.text, batch.words, batch.starts, batch.stops, classes(), table, arena, used)
-    rows = table.reshape(-1, 4)
-    rows = rows[rows[:, 2] > 0]
-    rows = rows[np.argsort(rows[:, 2] > 16, kind="stable")]
-    lengths = rows[:, 2].astype(np.int64)
-    short = np.ascontiguousarray(rows[lengths <= 16, :2]).view(np.uint8)  # (short words, 16)
-    raw = [np.arange(256, dtype=np.uint8), short[np.arange(16) < lengths[: len(short), None]]]
-    stored = arena.view(np.uint8)
-    raw += [stored[8 * int(row[1]) :][: int(row[2])] for row in rows[len(short) :]]
-    stops = 256 + np.cumsum(lengths)
-    return np.concatenate(raw), np.stack([stops - lengths, stops, rows[:, 3].astype(np.int64)], 1)
-
-
 def as_pieces(texts, whole=False):
     """A document, documents, or `pieces` of them -> (bytes, whether the document ends there); whole: documents."""
     held = []
@@ -1704,45 +1175,6 @@ def as_pieces(texts, whole=False):
         if ends or not whole:
             yield b"".join(held), ends
             held = []
-
-
-def in_order(function, items, threads):
-    """function(item) for each, in their order, on so many threads; reads no more items ahead than these need."""
-    if threads == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-class Encoder:
-    """What the kernels need to encode with a tokenizer; a table of words for each thread."""
-
-    def __init__(self, byte_ids, ranks, dtype):
-        self.byte_ids, self.pairs, self.dtype = np.array(byte_ids, np.int32), pair_table(ranks), dtype
-        self.idle = []
-        self.encode(Batch([(b"", -1)]))  # compiles, once for all threads
-
-    def encode(self, batch):
-        try:
-            words = self.idle.pop()  # of a thread that has done with it
-        except IndexError:
-            words = np.zeros(4 << 16, np.uint64), np.empty(1 << 17, np.uint64), np.zeros(2, np.int64)
-        size = len(batch.text)
-        ids, links = np.empty(size + len(batch.ends), np.int32), np.empty((2, size), np.int32)
-        heap = np.empty(2 * size + SHORT, np.uint64)  # a join takes one and adds two at most
-        n = encode_words(
-            batch.text, batch.words, batch.starts, batch.stops, batch.ends, classes(), self.byte_ids, self.pairs,
-            *words, ids, heap, *links,
-        )  # fmt: skip
-        self.idle.append(words)
-        return ids[:n].astype(self.dtype)
 
 
 # == 8  command line ===============================================================================================
@@ -1931,4 +1363,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    from bpe import main  # fast/words.py imports this file: it stands in memory once
+
     sys.exit(main())

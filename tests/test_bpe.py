@@ -13,46 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import GOLDEN, PIECES, STORIES, cut, gpt2_json, random_texts, shuffled, train_compiled, with_specials
 
 import bpe
+from fast import merges, words
 
 END = bpe.END
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "gpt2_bpe.json").read_text(encoding="utf-8"))
-STORIES = [
-    "Once upon a time there was a little girl named Lily. She can't find her red ball.",
-    "Tom said, \"I'll help you, Lily! We've got 12 balls, and they're all red.\"\n\nThey were happy.",
-    "The little dog ran to the big tree.\r\n  It barked   and barked \u2014 \u201cwoof\u201d!",
-    "\u65e5\u672c\u8a9e caf\u00e9 \U0001f600\U0001f600 na\u00efve \u00bd \u0663",
-]
-# What the split pattern, UTF-8 and the search for specials can stumble over, to be strung together at random.
-PIECES = [*" \n\t'sdlrevmt1!<|\u00e9\u65e5\u00a0\x00", "  ", "'ll", "'re", " the", "Lily", "\U0001f600", "\u200d\u0301"]
-PIECES += [END, "<|endof", "text|>", "<|reserved_0|>", "<|reserved_", "\x85", "\x1c", "ball balls"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
-
-
-def random_texts(seed, n, most=14):
-    rng = random.Random(seed)
-    return ["".join(rng.choices(PIECES, k=rng.randint(0, most))) for _ in range(n)]
-
-
-def cut(data, rng, most):
-    """data in random pieces of up to `most`, some of them empty."""
-    pieces, i = [], 0
-    while i < len(data):
-        j = i + rng.randint(0, most)
-        pieces.append(data[i:j])
-        i = j
-    return pieces
-
-
-def with_specials(tokenizer, *names):
-    """The tokenizer with further special tokens behind its last id."""
-    specials = {**tokenizer.specials, **{name: tokenizer.vocab_size + i for i, name in enumerate(names)}}
-    return bpe.Tokenizer([*tokenizer.vocab, *(name.encode() for name in names)], tokenizer.merges, specials)
 
 
 # -- trainers
@@ -65,19 +36,27 @@ def random_corpus(seed):
     return ["".join(rng.choices(letters, k=rng.randint(0, 60))) for _ in range(rng.randint(1, 6))]
 
 
-def test_both_trainers_find_the_same_merges_on_random_corpora():
+def test_all_trainers_find_the_same_merges_on_random_corpora():
     for seed in range(300):
         texts = random_corpus(seed)
-        assert bpe.train(texts, 40) == bpe.train_spec(texts, 40), f"seed {seed}"
-    assert bpe.train(STORIES * 3, 200) == bpe.train_spec(STORIES * 3, 200)
-    data = [random.Random(0).randbytes(400)]
-    assert bpe.train(data, 100) == bpe.train_spec(data, 100)
+        assert bpe.train(texts, 40) == train_compiled(texts, 40) == bpe.train_spec(texts, 40), f"seed {seed}"
+    for texts in (STORIES * 3, random_texts(29, 300, 60), [random.Random(0).randbytes(400)]):
+        assert bpe.train(texts, 200) == train_compiled(texts, 200) == bpe.train_spec(texts, 200)
+
+
+def test_a_long_text_is_counted_and_merged_by_compiled_code(monkeypatch):
+    want, called, compiled = bpe.train(STORIES, 100), [], merges.train
+    monkeypatch.setattr(bpe, "TRAIN_LONG", 100)
+    monkeypatch.setattr(merges, "train", lambda *args: called.append(args) or compiled(*args))
+    assert bpe.train(iter(STORIES), 100) == want and called
+    monkeypatch.setattr(bpe, "find_fast", lambda name: None)  # without fast/
+    assert bpe.train(iter(STORIES), 100) == want and len(called) == 1
 
 
 TIES = ["ab cb ab cb", "ba bc", "a\u00e9 a\u00e8"]
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_ties_go_to_the_lexicographically_greater_pair_of_byte_strings(train):
     assert train(["xz", "zx"], 1) == [(b"z", b"x")]
     assert train(["ab", "ac"], 1) == [(b"a", b"c")]
@@ -108,7 +87,7 @@ def test_the_opposite_tie_rule_gives_other_merges():
     assert train_smaller(TIES, 6) != bpe.train(TIES, 6) == bpe.train_spec(TIES, 6)
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_overlapping_pairs_count_twice_and_join_from_the_left(train):
     # three times aaa has (a, a) six times, which is more than five (b, c)
     assert train(["aaa1aaa1aaa", "bc1" * 5], 2) == [(b"a", b"a"), (b"b", b"c")]
@@ -116,7 +95,7 @@ def test_overlapping_pairs_count_twice_and_join_from_the_left(train):
     assert train(["aaaaa"], 9) == [(b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a")]
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_merges_cross_neither_pretokens_nor_the_end_of_a_story(train):
     text = f"ab cd'll 12x{END}ab{END}{END}yz"
     tokens = {left + right for left, right in train([text], 100)}
@@ -124,7 +103,7 @@ def test_merges_cross_neither_pretokens_nor_the_end_of_a_story(train):
     assert not any(set(token) & set(b"<|>") for token in tokens)
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_training_stops_when_no_pair_is_left(train):
     assert train([], 5) == train([""], 5) == train(["a b c"], 0) == train(["abc"], 0) == []
     assert train(["a1b"], 5) == []
@@ -303,16 +282,6 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tokenizer, tmp_path,
     assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["tokenizer.json"]
 
 
-def shuffled(tokenizer):
-    """The same merges under other ids: specials in front, everything else in random order."""
-    order = [tokenizer.end, *(i for i in range(tokenizer.vocab_size) if i != tokenizer.end)]
-    rest = order[1:]
-    random.Random(7).shuffle(rest)
-    order[1:] = rest
-    specials = {name: order.index(i) for name, i in tokenizer.specials.items()}
-    return bpe.Tokenizer([tokenizer.vocab[i] for i in order], tokenizer.merges, specials), order
-
-
 def test_ids_are_kept_whatever_they_are(tokenizer):
     other, order = shuffled(tokenizer)
     loaded = bpe.Tokenizer.from_json(other.to_json())
@@ -352,32 +321,6 @@ def test_tiktoken_gives_the_same_ids(tokenizer):
     for text in [*STORIES, *random_texts(10, 1000)]:
         assert tokenizer.encode(text, "all") == theirs.encode(text, allowed_special="all")
         assert tokenizer.encode(text) == theirs.encode(text, disallowed_special=())
-
-
-def gpt2_json(**model):
-    """GPT-2's tokenizer.json, as published in style, with the part of its vocabulary that the golden ids need."""
-    compact = {string: i for i, string in enumerate(GOLDEN["vocab"])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": compact[END], "content": END, **flags}],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
-        "model": {
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "vocab": compact,
-            "merges": [" ".join(merge) for merge in GOLDEN["merges"]],
-            **model,
-        },
-    }
 
 
 def test_gpt2_ids_are_those_of_gpt2():
@@ -566,7 +509,8 @@ def test_more_than_65536_entries_take_four_bytes_an_id(tmp_path):
 
 
 def test_two_threads_write_the_bytes_of_one(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe.batches, "__defaults__", (1 << 10, False))
+    monkeypatch.setattr(words.batches, "__defaults__", (1 << 10,))
+    monkeypatch.setattr(bpe, "LONG", 1 << 11)
     stories = [f"{i} {STORIES[i % 4]}" for i in range(200)]
     done = []
     one = bpe.write_tokens(stories, tokenizer, tmp_path / "1.bin", threads=1)

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_bpe import GOLDEN, STORIES, gpt2_json, random_texts, shuffled, with_specials
-from test_bpe_long import by_kernels
+from helpers import GOLDEN, STORIES, by_kernels, gpt2_json, random_texts, shuffled, with_specials
 
 import bpe
 
