@@ -398,10 +398,7 @@ class Tokenizer:
 
     def _encode_long(self, text, allowed_special, disallowed_special, threads=None):
         segments = self._segments(utf8_of(text), *self._names(allowed_special, disallowed_special))
-        from fast import words
-
-        threads = threads or words.count_cores() if len(text) > 4 * words.BATCH else 1
-        return np.concatenate(list(words.in_order(self.kernels(), words.batches(segments), threads)))
+        return np.concatenate([ids for ids, _ in self.kernels().run(segments, threads)])
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         """Yield the ids of encode("".join(chunks)), holding back what a later chunk can still change."""
@@ -428,12 +425,12 @@ class Tokenizer:
         return self._encoder is not None or (self._seen >= LONG and find_fast("words") is not None)
 
     def kernels(self):
-        """A function from a Batch to its ids: section 7."""
+        """The encoder of fast/words.py."""
         if self._encoder is None:
             from fast import words
 
             self._encoder = words.Encoder(self._byte_ids, self._ranks, self.dtype)
-        return self._encoder.encode
+        return self._encoder
 
     def _names(self, allowed, refused):
         """(the names to look for in text, longest first; those of them that are an error)."""
@@ -509,7 +506,7 @@ class Tokenizer:
 
     def word_ids(self, word):
         """One pre-token -> its ids."""
-        return joined_ids(self._first_ids(word), self._ranks)
+        return merge_ids(self._first_ids(word), self._ranks)
 
     def _first_ids(self, word):
         """A pre-token before any merge: its bytes, or characters."""
@@ -579,7 +576,7 @@ class Tokenizer:
         return load(path)
 
 
-def joined_ids(ids, ranks):
+def merge_ids(ids, ranks):
     """Join the pair of the lowest rank, of equals the leftmost, until none is left; ranks {(id, id): (rank, id)}."""
     ids, n = list(ids), len(ids)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))  # a linked list, for words can be long
@@ -821,7 +818,7 @@ def from_ranks(data):
     ranks, merges = {}, []
     for i, token in enumerate(vocab):
         if len(token) > 1:
-            parts = joined_ids([byte_ids[b] for b in token], ranks) if byte_ids.keys() >= set(token) else ()
+            parts = merge_ids([byte_ids[b] for b in token], ranks) if byte_ids.keys() >= set(token) else ()
             if len(parts) != 2:
                 raise ValueError(f"{token!r} is not made of two tokens of lower rank: no merge gives it")
             ranks[parts] = (i, i)
@@ -1061,14 +1058,8 @@ def _encoded(documents, tokenizer, threads=None):
             ids = tokenizer._encode(_text(text)) + [end] * (end >= 0)
             yield np.array(ids, tokenizer.dtype), int(end >= 0), len(text)
         return
-    from fast import words
-
-    encode = tokenizer.kernels()
-
-    def work(batch):
-        return encode(batch), int((batch.ends >= 0).sum()), batch.size
-
-    yield from words.in_order(work, words.batches(segments), threads or words.count_cores())
+    for ids, batch in tokenizer.kernels().run(segments, threads):
+        yield ids, batch.stories, batch.size
 
 
 def _check_out(path):

@@ -80,7 +80,7 @@ def gpt2_json(**model):
 def by_kernels(tokenizer, texts):
     """The ids of each text, all of them in one call of the kernel."""
     segments = [(bpe.utf8_of(text), tokenizer.end) for text in texts]
-    ids = tokenizer.kernels()(words.Batch(segments)).tolist()
+    ids = tokenizer.kernels().encode(words.Batch(segments)).tolist()
     found, start = [], 0
     for _ in texts:  # the specials are text here, so that END only ends
         stop = ids.index(tokenizer.end, start)
