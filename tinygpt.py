@@ -3688,12 +3688,18 @@ def open_aside(path):
             if lock_file(file):
                 os.remove(left)
     while True:
-        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
+        aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         try:
-            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
+            file = open(aside, "xb")
+            try:
+                if lock_file(file) and os.path.exists(aside):  # else another process just took it for a leftover
+                    return file
+            except OSError:  # no locks: nobody removes leftovers
                 return file
-        except OSError:  # no locks: nobody removes leftovers
-            return file
+        except BaseException:  # Ctrl-C between here and there
+            with contextlib.suppress(OSError):
+                os.remove(aside)
+            raise
         file.close()
 
 
