@@ -222,7 +222,7 @@ COUNTED = 1 << 20  # tokens whose bytes are counted at a time: memory only, same
 def hold_out(tokens, tokenizer):
     """(training, validation): the last 2% of the stories if they are 1% to 5% of the bytes. Otherwise cut where the
     story nearest to 98% of the bytes ends, within the same limits; inside a story if none ends there."""
-    lengths, total = byte_lengths(tokenizer), 0
+    lengths, total = tokenizer.byte_lengths(), 0
     stops, read, totals = [], [], []  # of each story: the token after it, bytes up to there; bytes up to each block
     for first in range(0, len(tokens), COUNTED):
         block = tokens[first : first + COUNTED]
@@ -253,16 +253,8 @@ def describe_held_out(train, valid, end):
     return f"the last {len(valid) / (len(train) + len(valid)):.1%}, {what}"
 
 
-def byte_lengths(tokenizer):
-    """Bytes of text in each token, (V,): none in the end of a story, which takes back the space that llama2.c's
-    tokenizer gave to its beginning."""
-    lengths = np.array([len(token) for token in tokenizer.vocab])
-    lengths[tokenizer.end] = -1 if tokenizer.spaced else 0
-    return lengths
-
-
 def count_bytes(tokens, tokenizer):
-    return int(np.bincount(tokens, minlength=tokenizer.vocab_size) @ byte_lengths(tokenizer))
+    return int(np.bincount(tokens, minlength=tokenizer.vocab_size) @ tokenizer.byte_lengths())
 
 
 # == 2  batches ========================================================================================================
@@ -574,7 +566,7 @@ def bits_per_byte(nats, tokens, tokenizer):
 def by_story(nats, tokens, tokenizer):
     """nats of tokens (M,) -> sums over each of S stories, its end included: nats, tokens, bytes of text, (3, S)."""
     starts = np.flatnonzero(tokens[:-1] == tokenizer.end) + 1
-    each = (nats, np.ones(len(tokens)), byte_lengths(tokenizer)[tokens])
+    each = (nats, np.ones(len(tokens)), tokenizer.byte_lengths()[tokens])
     return np.stack([np.add.reduceat(column, [0, *starts], dtype=np.float64) for column in each])
 
 

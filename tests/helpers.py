@@ -8,6 +8,7 @@ import bpe
 from fast import merges, words
 
 END = bpe.END
+TOK512 = Path(__file__).parent / "golden" / "tok512.bin"  # the tokenizer of llama2.c's stories260K, MIT licence
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gpt2_bpe.json").read_text(encoding="utf-8"))
 STORIES = [
     "Once upon a time there was a little girl named Lily. She can't find her red ball.",
@@ -79,8 +80,8 @@ def gpt2_json(**model):
 
 def by_kernels(tokenizer, texts):
     """The ids of each text, all of them in one call of the kernel."""
-    segments = [(bpe.utf8_of(text), tokenizer.end) for text in texts]
-    ids = tokenizer.kernels().encode(words.Batch(segments)).tolist()
+    segments = [(bpe.bytes_of(text), tokenizer.end) for text in texts]
+    ids = tokenizer.compiled(bpe.LONG).encode(words.Batch(segments)).tolist()
     found, start = [], 0
     for _ in texts:  # the specials are text here, so that END only ends
         stop = ids.index(tokenizer.end, start)
@@ -93,3 +94,16 @@ def by_kernels(tokenizer, texts):
 def train_compiled(texts, num_merges):
     """bpe.train by fast/merges.py, however short the texts are."""
     return merges.train(bpe.as_pieces(texts), num_merges)
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def run_main(args):
+    """bpe.py's status with these arguments, in this process."""
+    try:
+        return bpe.main(list(args))
+    except SystemExit as done:
+        return done.code

@@ -1,5 +1,6 @@
 """bpe.py: the trainers against each other, ids against other implementations, files and command line against misuse."""
 
+import gzip
 import io
 import json
 import os
@@ -13,7 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import GOLDEN, PIECES, STORIES, cut, gpt2_json, random_texts, shuffled, train_compiled, with_specials
+from helpers import (
+    GOLDEN,
+    PIECES,
+    STORIES,
+    TOK512,
+    cut,
+    gpt2_json,
+    random_texts,
+    run_main,
+    shuffled,
+    train_compiled,
+    with_specials,
+    write,
+)
 
 import bpe
 from fast import merges, words
@@ -24,6 +38,16 @@ END = bpe.END
 @pytest.fixture(scope="module")
 def tokenizer():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return bpe.Tokenizer.load(TOK512)
 
 
 # -- trainers
@@ -81,7 +105,7 @@ def test_the_opposite_tie_rule_gives_other_merges():
                 for pair in pairwise(word):
                     counts[pair] = counts.get(pair, 0) + n
             merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
-            words = {tuple(bpe._joined(word, merges[-1], b"".join(merges[-1]))): n for word, n in words.items()}
+            words = {tuple(bpe.join_pair(word, merges[-1])): n for word, n in words.items()}
         return merges
 
     assert train_smaller(TIES, 6) != bpe.train(TIES, 6) == bpe.train_spec(TIES, 6)
@@ -144,7 +168,7 @@ def test_encoding_equals_a_plain_loop_over_the_merges(tokenizer):
         for word in bpe.SPLIT.findall(text):
             parts = [bytes([b]) for b in word.encode()]
             for pair in tokenizer.merges:
-                parts = bpe._joined(parts, pair, pair[0] + pair[1])
+                parts = bpe.join_pair(parts, pair)
             ids += [tokenizer.vocab.index(part) for part in parts]
         assert tokenizer.encode(text) == ids
 
@@ -405,11 +429,6 @@ def test_a_vocabulary_lacking_a_byte_or_holding_one_twice_is_refused(tokenizer):
 # -- documents
 
 
-def write(path, data):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
 def test_documents_are_stripped_stories_in_order(tmp_path):
     a = write(tmp_path / "b.txt", f"\ufeff one \n{END}\n{END}  {END}two\r\nlines\r\n{END}\nthree")
     b = write(tmp_path / "a.jsonl", '\ufeff{"text": " four ", "id": 1}\r\n\n{"text": ""}\n{"text": "fi\\u00e9ve\\n"}')
@@ -424,7 +443,7 @@ def test_documents_do_not_depend_on_where_the_file_is_cut(size, tmp_path):
     path = write(tmp_path / "s.txt", f"\n{END}".join(stories))
     with open(path, "rb") as file:
         assert (
-            "".join(text + END * ends for text, ends in bpe._txt_texts(file, path, size))
+            "".join(text + END * ends for text, ends in bpe.read_text(file, path, size))
             == path.read_text("utf-8") + END
         )
 
@@ -460,7 +479,7 @@ def test_bad_data_is_refused_in_one_line_that_names_the_file(name, data, message
     with pytest.raises(ValueError, match=message) as error:
         list(bpe.documents([path]))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert bpe.main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+    assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
     assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
     assert not (tmp_path / "t.json").exists()
 
@@ -470,6 +489,92 @@ def test_missing_files_and_folders_without_text_are_refused(tmp_path):
         list(bpe.documents([tmp_path / "none.txt"]))
     with pytest.raises(ValueError, match=r"folder without \.txt or \.jsonl"):
         list(bpe.documents([tmp_path]))
+
+
+ARRAY = [{"story": " One.", "source": "GPT-4"}, {"text": "Two \u00e9."}, "Three.", {"story": f"Four.{END}Five."}]
+STORIES_OF_ARRAY = ["One.", "Two \u00e9.", "Three.", "Four.", "Five."]
+OBJECTS = [value for value in ARRAY if isinstance(value, dict)]
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_as_its_stories(bom, indent, tmp_path):
+    path = write(tmp_path / "data00.json", bom + json.dumps(ARRAY, indent=indent))
+    assert list(bpe.documents(path)) == STORIES_OF_ARRAY
+    assert (
+        list(bpe.documents(write(tmp_path / "s.JSON", bom + json.dumps(ARRAY[::-1], ensure_ascii=False))))[0] == "Four."
+    )
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "stories", "stories.jsonl"])
+def test_an_array_of_objects_is_known_by_its_content(name, tmp_path):
+    want = ["One.", "Two \u00e9.", "Four.", "Five."]
+    for bom, indent in (("", None), ("\ufeff", 4)):
+        path = write(tmp_path / name, f"{bom}\n {json.dumps(OBJECTS, indent=indent)}")
+        assert list(bpe.documents(path)) == want
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "stories.json", "stories.jsonl"])
+def test_json_lines_are_known_by_their_content_and_take_text_or_story(name, tmp_path):
+    lines = "".join(json.dumps(value) + "\n" for value in OBJECTS)
+    for bom in ("", "\ufeff"):
+        assert list(bpe.documents(write(tmp_path / name, bom + lines))) == ["One.", "Two \u00e9.", "Four.", "Five."]
+    both = write(tmp_path / "both.jsonl", '{"story": "no", "text": "yes"}\n"a string"\n')
+    assert list(bpe.documents(both)) == ["yes", "a string"]
+
+
+@pytest.mark.parametrize(
+    "text", ['[Lily] {smiled} and said: "Hi."', '["No," he said]', '{Once} "upon": a time', "[1]", "{}"]
+)
+def test_text_with_brackets_is_text(text, tmp_path):
+    assert list(bpe.documents(write(tmp_path / "s.txt", text))) == [text]
+
+
+BAD_JSON = [
+    ("a.json", '[{"story": "a"}, {"title": "b"}]', r"item 2: expected .*\"story\".*, got .*title"),
+    ("a.json", '[{"story": "a"}, 5]', "item 2: expected"),
+    ("a.json", '[["a"]]', "item 1: expected"),
+    ("a.json", '[{"story": "\\ud800"}]', "item 1: expected"),
+    ("a.json", '[{"story": "a"}, {"story": "b"', "begins like a JSON array but is none"),
+    ("a.json", '[{"story": "a"}]\n[{"story": "b"}]', "begins like a JSON array but is none: Extra data"),
+    ("a.json", "[" * 100_000, "begins like a JSON array but is none"),
+    ("a.json", "[]", "is empty"),
+    ("a.json", "", "is empty"),
+    ("a.json", '{"model": {\n "type": "BPE"}}', "line 1: expected"),
+    ("a.json", "Once upon a time", "line 1: expected"),
+    ("a.json", b'[{"story": "caf\xe9"}]', "is not text: byte 0xe9"),
+    ("a.jsonl", '{"text": "a"}\n["b"]\n', r"line 2: expected .*, got '\[\"b\"\]'"),
+    ("a.jsonl", '["a", "b"]', "line 1: expected"),
+    ("a.txt", '[{"title": "a"}]', "item 1: expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_JSON)
+def test_json_that_holds_no_stories_is_refused_in_one_line(name, data, message, tmp_path, capsys):
+    path = write(tmp_path / name, data)
+    with pytest.raises(ValueError, match=message) as error:
+        list(bpe.documents(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+    assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
+
+
+def test_an_array_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.json", json.dumps(ARRAY))
+    monkeypatch.setattr(bpe, "JSON_MOST", path.stat().st_size - 1)
+    with pytest.raises(ValueError, match="above .*; write it as .jsonl"):
+        list(bpe.documents(path))
+
+
+def test_a_folder_stands_for_its_texts_and_its_arrays_of_stories(tmp_path):
+    write(tmp_path / "data01.json", json.dumps(OBJECTS))
+    write(tmp_path / "data00.json", "\ufeff\n" + json.dumps(["Zero."]))
+    write(tmp_path / "tokenizer.json", '{"model": {}}')
+    write(tmp_path / "x.bin.json", "")
+    write(tmp_path / "stories.tar.gz", gzip.compress(b"Once upon a time."))
+    assert [path.name for path in bpe.text_files(tmp_path)] == ["data00.json", "data01.json"]
+    write(tmp_path / "more.txt", "More.")
+    assert list(bpe.documents(tmp_path)) == ["Zero.", "One.", "Two \u00e9.", "Four.", "Five.", "More."]
 
 
 # -- token files
@@ -554,6 +659,18 @@ def test_a_token_file_written_again_as_it_was_is_whole_all_the_time(tokenizer, t
     monkeypatch.setattr(os, "replace", look_and_replace)
     info = bpe.write_tokens(["a story"], tokenizer, path)
     assert seen == [info["tokens"]] * 2
+
+
+def test_two_writers_of_one_token_file_at_once_leave_one_that_reads(tokenizer, tmp_path):
+    """In two containers that share a folder, both may have the same process id."""
+    path = tmp_path / "t.bin"
+
+    def stories():
+        yield from STORIES
+        bpe.write_tokens(["another text"], tokenizer, path)
+
+    info = bpe.write_tokens(stories(), tokenizer, path)
+    assert bpe.read_tokens(path, tokenizer)[1] == info and sorted(os.listdir(tmp_path)) == ["t.bin", "t.bin.json"]
 
 
 def test_read_tokens_computes_a_checksum_that_the_description_leaves_out(tokenizer, tmp_path):
@@ -641,8 +758,8 @@ def test_the_command_line_goes_from_text_to_ids_and_back(tmp_path):
 
 def test_stats_count_what_they_say(tmp_path, capsys):
     path, out = write(tmp_path / "s.txt", f"abab{END}ab"), tmp_path / "t.json"
-    assert bpe.main(["train", str(path), "--vocab-size", "261", "--reserve", "2", "--out", str(out)]) == 0
-    assert bpe.main(["stats", str(path), "--tokenizer", str(out)]) == 0
+    assert run_main(["train", str(path), "--vocab-size", "261", "--reserve", "2", "--out", str(out)]) == 0
+    assert run_main(["stats", str(path), "--tokenizer", str(out)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["text", "6", "bytes,", "2", "stories"] and lines[1][:2] == ["tokens", "4"]
     assert lines[2] == ["bytes", "per", "token", "1.500"] and lines[3] == ["unused", "258", "of", "261", "entries"]
@@ -653,7 +770,7 @@ def test_the_vocabulary_size_counts_everything(tmp_path, capsys):
     path, out = write(tmp_path / "s.txt", "ab cd"), tmp_path / "t.json"
 
     def train(size, *more):
-        status = bpe.main(["train", str(path), "--vocab-size", str(size), "--out", str(out), *more])
+        status = run_main(["train", str(path), "--vocab-size", str(size), "--out", str(out), *more])
         return status, capsys.readouterr().err
 
     assert train(264) == (
@@ -695,7 +812,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(tmp_path, capsys, tokenize
         ("stats none.txt --tokenizer tokenizer.json", "none.txt does not exist"),
     ]:
         args = [str(tmp_path / word) if "." in word or "/" in word else word for word in args.split()]
-        assert bpe.main(args) == 2, args
+        assert run_main(args) == 2, args
         out, err = capsys.readouterr()
         assert err.startswith("bpe.py: error: ") and message in err and err.count("\n") == 1 and out == "", err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and story in before
@@ -713,12 +830,38 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("command", ["train", "encode", "decode", "stats"])
 def test_every_argument_has_a_help_of_its_own(command, capsys):
-    with pytest.raises(SystemExit) as done:
-        bpe.main([command, "--help"])
-    assert done.value.code == 0 and "FILE" in capsys.readouterr().out
-    parser = bpe._parser()._subparsers._group_actions[0].choices[command]
+    assert run_main([command, "--help"]) == 0 and "FILE" in capsys.readouterr().out
+    parser = bpe.make_parser()._subparsers._group_actions[0].choices[command]
     helps = [action.help for action in parser._actions]
     assert all(helps) and len(set(helps)) == len(helps)
+
+
+def test_explain_shows_the_merges_in_their_order(gpt2, llama, tmp_path, capsys):
+    for each, text in [(gpt2, "antidisestablishmentarianism"), (gpt2, "aaaaaaa"), (llama, "Once"), (gpt2, "\u65e5")]:
+        (word,) = each.pretokens(text)
+        steps = list(each.steps(word))
+        assert steps[0][0] is None and b"".join(steps[0][1]) == word.encode()
+        for (_, before), (number, after) in zip(steps, steps[1:]):
+            k = next(k for k, token in enumerate(after) if token != before[k])
+            assert before[k : k + 2] == list(each.merges[number]) or each is llama
+            assert after == [*before[:k], before[k] + before[k + 1], *before[k + 2 :]]
+        assert steps[-1][1] == [each.vocab[i] for i in each.encode(text)]
+    gpt2.save(tmp_path / "t.json")
+    assert run_main(["explain", "It's", "--tokenizer", str(tmp_path / "t.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(tmp_path / "t.json") and lines[1].split() == ["bytes", "I", "|", "t"]
+    assert lines[-1].split() == ["ids", str(gpt2.encode("It's")[-1])]
+
+
+def test_explain_takes_the_tokenizer_here_or_the_newest_of_training(gpt2, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(["explain", "a"]) == 2
+    assert "name one with --tokenizer FILE" in capsys.readouterr().err
+    (tmp_path / "data" / "tokens" / "x").mkdir(parents=True)
+    tokenizer.save(tmp_path / "data" / "tokens" / "x" / "tokenizer.json")
+    assert run_main(["explain", "a"]) == 0 and "x" in capsys.readouterr().out.splitlines()[0]
+    gpt2.save("tokenizer.json")
+    assert run_main(["explain", "a"]) == 0 and capsys.readouterr().out.startswith("tokenizer.json\n")
 
 
 def test_importing_does_no_work_beyond_definitions(tmp_path):
@@ -733,13 +876,31 @@ def test_progress_shows_the_time_left_and_clears_its_line(monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(bpe.time, "monotonic", lambda: now[0])
-    with bpe._Bar("encoding", 1000) as bar:
-        bar(0)
+    with bpe.Progress("encoding", 1000) as progress:
+        progress(0)
         assert terminal.getvalue() == ""
         now[0] = 130.0
-        bar(250)
+        progress(250)
         assert terminal.getvalue().startswith("\rencoding [#######") and "25%, 1:30 left" in terminal.getvalue()
-        bar(260)  # too soon after the last
+        progress(260)  # too soon after the last
         assert "26%" not in terminal.getvalue()
     shown, blank, end = terminal.getvalue().split("\r")[1:]
     assert not blank.strip() and len(blank) >= len(shown) and end == ""
+    with bpe.Progress("nothing", 0) as progress:
+        progress(0)
+    terminal.isatty = lambda: False
+    with bpe.Progress("a file", 10) as progress:
+        now[0] += 10
+        progress(5)
+    assert terminal.getvalue().count("\r") == 3
+
+
+def test_a_parser_takes_an_exception_and_names_the_program_alone(capsys):
+    for error, line in [
+        (OSError(2, "No such file or directory", "x.txt"), "x.txt: No such file or directory"),
+        (ValueError("T=300"), "T=300"),
+        ("a text", "a text"),
+    ]:
+        with pytest.raises(SystemExit) as done:
+            bpe.Parser(prog="train.py of a model").error(error)
+        assert done.value.code == 2 and capsys.readouterr().err == f"train.py: error: {line}\n"

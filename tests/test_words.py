@@ -56,7 +56,7 @@ def counted(text):
 
 def same(tokenizer, texts):
     for text, ids in zip(texts, by_kernels(tokenizer, texts)):
-        assert ids == tokenizer._encode(bpe._text(text)), text
+        assert ids == tokenizer._encode(bpe.text_of(text)), text
         assert counted(text) == bpe.count_pretokens([text]), text
 
 
@@ -109,7 +109,7 @@ def test_a_byte_that_is_no_utf8_is_one_sign(tokenizer):
     texts += [b"".join(rng.choices(valid + BROKEN, k=rng.randint(0, 9))) for _ in range(2000)]
     texts += [rng.randbytes(rng.randint(0, 30)) for _ in range(2000)]
     texts += [bytes(rng.choices(range(0x80, 0x100), k=12)) for _ in range(2000)]
-    assert by_kernels(tokenizer, texts) == [tokenizer._encode(bpe._text(text)) for text in texts]
+    assert by_kernels(tokenizer, texts) == [tokenizer._encode(bpe.text_of(text)) for text in texts]
     assert counted(b"\n".join(texts)) == bpe.count_pretokens([b"\n".join(texts)])
 
 
@@ -117,6 +117,13 @@ def test_random_pieces_give_the_ids_of_the_specification(tokenizer, gpt2):
     same(tokenizer, [*STORIES, *random_texts(11, 1500)])
     for texts in ([row["text"] for row in GOLDEN["texts"]], random_texts(12, 1500)):
         assert by_kernels(gpt2, texts) == [gpt2._encode(text) for text in texts]
+
+
+def test_golden_texts_have_the_ids_of_gpt2_by_kernels_too(gpt2):
+    ids = list(GOLDEN["vocab"].values())
+    found = by_kernels(gpt2, [row["text"] for row in GOLDEN["texts"]])
+    assert [[ids[i] for i in each] for each in found] == [row["plain"] for row in GOLDEN["texts"]]
+    assert np.dtype(gpt2.dtype) == np.uint16
 
 
 def test_any_text_that_hypothesis_can_think_of(tokenizer, tmp_path):
@@ -130,7 +137,7 @@ def test_any_text_that_hypothesis_can_think_of(tokenizer, tmp_path):
     def check(texts):
         same(tokenizer, texts)
         for text in texts:
-            assert tokenizer.decode_bytes(tokenizer.encode(text)) == bpe.utf8_of(text)
+            assert tokenizer.decode_bytes(tokenizer.encode(text)) == bpe.bytes_of(text)
 
     check()
 
@@ -211,7 +218,7 @@ def test_a_long_text_is_encoded_the_same_by_any_number_of_threads(tokenizer, lon
     more = with_specials(tokenizer, "<a>", "<a><b>", " lead", "\u00e9\u65e5")
     assert len(long_text) > bpe.LONG
     for allowed in ((), {END}, "all"):
-        want = more._encode(long_text, *more._names(allowed, ()))
+        want = more._encode(long_text, allowed)
         assert more.encode(long_text, allowed) == want
         for threads in (1, 2, 3):
             ids = more.encode_array(long_text.encode(), allowed, threads=threads)
@@ -221,8 +228,8 @@ def test_a_long_text_is_encoded_the_same_by_any_number_of_threads(tokenizer, lon
 
 def test_where_a_text_is_cut_changes_nothing(tokenizer, long_text):
     text = long_text[:40_000].encode()
-    want = tokenizer._encode(bpe._text(text))
-    encode = tokenizer.kernels().encode
+    want = tokenizer._encode(bpe.text_of(text))
+    encode = tokenizer.compiled(bpe.LONG).encode
     for size in (1, 2, 3, 7, 50, 1000):
         cut = list(words.batches([(text, -1)], size))
         assert b"".join(part for batch in cut for part, _ in batch.segments) == text
