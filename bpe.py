@@ -174,6 +174,14 @@ def find_fast(name):
         return None
 
 
+def find_extra(name, what):
+    """The module extras/NAME.py; ValueError, with what needs it, where it is not here."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ImportError as error:
+        raise ValueError(f"{what} needs extras/{name}.py, which is not here ({error})") from None
+
+
 # == 3  the tokenizer ==================================================================================================
 
 LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # characters or bytes of text: 0.3 s in Python; 0.5 ms
@@ -188,7 +196,7 @@ class Tokenizer:
 
     ending = END  # the special token that ends a story
     json_parts, json_model = {}, {}  # where the tokenizer.json of a subclass differs
-    unit = "bytes"  # what merges begin with
+    unit = "bytes"  # what first_ids are of
 
     def __init__(self, vocab, merges, specials, byte_ids=None):
         self.vocab, self.merges, self.specials = list(vocab), list(merges), dict(specials)
@@ -323,17 +331,6 @@ class Tokenizer:
         """One pre-token -> its ids."""
         return merge_ids(self.first_ids(word), self._ranks)
 
-    def steps(self, word):
-        """A pre-token on the way to its ids: (None, its byte strings), then (a merge's number, the same after it)."""
-        ids, number = self.first_ids(word), None
-        while True:
-            yield number, [self.vocab[i] for i in ids]
-            found = [(self._ranks[pair], k) for k, pair in enumerate(pairwise(ids)) if pair in self._ranks]
-            if not found:
-                return
-            (number, new), k = min(found)
-            ids[k : k + 2] = [new]
-
     # -- ids to text
 
     def decode(self, ids, previous=None):
@@ -341,16 +338,12 @@ class Tokenizer:
         return self.decode_bytes(ids, previous).decode("utf-8", "replace")
 
     def decode_bytes(self, ids, previous=None):
-        """Ids -> the bytes that they stand for, exactly. `previous` is the id before them, None at the beginning."""
+        """Ids -> the bytes that they stand for, exactly. `previous`, the id before them, counts in a subclass alone."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         for i in ids if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size else ():
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is not in this vocabulary; expected 0 to {self.vocab_size - 1}")
-        return b"".join(self.token_bytes(ids, previous))
-
-    def token_bytes(self, ids, previous):
-        """The bytes of each id; in a subclass they depend on the id before it."""
-        return [self.vocab[i] for i in ids]
+        return b"".join([self.vocab[i] for i in ids])
 
     def byte_lengths(self):
         """Bytes of text in each token, (V,): none in the end of a story."""
@@ -384,14 +377,14 @@ class Tokenizer:
     @staticmethod
     def from_json(text):
         """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what we do not have."""
-        return read_own(text) or find_formats().from_json(text)
+        return read_own(text) or find_extra("formats", "a tokenizer that bpe.py did not write").from_json(text)
 
     @staticmethod
     def load(path):
         """The tokenizer in a file: a tokenizer.json, or any format of extras/formats.py; its content says which."""
-        data = Path(path).read_bytes()
+        data, what = Path(path).read_bytes(), "a tokenizer that bpe.py did not write"
         try:
-            return read_own(data.decode("utf-8", "replace")) or find_formats().read(Path(path), data)
+            return read_own(data.decode("utf-8", "replace")) or find_extra("formats", what).read(Path(path), data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -400,8 +393,10 @@ class Tokenizer:
         ValueError where the file would not give this tokenizer again."""
         from tinygpt import write_aside
 
-        other = str(path).endswith((".tiktoken", "vocab.json"))
-        for name, data in find_formats().to_files(self, Path(path)) if other else [(path, self.to_json().encode())]:
+        files = [(path, self.to_json().encode())]
+        if str(path).endswith((".tiktoken", "vocab.json")):
+            files = find_extra("formats", path).to_files(self, Path(path))
+        for name, data in files:
             check_out(name)
             write_aside(name, [data])
 
@@ -485,16 +480,6 @@ def read_own(text):
         return tokenizer if tokenizer.to_json() == text else None
 
 
-def find_formats():
-    """extras/formats.py; ValueError where it is not here."""
-    try:
-        from extras import formats
-    except ImportError as error:
-        missing = f"extras/formats.py, which reads and writes other formats, is not here ({error})"
-        raise ValueError(f"not a tokenizer.json that bpe.py wrote, and {missing}") from None
-    return formats
-
-
 # == 5  stories in files, text in memory ===============================================================================
 
 # Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
@@ -530,9 +515,10 @@ def pieces(paths, progress=None):
     one continues, a pre-token begins."""
     done = 0
     for path in text_files(paths):
+        reader = find_reader(path)
         with open(path, "rb") as file:
             empty = begins = True
-            for text, ends in find_reader(file, path)(file, path):
+            for text, ends in reader(file, path):
                 text = text.strip() if begins else text.rstrip() if ends else text
                 if text or not begins:
                     empty = False
@@ -547,44 +533,34 @@ def pieces(paths, progress=None):
 
 def text_files(paths):
     """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
-    ValueError for a file that is compressed by its name, and for a folder without text."""
+    FileNotFoundError; ValueError for a folder without text."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file())
-            texts = [p for p in inside if p.suffix.lower() in (".txt", ".jsonl") or is_json_array(p)]
-            if not texts:
-                for p in inside:
-                    refuse_packed(p)
+            kinds = {p: p.suffix.lower() for p in sorted(path.iterdir()) if p.is_file()}
+            found = [p for p in kinds if kinds[p] in (".txt", ".jsonl")]
+            found += [p for p in kinds if kinds[p] == ".json" and find_reader(p) is read_array]
+            if not found:
+                for p in kinds:
+                    find_reader(p)  # refuses a compressed file
                 raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
-            yield from texts
+            yield from sorted(found)
         elif path.exists():
-            refuse_packed(path)
             yield path
         else:
             raise FileNotFoundError(f"{path} does not exist")
 
 
-def refuse_packed(path, head=b""):
-    """ValueError for a compressed file; where extras/ is missing it is refused later, as bytes that are not text."""
+def find_reader(path):
+    """The function that reads the stories of a file; its first bytes decide, and its name where they do not.
+    ValueError for a compressed file; where extras/ is missing it is refused later, as bytes that are not text."""
+    with open(path, "rb") as file:
+        head = file.read(1024).removeprefix(codecs.BOM_UTF8)
     with contextlib.suppress(ImportError):
         importlib.import_module("extras.formats").refuse_packed(path, head)
-
-
-def is_json_array(path):
-    if path.suffix.lower() != ".json":
-        return False
-    with open(path, "rb") as file:
-        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
-def find_reader(file, path):
-    """The function that reads the stories of an open file; its first bytes decide, and its name where they do not."""
-    head = file.peek(1024)[:1024].removeprefix(codecs.BOM_UTF8)
-    refuse_packed(path, head)
-    start = JSON_START.match(head)
-    if (start and start[1]) or is_json_array(path):
+    suffix, start = path.suffix.lower(), JSON_START.match(head)
+    if (start and start[1]) or (suffix == ".json" and head.lstrip().startswith(b"[")):
         return read_array
-    return read_lines if start or path.suffix.lower() in (".json", ".jsonl") else read_text
+    return read_lines if start or suffix in (".json", ".jsonl") else read_text
 
 
 def read_text(file, path, size=1 << 20):
@@ -860,37 +836,8 @@ def run_decode(args):
         start = stop + 1
 
 
-def run_stats(args):
-    tokenizer = Tokenizer.load(args.tokenizer)
-    uses, stories, size = np.zeros(tokenizer.vocab_size, np.int64), 0, 0
-    with Progress("encoding", size_of(args.files)) as progress:
-        for ids, more_stories, more_bytes in tokenizer.encode_documents(pieces(args.files)):
-            uses += np.bincount(ids, minlength=len(uses))
-            stories, size = stories + more_stories, size + more_bytes
-            progress(size)
-    print(f"text             {size:,} bytes, {stories:,} stories")
-    print(f"tokens           {uses.sum():,} (one {END} for each story included)")
-    print(f"bytes per token  {size / uses.sum():.3f}")
-    print(f"unused           {(uses == 0).sum():,} of {tokenizer.vocab_size:,} entries")
-    print("longest tokens   bytes    id     uses  text")
-    plain = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.specials.values()]
-    for i in sorted(plain, key=lambda i: (-len(tokenizer.vocab[i]), i))[:10]:
-        print(f"{len(tokenizer.vocab[i]):22} {i:5} {uses[i]:8,}  {tokenizer.decode([i])!r}")
-
-
-def run_explain(args):
-    """Show the merges of a text's words, by tokenizer.json in this folder or the newest that train.py made."""
-    made = sorted(Path("data", "tokens").glob("*/tokenizer.json"), key=lambda path: -path.stat().st_mtime)
-    found = [args.tokenizer] if args.tokenizer else [*Path().glob("tokenizer.json"), *made]
-    if not found:
-        raise ValueError("there is no tokenizer.json here and none in data/tokens; name one with --tokenizer FILE")
-    tokenizer = Tokenizer.load(found[0])
-    print(found[0])
-    for word in tokenizer.pretokens(args.text):
-        for number, tokens in tokenizer.steps(word):
-            label = f"merge {number + 1:,}" if number is not None else tokenizer.unit
-            print(f"{label:>14}  {' | '.join(token.decode('utf-8', 'backslashreplace') for token in tokens)}")
-        print(f"{'ids':>14}  {' '.join(map(str, tokenizer.word_ids(word)))}")
+def run_extra(args):
+    find_extra("tokens", f"bpe.py {args.command}").COMMANDS[args.command](args)
 
 
 def make_parser():
@@ -898,27 +845,27 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats|explain")
     text = f"text with stories that end in {END}; .jsonl or a .json array with a field `text` or `story`; or a folder"
 
-    def command(run, help):
-        made = commands.add_parser(run.__name__.removeprefix("run_"), help=help)
+    def command(run, name, help):
+        made = commands.add_parser(name, help=help)
         made.set_defaults(run=run)
         return made.add_argument
 
-    add = command(run_train, "learn the merges of a tokenizer from text")
+    add = command(run_train, "train", "learn the merges of a tokenizer from text")
     add("files", nargs="+", metavar="FILE", help=text)
     add("--vocab-size", type=int, required=True, metavar="V", help="entries in all: bytes, merges, specials")
     add("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
     add("--reserve", type=int, default=8, metavar="N", help="special tokens kept free for templates (0 = none)")
-    add = command(run_encode, "text to a token file, which train.py reads")
+    add = command(run_encode, "encode", "text to a token file, which train.py reads")
     add("files", nargs="+", metavar="FILE", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to encode with")
     add("--out", required=True, metavar="FILE.bin", help="token file to write, and FILE.bin.json")
-    add = command(run_decode, "a token file back to text, on stdout")
+    add = command(run_decode, "decode", "a token file back to text, on stdout")
     add("file", metavar="FILE.bin", help="token file to read")
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with")
-    add = command(run_explain, "the merges that make the tokens of a word, in their order")
+    add = command(run_extra, "explain", "the merges that make the tokens of a word, in their order")
     add("text", metavar="WORD", help="a word, or any text: each of its words in turn")
     add("--tokenizer", metavar="FILE", help="default: tokenizer.json here, else the newest of train.py")
-    add = command(run_stats, "bytes per token, unused entries and longest tokens on a text")
+    add = command(run_extra, "stats", "bytes per token, unused entries and longest tokens on a text")
     add("files", nargs="+", metavar="FILE", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to measure")
     return parser

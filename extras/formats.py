@@ -86,11 +86,13 @@ class SpacedTokenizer(Tokenizer):
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         yield from self.encode(b"".join(map(bytes_of, chunks)), allowed_special, disallowed_special)
 
-    def token_bytes(self, ids, previous):
-        """The bytes of each id, without the space that a text is given to begin with."""
-        first = {None, *self.specials.values()}
+    def decode_bytes(self, ids, previous=None):
+        """Ids -> bytes, without the space that a text is given to begin with: `previous` is the id before them, None at
+        the beginning."""
+        ids, first = list(ids), {None, *self.specials.values()}
+        super().decode_bytes(ids)  # refuses an unknown id
         pairs = zip([previous, *ids], ids)
-        return [self.vocab[i].removeprefix(b" " if before in first else b"") for before, i in pairs]
+        return b"".join([self.vocab[i].removeprefix(b" " if before in first else b"") for before, i in pairs])
 
     def byte_lengths(self):
         """Bytes of text in each token, (V,): the end of a story takes back the space that its beginning was given."""

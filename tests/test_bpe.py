@@ -5,9 +5,11 @@ import io
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
+import time
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,6 @@ from helpers import (
     GOLDEN,
     PIECES,
     STORIES,
-    TOK512,
     cut,
     gpt2_json,
     random_texts,
@@ -38,16 +39,6 @@ END = bpe.END
 @pytest.fixture(scope="module")
 def tokenizer():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return bpe.Tokenizer.load(TOK512)
 
 
 # -- trainers
@@ -756,16 +747,6 @@ def test_the_command_line_goes_from_text_to_ids_and_back(tmp_path):
     assert status == 0 and b"bytes per token" in out and b"of 300 entries" in out and err == ""
 
 
-def test_stats_count_what_they_say(tmp_path, capsys):
-    path, out = write(tmp_path / "s.txt", f"abab{END}ab"), tmp_path / "t.json"
-    assert run_main(["train", str(path), "--vocab-size", "261", "--reserve", "2", "--out", str(out)]) == 0
-    assert run_main(["stats", str(path), "--tokenizer", str(out)]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["text", "6", "bytes,", "2", "stories"] and lines[1][:2] == ["tokens", "4"]
-    assert lines[2] == ["bytes", "per", "token", "1.500"] and lines[3] == ["unused", "258", "of", "261", "entries"]
-    assert lines[5] == ["4", "257", "1", "'abab'"] and lines[6] == ["2", "256", "1", "'ab'"]
-
-
 def test_the_vocabulary_size_counts_everything(tmp_path, capsys):
     path, out = write(tmp_path / "s.txt", "ab cd"), tmp_path / "t.json"
 
@@ -836,32 +817,43 @@ def test_every_argument_has_a_help_of_its_own(command, capsys):
     assert all(helps) and len(set(helps)) == len(helps)
 
 
-def test_explain_shows_the_merges_in_their_order(gpt2, llama, tmp_path, capsys):
-    for each, text in [(gpt2, "antidisestablishmentarianism"), (gpt2, "aaaaaaa"), (llama, "Once"), (gpt2, "\u65e5")]:
-        (word,) = each.pretokens(text)
-        steps = list(each.steps(word))
-        assert steps[0][0] is None and b"".join(steps[0][1]) == word.encode()
-        for (_, before), (number, after) in zip(steps, steps[1:]):
-            k = next(k for k, token in enumerate(after) if token != before[k])
-            assert before[k : k + 2] == list(each.merges[number]) or each is llama
-            assert after == [*before[:k], before[k] + before[k + 1], *before[k + 2 :]]
-        assert steps[-1][1] == [each.vocab[i] for i in each.encode(text)]
-    gpt2.save(tmp_path / "t.json")
-    assert run_main(["explain", "It's", "--tokenizer", str(tmp_path / "t.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == str(tmp_path / "t.json") and lines[1].split() == ["bytes", "I", "|", "t"]
-    assert lines[-1].split() == ["ids", str(gpt2.encode("It's")[-1])]
+def test_without_fast_and_extras_a_line_says_what_is_missing(tokenizer, tmp_path):
+    for name in ("bpe.py", "tinygpt.py"):
+        shutil.copy(Path(bpe.__file__).with_name(name), tmp_path)
+    story = "Once upon a time there was a ball. " * 40_000
+    write(tmp_path / "s.txt", story + END)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    tokenizer.save(tmp_path / "vocab.json")
+
+    def run(*args):
+        words = [sys.executable, "bpe.py", *args]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    done = run("encode", "s.txt", "--tokenizer", "tokenizer.json", "--out", "t.bin")
+    assert done.returncode == 0 and done.stderr.startswith("bpe.py: no fast/words.py (No module named 'fast')")
+    assert len(done.stderr.splitlines()) == 2
+    want = [*tokenizer.encode(story.strip()), tokenizer.end]
+    assert bpe.read_tokens(tmp_path / "t.bin", tokenizer)[0].tolist() == want
+    for args, what in [
+        (
+            ("decode", "t.bin", "--tokenizer", "vocab.json"),
+            "a tokenizer that bpe.py did not write needs extras/formats.py",
+        ),
+        (("train", "s.txt", "--vocab-size", "265", "--out", "x.tiktoken"), "x.tiktoken needs extras/formats.py"),
+        (("stats", "s.txt", "--tokenizer", "tokenizer.json"), "bpe.py stats needs extras/tokens.py"),
+    ]:
+        done = run(*args)
+        assert done.returncode == 2 and what in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_explain_takes_the_tokenizer_here_or_the_newest_of_training(gpt2, tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_main(["explain", "a"]) == 2
-    assert "name one with --tokenizer FILE" in capsys.readouterr().err
-    (tmp_path / "data" / "tokens" / "x").mkdir(parents=True)
-    tokenizer.save(tmp_path / "data" / "tokens" / "x" / "tokenizer.json")
-    assert run_main(["explain", "a"]) == 0 and "x" in capsys.readouterr().out.splitlines()[0]
-    gpt2.save("tokenizer.json")
-    assert run_main(["explain", "a"]) == 0 and capsys.readouterr().out.startswith("tokenizer.json\n")
+def test_many_special_tokens_take_no_quadratic_time(tokenizer):
+    def seconds(n):
+        start = time.perf_counter()
+        assert tokenizer.encode(("a b" + END) * n, {END}, "all").count(tokenizer.end) == n
+        return time.perf_counter() - start
+
+    seconds(100)
+    assert seconds(80_000) < 40 * seconds(8_000) + 0.2
 
 
 def test_importing_does_no_work_beyond_definitions(tmp_path):
