@@ -258,21 +258,17 @@ class Tokenizer:
                 yield np.array(ids, self.dtype), int(end >= 0), len(text)
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
-        """Yield the ids of encode("".join(chunks)): at white space those of all before it, as nothing can change them;
+        """Yield the ids of encode("".join(chunks)): at white space after ASCII, those of all before it, now certain;
         at the end if special tokens are looked for that have white space inside."""
         waits = any(set(name) & set(" \n") for name in self._names(allowed_special, disallowed_special)[0])
-        decoder, held, place = codecs.getincrementaldecoder("utf-8")("surrogateescape"), [""], 0
+        decoder, held, place = codecs.getincrementaldecoder("utf-8")("surrogateescape"), "", 0
         for chunk in chunks:
-            new, before = decoder.decode(bytes_of(chunk) if isinstance(chunk, str) else chunk), held[-1][-1:]
-            found = None if waits else LAST_CUT.search(before + new)
-            cut = found.start() - len(before) if found else len(new)
-            held.append(new[:cut])
-            if found:
-                text = "".join(held)
-                yield from self._encode(text, allowed_special, disallowed_special, place)
-                held, place = [new[cut:]], place + len(text)
-        text = "".join([*held, decoder.decode(b"", True)])
-        yield from self._encode(text, allowed_special, disallowed_special, place)
+            new = decoder.decode(bytes_of(chunk) if isinstance(chunk, str) else chunk)
+            held += new
+            if not waits and (found := LAST_CUT.search(held, max(0, len(held) - len(new) - 1))):
+                yield from self._encode(held[: found.start()], allowed_special, disallowed_special, place)
+                held, place = held[found.start() :], place + found.start()
+        yield from self._encode(held + decoder.decode(b"", True), allowed_special, disallowed_special, place)
 
     def compiled(self, size):
         """The encoder of fast/words.py if it takes so many more bytes sooner than plain Python, else None: loading it
