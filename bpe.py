@@ -3,36 +3,34 @@
     python bpe.py train stories.txt --vocab-size 4096 --out tokenizer.json
     python bpe.py explain accomplishment
 
-Read sections 1 and 2 to know what is computed: documents, pre-tokens, and the trainer that rescans everything for
-each merge. Section 3 computes the same merges fast, 4 turns text into ids and back, 5 reads and writes tokenizers, 6
-keeps ids in files and reads stories in JSON, 7 does to long texts in Numba what 1 and 4 do to short ones, 8 is the
-command line. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
+Read section 1 to know what is computed: pre-tokens, and the trainer that rescans everything for each merge. Section 2
+finds the same merges fast, 3 turns text into ids and back, 4 is tokenizer.json, 5 reads stories, 6 keeps ids in files,
+7 and 8 are command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
+
+Found when they are used: fast/words.py and fast/merges.py do the same to long texts, extras/formats.py reads and writes
+the tokenizers of other systems.
 """
 
 import argparse
-import base64
 import codecs
 import contextlib
 import functools
-import glob
 import hashlib
 import heapq
+import importlib
 import json
 import os
-import shlex
-import struct
 import sys
 import time
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, pairwise
+from collections import Counter, defaultdict
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import regex
 
-# == 1  documents and pre-tokens ===================================================================================
+# == 1  pre-tokens, and the trainer as a specification =================================================================
 
 END = "<|endoftext|>"  # stands after every document; merges never cross it
 
@@ -40,131 +38,7 @@ END = "<|endoftext|>"  # stands after every document; merges never cross it
 # it, then white space, which leaves its last character to the run that follows. Radford et al. 2019.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 SPLIT = regex.compile(PATTERN)  # every text is the concatenation of SPLIT.findall(text)
-
-
-def reserved(n):
-    """The names of n specials that no text contains, kept for templates and fine-tuning."""
-    return [f"<|reserved_{i}|>" for i in range(n)]
-
-
-def documents(paths, progress=None):
-    """Yield the stories of text files (split at END), of JSON (a value a line, or one array; a value is a string or an
-    object with a field "text" or "story"), and of folders of these.
-
-    Stories are stripped, empty ones dropped; a text without END is one document. Calls progress(bytes_done) after a
-    story. ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
-    """
-    held = []
-    for piece, ends in pieces(paths, progress):
-        held.append(piece)
-        if ends:
-            yield "".join(held)
-            held = []
-
-
-def pieces(paths, progress=None):
-    """The same stories as (piece, whether its story ends there): no story has to fit into memory. Where one goes on, a
-    pre-token begins."""
-    done = 0
-    for path in text_files(paths):
-        with open(path, "rb") as file:
-            empty = begins = True
-            for text, ends in _reader(file, path)(file, path):
-                text = text.strip() if begins else text.rstrip() if ends else text
-                if text or not begins:
-                    empty = False
-                    yield text, ends
-                    if progress:
-                        progress(done + file.tell())
-                begins = ends or (begins and not text)
-            done += file.tell()
-        if empty:
-            raise ValueError(f"{path} is empty: expected at least one story")
-
-
-def text_files(paths):
-    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
-    ValueError for a file that is compressed by its name, and for a folder without text."""
-    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file())
-            texts = [p for p in inside if p.suffix.lower() in (".txt", ".jsonl") or _is_json_array(p)]
-            if not texts:
-                for p in inside:
-                    _refuse_packed(p)
-                raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
-            yield from texts
-        elif path.exists():
-            _refuse_packed(path)
-            yield path
-        else:
-            raise FileNotFoundError(f"{path} does not exist")
-
-
-def _utf8(decode, data, path, *final):
-    if b"\0" in data:
-        raise ValueError(f"{path} is not text: it has NUL bytes")
-    try:
-        return decode(data, *final)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
-
-
-# Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
-CUT = r"(?<=[!-~])(?=[ \n])"
-CUT_BYTES = regex.compile(CUT.encode())
-LAST_CUT = regex.compile("(?r)" + CUT)  # (?r) searches from the end
-
-
-def _txt_texts(file, path, size=1 << 20):
-    """The texts between ENDs, as pieces. `tail`, the last characters read so far, may hold the beginning of an END."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark, keeps CRLF
-    held, tail = [], ""
-    while data := file.read(size):
-        *ended, last = (tail + _utf8(decoder.decode, data, path)).split(END)
-        for text in ended:
-            yield "".join(held) + text, True
-            held = []
-        if place := LAST_CUT.search(last):
-            yield "".join(held) + last[: place.start()], False
-            held, last = [], last[place.start() :]
-        cut = max(0, len(last) - len(END) + 1)
-        held.append(last[:cut])
-        tail = last[cut:]
-    yield "".join(held) + tail + _utf8(decoder.decode, b"", path, True), True
-
-
-def _text(data):
-    """str or bytes -> str, where a byte that is not UTF-8 becomes a lone surrogate, so that nothing is lost."""
-    if isinstance(data, str):
-        utf8_of(data)
-        return data
-    return codecs.decode(data, "utf-8", "surrogateescape")
-
-
-def utf8_of(data):
-    """str or bytes -> bytes."""
-    if not isinstance(data, str):
-        return data if isinstance(data, bytes) else bytes(memoryview(data))
-    try:
-        return data.encode()
-    except UnicodeEncodeError as error:
-        i = error.start
-        raise ValueError(
-            f"text has a lone surrogate U+{ord(data[i]):04X} at position {i}; pass bytes or replace it"
-        ) from None
-
-
-def count_pretokens(texts):
-    """Documents (str or bytes) -> {pre-token as bytes: how often it occurs}, in order of first occurrence."""
-    counts = Counter()
-    for text in [texts] if isinstance(texts, (str, bytes)) else texts:
-        for part in _text(text).split(END):
-            counts.update(SPLIT.findall(part))
-    return {word.encode("utf-8", "surrogateescape"): n for word, n in counts.items()}
-
-
-# == 2  the trainer as a specification =============================================================================
+BYTES = [bytes([b]) for b in range(256)]
 
 
 def train_spec(texts, num_merges):
@@ -173,7 +47,7 @@ def train_spec(texts, num_merges):
     Pairs are counted inside pre-tokens and may overlap (aaa has two). Fewer merges where no pair is left.
     Sennrich et al. 2016, arXiv:1508.07909.
     """
-    words = {tuple(bytes([b]) for b in word): n for word, n in count_pretokens(texts).items()}
+    words = {tuple(BYTES[b] for b in word): n for word, n in count_pretokens(texts).items()}
     merges = []
     while len(merges) < num_merges:
         counts = Counter()
@@ -184,512 +58,349 @@ def train_spec(texts, num_merges):
             break
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
-        words = {tuple(_joined(word, best, best[0] + best[1])): n for word, n in words.items()}
+        words = {tuple(join_pair(word, best)): n for word, n in words.items()}
     return merges
 
 
-def _joined(word, pair, new):
-    """word with every occurrence of pair, from left to right, replaced by new (which is never pair[0] itself)."""
+def count_pretokens(texts):
+    """A document, documents or `pieces` -> {pre-token as bytes: how often it occurs}."""
+    counts = Counter()
+    for text, _ in as_pieces(texts):
+        for story in text_of(text).split(END):
+            counts.update(SPLIT.findall(story))
+    return {word.encode("utf-8", "surrogateescape"): n for word, n in counts.items()}
+
+
+def join_pair(word, pair):
+    """word with every occurrence of pair, from left to right, replaced by one token (which is never pair[0])."""
     out = []
     for token in word:
         if out and out[-1] == pair[0] and token == pair[1]:
-            out[-1] = new
+            out[-1] += token
         else:
             out.append(token)
     return out
 
 
-# == 3  the trainer that runs ======================================================================================
-#
-# The distinct words stand one behind the other. A cell is a token of a word, at the place of the token's first byte. A
-# pair keeps its count and a chain of the cells where it begins. A merge visits the cells of its pair, makes pairs of
-# the new token and lessens the counts of others: a pair is made by one merge, and afterwards its count only falls. So
-# a heap may hold counts that are out of date: a pair whose count has fallen goes back when its turn comes.
+# == 2  the trainer that runs ==========================================================================================
 
-TOKEN, BEFORE, AFTER, WORD = range(4)  # columns of cells, int32 (bytes, 4): its token, its neighbours, its word
-KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of links, their number
-CELL, NEXT = range(2)  # of links, int32 (links, 2)
-START, LENGTH = range(2)  # of tokens, int64 (tokens, 2): where the bytes of a token stand in `raw`
-PAIRS, CHAINED, HEAP, TOKENS = range(4)  # of used, int64 (4,): how many there are of each
-PARTS = []
-# Kernels allocate nothing: so Numba need not count who holds an array, which would take longer than the work itself.
-COMPILE = {"error_model": "numpy", "_nrt": False}  # and Numba's own error model checks every division
-
-
-def part(function):
-    """Of kernels: compiled into those that call it."""
-    PARTS.append(function)
-    return function
-
-
-@functools.cache
-def _compiler():
-    import numba  # only here: importing it takes longer than encoding a megabyte without it
-    from numba.extending import register_jitable
-
-    for function in PARTS:
-        register_jitable(**COMPILE)(function)
-    return numba.njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)
-
-
-def kernel(function):
-    """`function`, compiled when it is first called."""
-    compiled = functools.cache(lambda: _compiler()(function))
-    return functools.wraps(function)(lambda *args: compiled()(*args))
+TRAIN_LONG = 1 << 22  # bytes of text: 0.4 s in Python
 
 
 def train(texts, num_merges, progress=None):
-    """The merges of train_spec, of documents or `pieces`. Calls progress(merges_done). Memory, and the time that a
-    merge takes, grow with the distinct words, not with the text."""
-    raw, words = distinct_words(texts)  # 256 single bytes, then the words; (start, stop, how often) of each
-    size, limit = len(raw), 256 + min(num_merges, len(raw))
-    cells, links = np.empty((size, 4), np.int32), np.empty((3 * size, 2), np.int32)  # of links a join makes two at most
-    tokens, merges = np.ones((limit, 2), np.int64), np.empty((limit, 2), np.int32)
-    tokens[:256, START] = np.arange(256)
-    used = np.array([0, 0, 0, 256])
-    pairs, heap = np.empty((min(size, 1 << 16), 5), np.int64), np.empty((min(size, 1 << 16), 2), np.int64)
-    slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
-    first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap)
-    for goal in [*range(256, limit, 256), limit]:
-        while need := join_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, goal):
-            pairs, heap = (np.concatenate([old, np.empty((need, old.shape[1]), np.int64)]) for old in (pairs, heap))
-            slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
-            place_pairs(pairs, slots, used)
-        if progress:
-            progress(int(used[TOKENS]) - 256)
-    made, raw = int(used[TOKENS]), raw.tobytes()
-    vocab = [raw[start : start + length] for start, length in tokens[:made].tolist()]
-    return [(vocab[left], vocab[right]) for left, right in merges[256:made].tolist()]
+    """The merges of train_spec, of documents or `pieces`; of long texts by fast/merges.py, where it is here.
+
+    Calls progress(merges_done). Memory, and the time that a merge takes, grow with the distinct words, not the text.
+    """
+    first, rest, size = read_ahead(as_pieces(texts), TRAIN_LONG)
+    if size >= TRAIN_LONG and (merges := find_fast("merges")):
+        return merges.train(chain(first, rest), num_merges, progress)
+    return merge_pairs(count_pretokens(chain(first, rest)), num_merges, progress)
 
 
-@part
-def pair_at(pairs, slots, key):
-    """The slot of a pair, or the free one where it belongs: slots hold rows of pairs, -1 is free."""
-    at = home(U(key), len(slots))
-    while slots[at] >= 0 and pairs[slots[at], KEY] != key:
-        at = (at + 1) & (len(slots) - 1)
-    return at
+def merge_pairs(words, num_merges, progress=None):
+    """The merges of train_spec for {pre-token: how often it occurs}.
 
-
-@part
-def count_pair(pairs, slots, links, used, left, right, times, cell):
-    """A pair occurs `times` more often, at this cell too."""
-    key = np.int64(left) << 32 | right
-    at = pair_at(pairs, slots, key)
-    link = used[CHAINED]
-    used[CHAINED] += 1
-    links[link, CELL] = cell
-    links[link, NEXT] = -1
-    if slots[at] < 0:
-        slots[at] = used[PAIRS]
-        used[PAIRS] += 1
-        pair = pairs[slots[at]]
-        pair[KEY], pair[COUNT], pair[FIRST], pair[LINKS] = key, 0, link, 0
-    else:
-        pair = pairs[slots[at]]
-        links[pair[LAST], NEXT] = link
-    pair[LAST] = link
-    pair[COUNT] += times
-    pair[LINKS] += 1
-
-
-@kernel
-def place_pairs(pairs, slots, used):
-    """Fill the slots, which are all free, with the pairs that there are."""
-    for k in range(used[PAIRS]):
-        slots[pair_at(pairs, slots, pairs[k, KEY])] = k
-
-
-@part
-def compare(raw, tokens, a, b):
-    """Above 0 where the bytes of token a are greater than those of b, below 0 where they are less."""
-    for k in range(min(tokens[a, LENGTH], tokens[b, LENGTH])):
-        difference = np.int64(raw[tokens[a, START] + k]) - np.int64(raw[tokens[b, START] + k])
-        if difference:
-            return difference
-    return tokens[a, LENGTH] - tokens[b, LENGTH]
-
-
-@part
-def comes_first(heap, i, j, raw, tokens, pairs):
-    """Whether entry i of the heap is merged before entry j: the more frequent, of equals the greater pair."""
-    if heap[i, 0] != heap[j, 0]:
-        return heap[i, 0] > heap[j, 0]
-    one, other = pairs[heap[i, 1], KEY], pairs[heap[j, 1], KEY]
-    order = compare(raw, tokens, one >> 32, other >> 32)
-    return order > 0 or (order == 0 and compare(raw, tokens, one & 0xFFFFFFFF, other & 0xFFFFFFFF) > 0)
-
-
-@part
-def swap(heap, i, j):
-    heap[i, 0], heap[i, 1], heap[j, 0], heap[j, 1] = heap[j, 0], heap[j, 1], heap[i, 0], heap[i, 1]
-
-
-@part
-def push_pair(heap, used, pair, raw, tokens, pairs):
-    i = used[HEAP]
-    used[HEAP] += 1
-    heap[i, 0], heap[i, 1] = pairs[pair, COUNT], pair
-    while i and comes_first(heap, i, (i - 1) // 2, raw, tokens, pairs):
-        swap(heap, i, (i - 1) // 2)
-        i = (i - 1) // 2
-
-
-@part
-def settle_first(heap, used, raw, tokens, pairs):
-    """The first entry sinks to where it belongs."""
-    i = 0
-    while 2 * i + 1 < used[HEAP]:
-        child = 2 * i + 1
-        if child + 1 < used[HEAP] and comes_first(heap, child + 1, child, raw, tokens, pairs):
-            child += 1
-        if not comes_first(heap, child, i, raw, tokens, pairs):
-            break
-        swap(heap, i, child)
-        i = child
-
-
-@kernel
-def first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap):
-    """The cells of the words as they are before any merge, and their pairs."""
-    for w in range(len(words)):
-        start, stop = words[w, 0], words[w, 1]
-        for i in range(start, stop):
-            cells[i, TOKEN], cells[i, WORD] = raw[i], w
-            cells[i, BEFORE], cells[i, AFTER] = i - 1 if i > start else -1, i + 1 if i + 1 < stop else -1
-            if i + 1 < stop:
-                count_pair(pairs, slots, links, used, raw[i], raw[i + 1], words[w, 2], i)
-    for k in range(used[PAIRS]):
-        push_pair(heap, used, k, raw, tokens, pairs)
-
-
-@kernel
-def join_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, limit):
-    """Merge until there are `limit` tokens or no pair is left; 0, or how much room there must be for pairs to go on."""
-    while used[TOKENS] < limit and used[HEAP]:
-        pair = heap[0, 1]
-        if heap[0, 0] != pairs[pair, COUNT]:
-            heap[0, 0] = pairs[pair, COUNT]
-            settle_first(heap, used, raw, tokens, pairs)
+    The pre-tokens stand one behind the other, None between them. Cell i holds a token, before[i] and after[i] are its
+    neighbours, places[pair] the cells where a pair begins. One merge makes all pairs of its new token; afterwards their
+    counts only fall. So the heap may hold counts that are too high: it corrects one when it comes first.
+    """
+    tokens, times = [None], [0]
+    for word, n in words.items():
+        tokens += [*(BYTES[b] for b in word), None]
+        times += [n] * (len(word) + 1)
+    before, after = list(range(-1, len(tokens) - 1)), list(range(1, len(tokens) + 1))
+    counts, places = Counter(), defaultdict(list)
+    for i, pair in enumerate(pairwise(tokens)):
+        if None not in pair:
+            counts[pair] += times[i]
+            places[pair].append(i)
+    heap = [(-n, descending(pair), pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < num_merges:
+        n, key, best = heapq.heappop(heap)
+        if -n != counts[best]:
+            if counts[best]:
+                heapq.heappush(heap, (-counts[best], key, best))
             continue
-        if not pairs[pair, COUNT]:
-            break  # so are all that are left
-        if used[PAIRS] + 2 * pairs[pair, LINKS] > len(pairs):
-            return used[PAIRS] + 2 * pairs[pair, LINKS]
-        left, right = pairs[pair, KEY] >> 32, pairs[pair, KEY] & 0xFFFFFFFF
-        new, first = used[TOKENS], used[PAIRS]
-        used[TOKENS] += 1
-        merges[new, 0], merges[new, 1] = left, right
-        tokens[new, LENGTH] = tokens[left, LENGTH] + tokens[right, LENGTH]
-        link = pairs[pair, FIRST]
-        while link >= 0:  # in the order of cells, for in aaa the left pair is joined
-            i, link = links[link, CELL], links[link, NEXT]
-            j = cells[i, AFTER]
-            if cells[i, TOKEN] != left or j < 0 or cells[j, TOKEN] != right:
-                continue  # joined to another neighbour by an earlier merge
-            tokens[new, START] = i
-            times, h, k = words[cells[i, WORD], 2], cells[i, BEFORE], cells[j, AFTER]
-            cells[i, TOKEN], cells[j, TOKEN], cells[i, AFTER] = new, -1, k
-            if h >= 0:
-                pairs[slots[pair_at(pairs, slots, np.int64(cells[h, TOKEN]) << 32 | left)], COUNT] -= times
-                count_pair(pairs, slots, links, used, cells[h, TOKEN], new, times, h)
-            if k >= 0:
-                cells[k, BEFORE] = i
-                pairs[slots[pair_at(pairs, slots, right << 32 | cells[k, TOKEN])], COUNT] -= times
-                count_pair(pairs, slots, links, used, new, cells[k, TOKEN], times, i)
-        pairs[pair, COUNT] = 0
-        for k in range(first, used[PAIRS]):
-            if pairs[k, COUNT]:
-                push_pair(heap, used, k, raw, tokens, pairs)
-    return 0
+        merges.append(best)
+        (left, right), new, made = best, best[0] + best[1], set()
+        for i in places.pop(best):  # in the order of cells: in aaa the left pair is joined
+            j = after[i]
+            if tokens[i] != left or tokens[j] != right:
+                continue  # an earlier merge joined one of them to its other neighbour
+            h, k = before[i], after[j]  # cells h i j k become h i k
+            tokens[i], tokens[j], after[i], before[k] = new, None, k, i
+            changed = (h, (tokens[h], left), (tokens[h], new)), (i, (right, tokens[k]), (new, tokens[k]))
+            for cell, old, pair in changed:
+                if None not in pair:
+                    counts[old] -= times[i]
+                    counts[pair] += times[i]
+                    places[pair].append(cell)
+                    made.add(pair)
+        counts[best] = 0
+        for pair in made:
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], descending(pair), pair))
+        if progress:
+            progress(len(merges))
+    return merges
 
 
-# == 4  the tokenizer ==============================================================================================
+def descending(pair, reverse=bytes(range(255, -1, -1))):
+    """A string that sorts before those of lesser pairs. U+0100, above all bytes, ends each half."""
+    return "".join(token.translate(reverse).decode("latin-1") + "\u0100" for token in pair)
 
 
-def _byte_alphabet():
-    """byte -> the character that stands for it in tokenizer.json: itself where it prints, else one from U+0100 up."""
-    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in prints]
-    return [chr(b) if b in prints else chr(0x100 + others.index(b)) for b in range(256)]
+def read_ahead(pieces, size):
+    """(bytes, ends), ... -> a list of the first with `size` bytes, an iterator over the rest, the bytes in the list."""
+    pieces, first, seen = iter(pieces), [], 0
+    for piece in pieces:
+        first.append(piece)
+        seen += len(piece[0])
+        if seen >= size:
+            break
+    return first, pieces, seen
 
 
-CHARACTER = _byte_alphabet()
-BYTE = {character: b for b, character in enumerate(CHARACTER)}
+@functools.cache
+def find_fast(name):
+    """The module fast/NAME.py; None, with a line on stderr, where it is not here."""
+    try:
+        return importlib.import_module(f"fast.{name}")
+    except ImportError as error:
+        note(f"bpe.py: no fast/{name}.py ({error}): long texts take several times as long in plain Python")
+        return None
+
+
+def find_extra(name, what):
+    """The module extras/NAME.py; ValueError, with what needs it, where it is not here."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ImportError as error:
+        raise ValueError(f"{what} needs extras/{name}.py, which is not here ({error})") from None
+
+
+# == 3  the tokenizer ==================================================================================================
+
+LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # characters or bytes of text: 0.3 s in Python; 0.5 ms
 
 
 class Tokenizer:
     """vocab[id] -> bytes; merges [(left, right)] of byte strings, earlier ones first; specials {name: id}.
 
-    The vocabulary holds every byte, every merge's parts and result, END, and no string twice. With byte_ids, the id of
-    each byte, it is one of SentencePiece as llama2.c has it: a text is given a space to begin with, merges join
-    characters and go across words, and a character without an id is its bytes; <s> stands between stories. With ranks,
-    of each merge, those of one rank are one: the leftmost is the first.
+    The vocabulary holds every byte, both halves and the result of every merge, the special token that ends a story, and
+    no string twice. byte_ids: the id of each byte, in a subclass where that is not the token of this byte alone.
     """
 
-    def __init__(self, vocab, merges, specials, byte_ids=None, ranks=None):
+    ending = END  # the special token that ends a story
+    json_parts, json_model = {}, {}  # where the tokenizer.json of a subclass differs
+    unit = "bytes"  # what first_ids are of
+
+    def __init__(self, vocab, merges, specials, byte_ids=None):
         self.vocab, self.merges, self.specials = list(vocab), list(merges), dict(specials)
-        self.spaced = byte_ids is not None
-        end = BOS if self.spaced else END
-        if end not in self.specials:
-            raise ValueError(f"the vocabulary has no special token {end}, which ends a story")
+        if self.ending not in self.specials:
+            raise ValueError(f"the vocabulary has no special token {self.ending}, which ends a story")
         if "" in self.specials:
             raise ValueError("a special token is empty")
-        self._byte_ids = list(byte_ids or ())
-        apart = {*self.specials.values(), *self._byte_ids}
+        apart = {*self.specials.values(), *(byte_ids or ())}
         ids = {token: i for i, token in enumerate(self.vocab) if i not in apart}
+        if byte_ids is None:
+            if missing := [b for b in range(256) if BYTES[b] not in ids]:
+                raise ValueError(f"the vocabulary has no token for byte 0x{missing[0]:02x}; expected all 256")
+            byte_ids = [ids[byte] for byte in BYTES]
+        self.end, self._ids, self._byte_ids = self.specials[self.ending], ids, list(byte_ids)
         if len(set(self.strings())) < len(self.vocab) or len(ids) + len(apart) < len(self.vocab):
             raise ValueError("the vocabulary holds a token twice")
-        if not self.spaced:
-            missing = [b for b in range(256) if bytes([b]) not in ids]
-            if missing:
-                raise ValueError(f"the vocabulary has no token for byte 0x{missing[0]:02x}; expected all 256")
-            self._byte_ids = [ids[bytes([b])] for b in range(256)]
         for left, right in self.merges:
             for token in (left, right, left + right):
                 if token not in ids:
                     raise ValueError(f"the merge of {left!r} and {right!r} needs {token!r}, which has no id")
-        self.end = self.specials[end]
-        self._ids, self._split = ids, SPLIT
-        self.tied, ranks = ranks is not None, ranks or range(len(self.merges))
-        self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in zip(ranks, self.merges)}
-        if self.spaced:
-            # A token has one rank however it is made, or the leftmost of two joins would not be the first. Merges do
-            # not cross the beginning of a word unless a token does.
-            first = {new: rank for rank, new in reversed(self._ranks.values())}
-            self._ranks = {pair: (first[new], new) for pair, (_, new) in self._ranks.items()}
-            crossing = any(regex.search(rb"[^ ] ", token) for token in ids)
-            self._split = regex.compile(r"(?s).+" if crossing else r" *[^ ]+| +")
-        self._cache = _Cache(self.word_ids)
-        self._encoder, self._seen, self._hash = None, 0, None
+        self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
+        self._cache, self._encoder, self._seen = WordCache(self.word_ids), None, 0
+        self.vocab_size = len(self.vocab)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in arrays and files
 
     @classmethod
     def from_merges(cls, merges, reserve=8):
-        """Ids 0-255 are the bytes in order of value, then the merges in order, then END, then the reserved specials."""
-        vocab = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
-        names = [END, *reserved(reserve)]
+        """Ids 0-255 are the bytes in order of value, then come the merges in order, END, and so many special tokens
+        that no text contains, kept for templates and fine-tuning."""
+        names = [END, *(f"<|reserved_{i}|>" for i in range(reserve))]
+        vocab = BYTES + [left + right for left, right in merges]
         specials = {name: len(vocab) + i for i, name in enumerate(names)}
         return cls(vocab + [name.encode() for name in names], merges, specials)
-
-    @property
-    def vocab_size(self):
-        return len(self.vocab)
-
-    @property
-    def dtype(self):
-        """Of ids in arrays and files."""
-        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-
-    @property
-    def hash(self):
-        """sha256 of to_json(), in hex: what is equal in it gives equal ids."""
-        if self._hash is None:
-            self._hash = hashlib.sha256(self.to_json().encode()).hexdigest()
-        return self._hash
 
     # -- text to ids
 
     def encode(self, text, allowed_special=(), disallowed_special=()):
         """str or any bytes -> list of ids. Names in allowed_special (a set, or "all") become their ids, longest first;
         one of disallowed_special ("all": those not allowed) is a ValueError; other names of specials are plain text."""
-        if self.takes_kernels(len(text)):
-            return self._encode_long(text, allowed_special, disallowed_special).tolist()
-        return self._encode(_text(text), *self._names(allowed_special, disallowed_special))
+        return self.encode_array(text, allowed_special, disallowed_special).tolist()
 
     def encode_array(self, text, allowed_special=(), disallowed_special=(), threads=None):
         """The same as an array, of a long text on all cores or so many threads."""
-        if self.takes_kernels(len(text)):
-            return self._encode_long(text, allowed_special, disallowed_special, threads)
-        return np.array(self._encode(_text(text), *self._names(allowed_special, disallowed_special)), self.dtype)
+        if encoder := self.compiled(len(text)):
+            segments = self._segments(bytes_of(text), allowed_special, disallowed_special)
+            return np.concatenate([ids for ids, _ in encoder.run(segments, threads)])
+        return np.array(self._encode(text_of(text), allowed_special, disallowed_special), self.dtype)
 
-    def _encode_long(self, text, allowed_special, disallowed_special, threads=None):
-        segments = self._segments(utf8_of(text), *self._names(allowed_special, disallowed_special))
-        threads = threads or count_cores() if len(text) > 4 * BATCH else 1
-        return np.concatenate(list(in_order(self.kernels(), batches(segments), threads)))
+    def encode_documents(self, documents, threads=None):
+        """Documents or `pieces` -> (ids, the end of each story included; stories; bytes of text), ..., in order."""
+        first, rest, size = read_ahead(as_pieces(documents), LONG)
+        segments = ((text, self.end if ends else -1) for text, ends in chain(first, rest))
+        if encoder := self.compiled(size):
+            for ids, batch in encoder.run(segments, threads):
+                yield ids, batch.stories, batch.size
+        else:
+            for text, end in segments:
+                ids = self._encode(text_of(text)) + [end] * (end >= 0)
+                yield np.array(ids, self.dtype), int(end >= 0), len(text)
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
-        """Yield the ids of encode("".join(chunks)), holding back what a later chunk can still change."""
-        names, refused = self._names(allowed_special, disallowed_special)
-        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        held, new, size, place = "", [], 0, 0
+        """Yield the ids of encode("".join(chunks)): at white space after ASCII, those of all before it, now certain;
+        at the end if special tokens are looked for that have white space inside."""
+        waits = any(set(name) & set(" \n") for name in self._names(allowed_special, disallowed_special)[0])
+        decoder, held, place = codecs.getincrementaldecoder("utf-8")("surrogateescape"), "", 0
         for chunk in chunks:
-            new.append(decoder.decode(utf8_of(chunk) if isinstance(chunk, str) else chunk))
-            size += len(new[-1])
-            if size > len(held) and not self.spaced:
-                # once it has doubled, or a long word in small chunks would be read again for each of them
-                text = "".join([held, *new])
-                ids, held = self._settled(text, names, refused, place)
-                new, size, place = [], 0, place + len(text) - len(held)
-                yield from ids
-        yield from self._encode("".join([held, *new, decoder.decode(b"", True)]), names, refused, place)
+            new = decoder.decode(bytes_of(chunk) if isinstance(chunk, str) else chunk)
+            held += new
+            if not waits and (found := LAST_CUT.search(held, max(0, len(held) - len(new) - 1))):
+                yield from self._encode(held[: found.start()], allowed_special, disallowed_special, place)
+                held, place = held[found.start() :], place + found.start()
+        yield from self._encode(held + decoder.decode(b"", True), allowed_special, disallowed_special, place)
 
-    def takes_kernels(self, size):
-        """Whether section 7 encodes a text of this size sooner: what was encoded until now counts as long as it is not
-        loaded, which takes as long as Python takes for LONG bytes, when it has been compiled before."""
-        if self.spaced or size < LONG_WHEN_LOADED:
-            return False
+    def compiled(self, size):
+        """The encoder of fast/words.py if it takes so many more bytes sooner than plain Python, else None: loading it
+        takes as long as plain Python takes for LONG bytes, and all texts so far count."""
+        if size < LONG_WHEN_LOADED:
+            return None
         self._seen += size
-        return self._encoder is not None or self._seen >= LONG
+        if self._encoder is None and self._seen >= LONG and (words := find_fast("words")):
+            self._encoder = words.Encoder(self._byte_ids, self._ranks, self.dtype)
+        return self._encoder
 
-    def kernels(self):
-        """A function from a Batch to its ids: section 7."""
-        if self._encoder is None:
-            self._encoder = Encoder(self._byte_ids, self._ranks, self.dtype)
-        return self._encoder.encode
+    def _encode(self, text, allowed=(), disallowed=(), place=0):
+        """encode of what text_of gives, in plain Python; place: where in a longer text it begins."""
+        ids = []
+        for plain, special in self._segments(text, allowed, disallowed, place):
+            ids += chain.from_iterable(map(self._cache.__getitem__, self.pretokens(plain)))
+            if special >= 0:
+                ids.append(special)
+        return ids
 
-    def encode_batch(self, batch):
-        """The same in Python."""
-        ids = (self._encode(_text(text)) + [end] * (end >= 0) for text, end in batch.segments)
-        return np.array(list(chain.from_iterable(ids)), self.dtype)
+    def _segments(self, text, allowed, disallowed, place=0):
+        """str or bytes -> (plain text, the id of the special token behind it; -1 at the end), ..."""
+        names, refused = self._names(allowed, disallowed)
+        pattern, start = "|".join(map(regex.escape, names)), 0
+        pattern, read = (pattern, str) if isinstance(text, str) else (pattern.encode(), text_of)
+        for match in regex.finditer(pattern, text) if names else ():
+            name = read(match.group())
+            if name in refused:
+                at = f"text has the special token {name} at position {place + len(read(text[: match.start()]))}"
+                use = "name it in allowed_special to have its id, leave it out of disallowed_special to have it as text"
+                raise ValueError(f"{at}; {use}")
+            yield text[start : match.start()], self.specials[name]
+            start = match.end()
+        yield text[start:], -1
 
-    def _names(self, allowed, refused):
+    def _names(self, allowed, disallowed):
         """(the names to look for in text, longest first; those of them that are an error)."""
         found = []
-        for what, names in (("allowed_special", allowed), ("disallowed_special", refused)):
-            if names == "all":
-                names = self.specials
-            elif isinstance(names, str):
+        for what, names in (("allowed_special", allowed), ("disallowed_special", disallowed)):
+            if isinstance(names, str) and names != "all":
                 raise ValueError(f'{what}={names!r}: expected "all" or a set of names')
-            for name in names:
-                if name not in self.specials:
-                    raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
-            found.append(set(names))
-        allowed, refused = found
-        return sorted(allowed | refused, key=lambda name: (-len(name), name)), refused - allowed
-
-    def _special(self, name, refused, place):
-        if name in refused:
-            raise ValueError(
-                f"text has the special token {name} at position {place}; name it in allowed_special to have its id, "
-                "leave it out of disallowed_special to have it as text"
-            )
-        return self.specials[name]
-
-    def _encode(self, text, names=(), refused=(), place=0):
-        ids, start = [], 0
-        for match in _finder(names).finditer(text) if names else ():
-            ids += self._plain(text[start : match.start()])
-            ids.append(self._special(match.group(), refused, place + match.start()))
-            start = match.end()
-        return ids + self._plain(text[start:] if start else text)
-
-    def _segments(self, data, names, refused):
-        """Bytes -> (plain text, the id that follows it or -1)."""
-        start = 0
-        for match in _finder([name.encode() for name in names]).finditer(data) if names else ():
-            place = len(_text(data[: match.start()])) if refused else None
-            yield data[start : match.start()], self._special(match.group().decode(), refused, place)
-            start = match.end()
-        yield data[start:] if start else data, -1
+            found.append(set(self.specials if names == "all" else names))
+            for name in found[-1] - self.specials.keys():
+                raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
+        return sorted(found[0] | found[1], key=lambda name: (-len(name), name)), found[1] - found[0]
 
     def pretokens(self, text):
         """Plain text in the parts that are encoded one by one."""
-        return self._split.findall(" " + text if self.spaced and text else text)
+        return SPLIT.findall(text)
 
-    def _plain(self, text):
-        return self._words(self.pretokens(text))
-
-    def _words(self, words):
-        return list(chain.from_iterable(map(self._cache.__getitem__, words)))
-
-    def _settled(self, text, names, refused, place):
-        """The beginning of a text of unknown continuation -> (ids that nothing can change, the rest of the text)."""
-        ids, start, longest = [], 0, len(names[0]) if names else 0
-        while True:
-            # `stop`: from here on the text may be the beginning of a special token
-            stop = len(text)
-            for i in range(max(start, stop - longest + 1), stop):
-                if any(len(name) > len(text) - i and name.startswith(text[i:]) for name in names):
-                    stop = i
-                    break
-            match = _finder(names).search(text, start) if names else None
-            if not match or match.start() >= stop:
-                break
-            ids += self._encode(text[start : match.end()], names, refused, place + start)
-            start = match.end()
-        # The end of a pre-token is certain once two more characters are known: one shows that a run is over and how
-        # much white space it leaves, and after an apostrophe two decide between 'll and a mere apostrophe.
-        words, known = SPLIT.findall(text[start:stop]), 0
-        while words and known < 2:
-            known += len(words.pop())
-        return ids + self._words(words), text[start + sum(map(len, words)) :]
+    def first_ids(self, word):
+        """The ids of a pre-token before any merge."""
+        return [self._byte_ids[b] for b in word.encode("utf-8", "surrogateescape")]
 
     def word_ids(self, word):
         """One pre-token -> its ids."""
-        return joined_ids(self._first_ids(word), self._ranks)
-
-    def _first_ids(self, word):
-        """A pre-token before any merge: its bytes, or characters."""
-        ids = []
-        for character in word if self.spaced else [word]:
-            token = character.encode("utf-8", "surrogateescape")
-            known = self.spaced and self._ids.get(token)
-            ids += [known] if known else [self._byte_ids[b] for b in token]
-        return ids
-
-    def steps(self, word):
-        """A pre-token on the way to its ids: (None, its byte strings), then (a merge's number, the same after it)."""
-        ids, best = self._first_ids(word), (None, None)
-        while True:
-            yield best[0], [self.vocab[i] for i in ids]
-            found = [(self._ranks[pair], k) for k, pair in enumerate(pairwise(ids)) if pair in self._ranks]
-            if not found:
-                return
-            best, k = min(found)
-            ids[k : k + 2] = [best[1]]
+        return merge_ids(self.first_ids(word), self._ranks)
 
     # -- ids to text
-
-    def decode_bytes(self, ids, previous=None):
-        """Ids -> the bytes that they stand for, exactly. `previous` is the id before them, None at the beginning."""
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < len(self.vocab):
-            bad = next(i for i in ids if not 0 <= i < len(self.vocab))
-            raise ValueError(f"token id {bad} is not in this vocabulary; expected 0 to {len(self.vocab) - 1}")
-        tokens = [self.vocab[i] for i in ids]
-        if self.spaced:
-            first = {None, *self.specials.values()}  # after these the space is not the text's own
-            tokens = [t.removeprefix(b" ") if p in first else t for p, t in zip([previous, *ids], tokens)]
-        return b"".join(tokens)
 
     def decode(self, ids, previous=None):
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, previous).decode("utf-8", "replace")
 
-    # -- files: section 5
+    def decode_bytes(self, ids, previous=None):
+        """Ids -> the bytes that they stand for, exactly. `previous`, the id before them, counts in a subclass alone."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        for i in ids if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size else ():
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is not in this vocabulary; expected 0 to {self.vocab_size - 1}")
+        return b"".join([self.vocab[i] for i in ids])
+
+    def byte_lengths(self):
+        """Bytes of text in each token, (V,): none in the end of a story."""
+        return np.array([len(token) * (i != self.end) for i, token in enumerate(self.vocab)])
+
+    # -- files: section 4
 
     def strings(self):
-        """id -> its key in vocab.json: a special's name; else a character for each byte, or as SentencePiece has it."""
+        """id -> its key in vocab.json: a special's name, else the characters that stand for its bytes."""
         names = {i: name for name, i in self.specials.items()}
-        if self.spaced:
-            names |= {i: f"<0x{b:02X}>" for b, i in enumerate(self._byte_ids)}
-        string = _marked if self.spaced else _characters
-        return [names[i] if i in names else string(token) for i, token in enumerate(self.vocab)]
+        return [names[i] if i in names else self.string(token) for i, token in enumerate(self.vocab)]
+
+    def string(self, token):
+        return "".join([CHARACTER[b] for b in token])
 
     def to_json(self):
         """The text of a tokenizer.json with which `tokenizers` gives the ids of encode(text, allowed_special="all")."""
-        return to_json(self)
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        by_id = sorted(self.specials.items(), key=lambda item: item[1])
+        vocab = {string: i for i, string in enumerate(self.strings())}
+        merges = [[self.string(left), self.string(right)] for left, right in self.merges]
+        data = JSON | {"added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id]} | self.json_parts
+        data["model"] = JSON_MODEL | self.json_model | {"vocab": vocab, "merges": merges}
+        return json.dumps(data, ensure_ascii=False, indent=0) + "\n"
+
+    @functools.cached_property
+    def hash(self):
+        """sha256 of to_json(), in hex: tokenizers that are equal in it give equal ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @staticmethod
     def from_json(text):
-        """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what this file does not do."""
-        return from_json(text)
-
-    def save(self, path):
-        """As a rank file where the name ends in .tiktoken, as vocab.json with merges.txt beside it where it ends in
-        vocab.json, else as tokenizer.json. ValueError where the file would not give this tokenizer again."""
-        save(self, path)
+        """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what we do not have."""
+        return read_own(text) or find_extra("formats", "a tokenizer that bpe.py did not write").from_json(text)
 
     @staticmethod
     def load(path):
-        """The tokenizer in a file of any format of section 5, whose content says which."""
-        return load(path)
+        """The tokenizer in a file: a tokenizer.json, or any format of extras/formats.py; its content says which."""
+        data, what = Path(path).read_bytes(), "a tokenizer that bpe.py did not write"
+        try:
+            return read_own(data.decode("utf-8", "replace")) or find_extra("formats", what).read(Path(path), data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path):
+        """As tokenizer.json; in another format where the name ends in .tiktoken or vocab.json (extras/formats.py).
+        ValueError where the file would not give this tokenizer again."""
+        from tinygpt import write_aside
+
+        files = [(path, self.to_json().encode())]
+        if str(path).endswith((".tiktoken", "vocab.json")):
+            files = find_extra("formats", path).to_files(self, Path(path))
+        for name, data in files:
+            check_out(name)
+            write_aside(name, [data])
 
 
-def joined_ids(ids, ranks):
+def merge_ids(ids, ranks):
     """Join the pair of the lowest rank, of equals the leftmost, until none is left; ranks {(id, id): (rank, id)}."""
-    ids, n = list(ids), len(ids)
-    after, before = list(range(1, n + 1)), list(range(-1, n - 1))  # a linked list, for words can be long
+    ids, n = [*ids, None], len(ids)
+    after, before = list(range(1, n + 1)), list(range(-1, n))  # a linked list, for words can be long
     heap = [(ranks[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
     heapq.heapify(heap)
     while heap:
@@ -698,27 +409,15 @@ def joined_ids(ids, ranks):
         found, new = ranks.get((ids[i], ids[j]), (None, None)) if j < n else (None, None)
         if found != rank:
             continue  # one of the two was joined to another neighbour since
-        ids[i], ids[j] = new, None
-        after[i] = after[j]
-        if after[j] < n:
-            before[after[j]] = i
+        ids[i], ids[j], after[i], before[after[j]] = new, None, after[j], i
         for k in (before[i], i):
-            pair = (ids[k], ids[after[k]]) if k >= 0 and after[k] < n else None
-            if pair in ranks:
+            if k >= 0 and (pair := (ids[k], ids[after[k]])) in ranks:
                 heapq.heappush(heap, (ranks[pair][0], k))
     return tuple(i for i in ids if i is not None)
 
 
-LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # characters or bytes of text: 0.3 s in Python; 0.5 ms
-
-
-def _finder(names):
-    """A pattern that finds names, all str or all bytes; the regex package remembers it."""
-    return regex.compile((b"|" if isinstance(names[0], bytes) else "|").join(map(regex.escape, names)))
-
-
-class _Cache(dict):
-    """pre-token -> its ids, as a tuple; worked out when first asked for, emptied when full."""
+class WordCache(dict):
+    """pre-token -> its ids, as a tuple; worked out when first looked up, emptied when full."""
 
     def __init__(self, merge, entries=1 << 17, longest=64):
         self.merge, self.entries, self.longest = merge, entries, longest
@@ -750,327 +449,203 @@ class Decoder:
         return self._decoder.decode(b"", True)
 
 
-# == 5  tokenizers in files ========================================================================================
-#
-# tokenizer.json of Hugging Face `tokenizers`, the only one that holds everything; GPT-2's vocab.json with merges.txt;
-# tiktoken's ranks, a line "base64 id" for each token; llama2.c's tokenizer.bin, which is only read. Of byte-level
-# tokenizers only those are read whose texts GPT-2's PATTERN splits: section 7 knows no other.
+# == 4  tokenizer.json, as Hugging Face `tokenizers` has it ============================================================
 
-BOS, UNKNOWN, EOS = "<s>", "<unk>", "</s>"  # of SentencePiece, as Llama has it; llama2.c puts <s> between stories
-BLANK_MARK = "\u2581"  # stands for a space in SentencePiece's files, not in llama2.c's
-SPACED = {
-    "normalizer": {
-        "type": "Sequence",
-        "normalizers": [
-            {"type": "Prepend", "prepend": BLANK_MARK},
-            {"type": "Replace", "pattern": {"String": " "}, "content": BLANK_MARK},
-        ],
-    },
-    "pre_tokenizer": None,
-    "decoder": {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "Replace", "pattern": {"String": BLANK_MARK}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ],
-    },
-}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PLAIN = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
+JSON = {"version": "1.0", **dict.fromkeys(("truncation", "padding", "added_tokens", "normalizer"))}
+JSON |= {"pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL}  # a hash depends on the order
+JSON_MODEL = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+JSON_MODEL |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
 
-# What `tokenizers` applies that we do not have; any other value would give other ids than ours.
-NEUTRAL = {
-    "model.type": ["BPE", None],
-    "post_processor.type": ["ByteLevel", None],
-    "truncation": [None],
-    "padding": [None],
-    "model.dropout": [None, 0.0],
-    "model.continuing_subword_prefix": ["", None],
-    "model.end_of_word_suffix": ["", None],
-    "model.ignore_merges": [False, None],
-}
-NEUTRAL_PLAIN = NEUTRAL | {
-    "pre_tokenizer.type": ["ByteLevel"],
-    "pre_tokenizer.add_prefix_space": [False],
-    "pre_tokenizer.use_regex": [True, None],
-    "normalizer": [None],
-}
-NEUTRAL_SPACED = NEUTRAL | {name: [value] for name, value in SPACED.items() if name != "decoder"}
+# byte -> the character that stands for it: itself where it prints, the others in their order from U+0100 up
+PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [b for b in range(256) if b not in PRINTED]
+CHARACTER = [chr(b) if b in PRINTED else chr(0x100 + OTHERS.index(b)) for b in range(256)]
+BYTE = {character: b for b, character in enumerate(CHARACTER)}
 
 
-def to_json(tokenizer):
-    """The text of a tokenizer.json with which `tokenizers` gives the ids of encode(text, allowed_special="all")."""
-    if tokenizer.tied:
-        raise ValueError("a tokenizer.json cannot hold merges of one rank, which tokenizer.bin of llama2.c has")
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    by_id = sorted(tokenizer.specials.items(), key=lambda item: item[1])
-    spaced = tokenizer.spaced
-    string = _marked if spaced else _characters
-    data = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id],
-        **(SPACED if spaced else PLAIN),
-        "post_processor": None,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": UNKNOWN if spaced else None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": spaced,
-            "byte_fallback": spaced,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(tokenizer.strings())},
-            "merges": [[string(left), string(right)] for left, right in tokenizer.merges],
-        },
-    }
-    # the order of the keys is part of a tokenizer's hash
-    order = ["version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor"]
-    return json.dumps({key: data[key] for key in [*order, "decoder", "model"]}, ensure_ascii=False, indent=0) + "\n"
-
-
-def from_json(text):
-    """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what this file does not do."""
-    try:
+def read_own(text):
+    """The tokenizer of a tokenizer.json that to_json wrote; None for any other text."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         data = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"not a tokenizer: expected {EXPECTED}") from None
-    if not _setting(data, "model.vocab"):
-        raise ValueError("not a tokenizer: the JSON has no model with a vocabulary")
-    spaced = _setting(data, "model.byte_fallback") is True
-    for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
-        if (value := _setting(data, name)) not in neutral:
-            kind = "byte-level BPE with GPT-2's split pattern, and that of llama2.c, are read"
-            raise ValueError(f"{name} is {value!r:.60}; expected {json.dumps(neutral[0])}: only {kind}")
-    try:
-        strings, added = data["model"]["vocab"], data.get("added_tokens") or []
-        specials = {token["content"]: token["id"] for token in added}
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if any(token.get(flag) for token in added):
-                raise ValueError(f"a special token has {flag} set; expected false: only plain matches are read")
-        if any(strings.get(name, i) != i for name, i in specials.items()):
-            raise ValueError("a special token has two ids")
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError("a damaged tokenizer.json: a merge is not a pair")
-        strings = _in_order({**strings, **specials})
-        if not spaced:
-            return _byte_level(strings, pairs, specials)
-        byte_ids = [strings.index(f"<0x{b:02X}>") for b in range(256)]
-        vocab = [name.replace(BLANK_MARK, " ").encode() for name in strings]
-        for b, i in enumerate(byte_ids):
-            vocab[i] = bytes([b])
-        merges = [tuple(name.replace(BLANK_MARK, " ").encode() for name in pair) for pair in pairs]
-        return Tokenizer(vocab, merges, specials, byte_ids)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error}") from None
+        specials = {token["content"]: token["id"] for token in data["added_tokens"]}
+        strings = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
+        vocab = [s.encode() if s in specials else bytes([BYTE[c] for c in s]) for s in strings]
+        merges = [tuple(bytes([BYTE[c] for c in s]) for s in pair) for pair in data["model"]["merges"]]
+        tokenizer = Tokenizer(vocab, merges, specials)
+        return tokenizer if tokenizer.to_json() == text else None
 
 
-def _byte_level(strings, pairs, specials):
-    vocab = [s.encode() if s in specials else _bytes(s) for s in strings]
-    return Tokenizer(vocab, [(_bytes(left), _bytes(right)) for left, right in pairs], specials)
+# == 5  stories in files, text in memory ===============================================================================
+
+# Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
+CUT = r"(?<=[!-~])(?=[ \n])"
+CUT_BYTES, LAST_CUT = regex.compile(CUT.encode()), regex.compile("(?r)" + CUT)  # (?r) searches from the end
+LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
+JSON_MOST = 1 << 30  # bytes of an array, which has to fit into memory several times
+JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
 
 
-def _in_order(ids):
-    """{string: id} -> the strings, in the order of their ids."""
-    strings = {i: string for string, i in ids.items()}
-    if len(strings) < len(ids):
-        raise ValueError("two tokens have the same id")
-    gap = next((i for i in range(len(strings)) if i not in strings), None)
-    if gap is not None:
-        raise ValueError(f"the vocabulary has no token of id {gap}; expected 0 to {len(strings) - 1}")
-    return [strings[i] for i in range(len(strings))]
+def documents(paths, progress=None):
+    """Yield the stories of text files (split at END), of JSON (a value a line, or one array; a value is a string or an
+    object with a field "text" or "story"), and of folders of these.
 
-
-def to_vocab_and_merges(tokenizer):
-    """(the text of a vocab.json, that of a merges.txt)."""
-    vocab = {name: i for i, name in enumerate(tokenizer.strings())}
-    merges = "".join(f"{_characters(left)} {_characters(right)}\n" for left, right in tokenizer.merges)
-    return json.dumps(vocab, ensure_ascii=False), "#version: 0.2\n" + merges
-
-
-def from_vocab_and_merges(vocab, merges):
-    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it.
-    ValueError where another split pattern than GPT-2's made them."""
-    vocab = json.loads(vocab)
-    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
-    pairs = [line.split(" ") for line in lines]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"merges.txt has a line {next(' '.join(p) for p in pairs if len(p) != 2)!r}; expected two tokens"
-        )
-    made = {*CHARACTER, *(left + right for left, right in pairs)}
-    _check_pattern(_bytes(left + right) for left, right in pairs)
-    return _byte_level(_in_order(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
-
-
-def to_ranks(tokenizer):
-    """The bytes of a rank file: every token but the specials, whose ids no such file holds."""
-    plain = [(i, token) for i, token in enumerate(tokenizer.vocab) if i not in tokenizer.specials.values()]
-    return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in plain)
-
-
-def from_ranks(data):
-    """A token's rank is its id and the place of its merge: of the two parts that lower ranks join its bytes to. END
-    gets the first id behind them, as it has in GPT-2's. ValueError where another split pattern made the tokens."""
-    try:
-        lines = [line.split() for line in data.splitlines() if line]
-        ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:
-        raise ValueError("a damaged rank file: expected lines of a token in base64 and its rank") from None
-    vocab = _in_order(ids)
-    _check_pattern(vocab)
-    byte_ids = {token[0]: i for i, token in enumerate(vocab) if len(token) == 1}
-    ranks, merges = {}, []
-    for i, token in enumerate(vocab):
-        if len(token) > 1:
-            parts = joined_ids([byte_ids[b] for b in token], ranks) if byte_ids.keys() >= set(token) else ()
-            if len(parts) != 2:
-                raise ValueError(f"{token!r} is not made of two tokens of lower rank: no merge gives it")
-            ranks[parts] = (i, i)
-            merges.append((vocab[parts[0]], vocab[parts[1]]))
-    return Tokenizer([*vocab, END.encode()], merges, {END: len(vocab)})
-
-
-def from_llama2c(data):
-    """int32 longest token, then of each token float32 score, int32 bytes, bytes. 0 is unknown, 1 ends a story, 3 to 258
-    are bytes. Any two tokens may be joined to a third, the highest score first; of equals the leftmost."""
-    tokens, scores, at = [], [], 4
-    while at + 8 <= len(data):
-        score, size = struct.unpack_from("<fi", data, at)
-        tokens.append(data[at + 8 : at + 8 + max(size, 0)])
-        scores.append(score)
-        at += 8 + max(size, 0)
-    if at != len(data) or len(tokens) < 259 or tokens[3:259] != [b"<0x%02X>" % b for b in range(256)]:
-        raise ValueError("a damaged tokenizer.bin: expected scores and tokens, 3 to 258 of them <0x00> to <0xFF>")
-    ids = {token: i for i, token in enumerate(tokens) if i >= 259}
-    made = {
-        token: [(token[:k], token[k:]) for k in range(1, len(token)) if token[:k] in ids and token[k:] in ids]
-        for token in ids
-    }
-    made = {token: pairs for token, pairs in made.items() if pairs}
-    merges = list(chain.from_iterable(made[token] for token in sorted(made, key=lambda token: -scores[ids[token]])))
-    of_score = {score: rank for rank, score in enumerate(sorted({scores[ids[token]] for token in made}, reverse=True))}
-    ranks = [of_score[scores[ids[a + b]]] for a, b in merges] if len(of_score) < len(made) else None
-    specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
-    vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
-    return Tokenizer(vocab, merges, specials, range(3, 259), ranks)
-
-
-# A token that merges made inside a pre-token: a part of a run is a run itself; parts of 'll, 've and 're are not.
-MADE_BY_PATTERN = regex.compile(rf"{PATTERN}|'[lvr]")
-
-
-def _check_pattern(tokens):
-    """ValueError if GPT-2's pattern would cut one of these tokens, in bytes: then merges of another one made them.
-
-    Rank files, and vocab.json with merges.txt, do not name their pattern. gpt2, r50k_base and p50k_base have GPT-2's.
+    Stories are stripped, empty ones dropped; a text without END is one document. Calls progress(bytes_done) after a
+    story. ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
     """
-    for token in tokens:
-        try:
-            text = token.decode()
-        except UnicodeDecodeError:  # part of a character
-            continue
-        if not MADE_BY_PATTERN.fullmatch(text):
-            cut = f"token {text!r:.60} is cut by GPT-2's split pattern, so the file is of another (cl100k_base has one)"
-            raise ValueError(f"{cut}; take a vocabulary of GPT-2's pattern, or train one: python bpe.py train")
+    return (text for text, _ in whole(pieces(paths, progress)))
 
 
-EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"
+def whole(pieces):
+    """`pieces` -> (document, True), ..."""
+    held = []
+    for piece, ends in pieces:
+        held.append(piece)
+        if ends:
+            yield type(piece)().join(held), True
+            held = []
 
 
-VOCAB = regex.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[0-9]')  # an object whose first value is a number
-RANKS = regex.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+def pieces(paths, progress=None):
+    """The stories of `documents` as (piece, True where its story ends there): no story has to fit into memory. Where
+    one continues, a pre-token begins."""
+    done = 0
+    for path in text_files(paths):
+        reader = find_reader(path)
+        with open(path, "rb") as file:
+            empty = begins = True
+            for text, ends in reader(file, path):
+                text = text.strip() if begins else text.rstrip() if ends else text
+                if text or not begins:
+                    empty = False
+                    yield text, ends
+                    if progress:
+                        progress(done + file.tell())
+                begins = ends or (begins and not text)
+            done += file.tell()
+        if empty:
+            raise ValueError(f"{path} is empty: expected at least one story")
 
 
-def load(path):
-    """The tokenizer in a file, whose content says of which format it is."""
-    path = Path(path)
-    data = path.read_bytes()
-    try:
-        if VOCAB.match(data):
-            return from_vocab_and_merges(data, _beside(path, "vocab.json", "merges.txt").read_text("utf-8"))
-        if path.name.endswith("merges.txt"):
-            return from_vocab_and_merges(_beside(path, "merges.txt", "vocab.json").read_text("utf-8"), data.decode())
-        if RANKS.match(data):
-            return from_ranks(data)
-        if len(data) > 12 and 0 < struct.unpack_from("<i", data)[0] < 1 << 16 and data[12:17] == b"<unk>":
-            return from_llama2c(data)
-        return from_json(data.decode("utf-8", "replace"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def save(tokenizer, path):
-    """As a rank file where the name ends in .tiktoken, as vocab.json and merges.txt beside it where it ends in
-    vocab.json, else as tokenizer.json. ValueError where a file would not give the same tokenizer again."""
-    path = Path(path)
-    files = {path: tokenizer.to_json()}
-    if path.name.endswith(".tiktoken"):
-        files = {path: to_ranks(tokenizer)}
-        _check_same(tokenizer, path, from_ranks, *files.values())
-    elif path.name.endswith("vocab.json"):
-        files = dict(zip((path, _beside(path, "vocab.json", "merges.txt")), to_vocab_and_merges(tokenizer)))
-        _check_same(tokenizer, path, from_vocab_and_merges, *files.values())
-    for name, data in files.items():
-        _check_out(name)
-        write_aside(name, [data.encode() if isinstance(data, str) else data])
-
-
-def _beside(path, name, other):
-    """The path of merges.txt for that of vocab.json, of gpt2-merges.txt for gpt2-vocab.json."""
-    if not path.name.endswith(name):
-        raise ValueError(f"not a tokenizer: a vocabulary without merges; expected a {name} beside its {other}")
-    return path.with_name(path.name.removesuffix(name) + other)
-
-
-def _check_same(tokenizer, path, read, *data):
-    """ValueError that says what is lost where `data` does not give the same tokenizer again."""
-    lost = None
-    if tokenizer.spaced:
-        lost = "that characters without an id are bytes and a text begins with a space"
-    else:
-        try:
-            again = read(*data)
-        except ValueError as error:
-            lost = f"it ({error})"
+def text_files(paths):
+    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
+    FileNotFoundError; ValueError for a folder without text."""
+    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+        if path.is_dir():
+            kinds = {p: p.suffix.lower() for p in sorted(path.iterdir()) if p.is_file()}
+            found = [p for p in kinds if kinds[p] in (".txt", ".jsonl")]
+            found += [p for p in kinds if kinds[p] == ".json" and find_reader(p) is read_array]
+            if not found:
+                for p in kinds:
+                    find_reader(p)  # refuses a compressed file
+                raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
+            yield from sorted(found)
+        elif path.exists():
+            yield path
         else:
-            names = [name for name, i in tokenizer.specials.items() if again.specials.get(name) != i]
-            if names:
-                lost = f"the special tokens {', '.join(names)}"
-            elif again.to_json() != tokenizer.to_json():
-                lost = "merges in an order that is not that of their ids"
-    if lost:
-        raise ValueError(f"{path} cannot hold {lost}; save a tokenizer.json")
+            raise FileNotFoundError(f"{path} does not exist")
 
 
-def _setting(data, dotted):
-    """data["a"]["b"] for "a.b", None where it is absent."""
-    for key in dotted.split("."):
-        data = data.get(key) if isinstance(data, dict) else None
-    return data
+def find_reader(path):
+    """The function that reads the stories of a file; its first bytes decide, and its name where they do not.
+    ValueError for a compressed file; where extras/ is missing it is refused later, as bytes that are not text."""
+    with open(path, "rb") as file:
+        head = file.read(1024).removeprefix(codecs.BOM_UTF8)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("extras.formats").refuse_packed(path, head)
+    suffix, start = path.suffix.lower(), JSON_START.match(head)
+    if (start and start[1]) or (suffix == ".json" and head.lstrip().startswith(b"[")):
+        return read_array
+    return read_lines if start or suffix in (".json", ".jsonl") else read_text
 
 
-def _characters(token):
-    return "".join([CHARACTER[b] for b in token])
+def read_text(file, path, size=1 << 20):
+    """The texts between ENDs, as pieces. `tail`, the last characters read so far, may hold the beginning of an END."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark, keeps CRLF
+    held, tail = [], ""
+    while data := file.read(size):
+        *ended, last = (tail + utf8(decoder.decode, data, path)).split(END)
+        for text in ended:
+            yield "".join(held) + text, True
+            held = []
+        if place := LAST_CUT.search(last):
+            yield "".join(held) + last[: place.start()], False
+            held, last = [], last[place.start() :]
+        cut = max(0, len(last) - len(END) + 1)
+        held.append(last[:cut])
+        tail = last[cut:]
+    yield "".join(held) + tail + utf8(decoder.decode, b"", path, True), True
 
 
-def _bytes(string):
+def read_lines(file, path):
+    """The stories of JSON lines, as pieces."""
+    for number, line in enumerate(file, 1):
+        if line := utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8").strip():
+            value = None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+            yield from stories_of(value, f"{path}, line {number}", line)
+
+
+def read_array(file, path):
+    """The stories of a JSON array, as pieces."""
+    if (size := os.path.getsize(path)) > JSON_MOST:
+        raise ValueError(f"{path} is a JSON array of {size:,} bytes, above {JSON_MOST:,}; write it as .jsonl")
     try:
-        return bytes([BYTE[character] for character in string])
-    except KeyError as error:
-        raise ValueError(f"token {string!r} is not byte-level: it has {error.args[0]!r}") from None
+        values = json.loads(utf8(codecs.decode, file.read(), path, "utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} begins like a JSON array but is none: {error}") from None
+    for number, value in enumerate(values, 1):
+        yield from stories_of(value, f"{path}, item {number}")
 
 
-def _marked(token):
-    return token.decode("utf-8", "replace").replace(" ", BLANK_MARK)
+def stories_of(value, where, shown=None):
+    """The stories in a value of JSON, as pieces; ValueError that shows it where it has none."""
+    text = value.get("text", value.get("story")) if isinstance(value, dict) else value
+    with contextlib.suppress(AttributeError, UnicodeEncodeError):  # no string; an escaped half of a surrogate pair
+        text.encode()
+        return [(story, True) for story in text.split(END)]
+    expected = 'a string, {"text": "a story"} or {"story": "a story"}'
+    raise ValueError(f"{where}: expected {expected}, got {(shown or json.dumps(value))[:60]!r}")
 
 
-# == 6  token files: NAME.bin and NAME.bin.json ====================================================================
+def utf8(decode, data, path, *options):
+    """decode(data, *options); ValueError that names the file."""
+    if b"\0" in data:
+        raise ValueError(f"{path} is not text: it has NUL bytes")
+    try:
+        return decode(data, *options)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
+
+
+def as_pieces(texts):
+    """A document, documents, or `pieces` of them, str or bytes -> (bytes, True where a document ends), ..."""
+    for text in [texts] if isinstance(texts, (str, bytes)) else texts:
+        text, ends = text if isinstance(text, tuple) else (text, True)
+        yield bytes_of(text), ends
+
+
+def bytes_of(data):
+    """str or any bytes -> bytes."""
+    if not isinstance(data, str):
+        return data if isinstance(data, bytes) else bytes(memoryview(data))
+    try:
+        return data.encode()
+    except UnicodeEncodeError as error:
+        at = f"U+{ord(data[error.start]):04X} at position {error.start}"
+        raise ValueError(f"text has a lone surrogate {at}; pass bytes or replace it") from None
+
+
+def text_of(data):
+    """str or any bytes -> str, where a byte that is not UTF-8 becomes a lone surrogate, so that nothing is lost."""
+    if isinstance(data, str):
+        bytes_of(data)  # refuses lone surrogates
+        return data
+    return codecs.decode(data, "utf-8", "surrogateescape")
+
+
+# == 6  token files: NAME.bin and NAME.bin.json ========================================================================
 
 FORMAT_VERSION = 1
 
@@ -1078,35 +653,35 @@ FORMAT_VERSION = 1
 def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     """Write the ids of each document, or of `pieces` of them, and the end's, as raw little-endian integers, and beside
     it what they are, as JSON. Returns that. Calls progress(bytes of text done). On all cores by default; the bytes
-    written are the same with any number of threads.
-    """
-    path = os.fspath(path)
+    written are the same with any number of threads."""
+    from tinygpt import write_aside
+
+    path, crc = os.fspath(path), 0
     info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
     info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
 
+    def describe():
+        return json.dumps(info, indent=1).encode() + b"\n"
+
     def chunks():
-        crc = 0
-        for ids, stories, size in _encoded(documents, tokenizer, threads):
+        nonlocal crc
+        for ids, stories, size in tokenizer.encode_documents(documents, threads):
             yield ids.data
             crc = zlib.crc32(ids.data, crc)
-            info["tokens"] += len(ids)
-            info["stories"] += stories
-            info["bytes"] += size
+            for key, more in (("tokens", len(ids)), ("stories", stories), ("bytes", size)):
+                info[key] += more
             if progress:
                 progress(info["bytes"])
         if not info["stories"]:
             raise ValueError("no stories to encode; expected at least one")
         info["crc32"] = f"{crc:08x}"
         with contextlib.suppress(FileNotFoundError):
-            if Path(path + ".json").read_bytes() != described():  # as it is where another process wrote the same
+            if Path(path + ".json").read_bytes() != describe():  # as it is where another process wrote the same
                 os.remove(path + ".json")  # never the description of an older file beside this one
 
-    def described():
-        return json.dumps(info, indent=1).encode() + b"\n"
-
-    _check_out(path)
+    check_out(path)
     write_aside(path, chunks())
-    write_aside(path + ".json", [described()])
+    write_aside(path + ".json", [describe()])
     return info
 
 
@@ -1114,66 +689,47 @@ def read_tokens(path, tokenizer=None, check=True):
     """A token file -> (ids, mapped read-only, its description from the JSON; crc32 is computed if missing). ValueError
     where the two do not belong together, or where it was written with another tokenizer. check=False does not read the
     content: for a file that has not changed since it was checked."""
+
+    def bad(what):
+        return ValueError(f"{what}; encode the text again")
+
     path = os.fspath(path)
+    unknown = bad(f"{path}.json does not describe a token file")
     try:
         info = json.loads(Path(path + ".json").read_bytes())
         version = info["format_version"]
     except FileNotFoundError:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} does not exist") from None
-        raise ValueError(f"{path}.json is missing, which says what {path} holds; encode the text again") from None
+        raise bad(f"{path}.json is missing, which says what {path} holds") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path}.json does not describe a token file; encode the text again") from None
+        raise unknown from None
     if version != FORMAT_VERSION:
-        got = f"format version {version!r:.20}"
-        raise ValueError(f"{path} has {got}; expected {FORMAT_VERSION}; update this program or encode the text again")
+        got = f"format version {version!r:.20}; expected {FORMAT_VERSION}"
+        raise ValueError(f"{path} has {got}; update this program or encode the text again")
     if tokenizer and info.get("tokenizer_hash") != tokenizer.hash:
-        got, want = " ".join(str(info.get("tokenizer_hash")).split())[:12], tokenizer.hash[:12]
-        raise ValueError(f"{path} was written with tokenizer {got}, this one is {want}; encode the text again")
-    if info.get("dtype") not in ("uint16", "uint32") or not all(
-        type(info.get(key)) is int and 0 < info[key] < 2**48 for key in ("vocab_size", "tokens", "stories", "bytes")
-    ):
-        raise ValueError(f"{path}.json does not describe a token file; encode the text again")
-    dtype = np.dtype(info["dtype"]).newbyteorder("<")
-    size = os.path.getsize(path)
-    if size != info["tokens"] * dtype.itemsize:
-        want = info["tokens"] * dtype.itemsize
-        raise ValueError(f"{path} has {size} bytes; expected {want} ({info['tokens']} tokens); encode the text again")
-    if tokenizer and info["vocab_size"] != tokenizer.vocab_size:  # the ids are read without a look at their range
-        got, want = info["vocab_size"], tokenizer.vocab_size
-        raise ValueError(f"{path}.json says vocab_size {got}; expected {want}; encode the text again")
+        got = " ".join(str(info.get("tokenizer_hash")).split())[:12]
+        raise bad(f"{path} was written with tokenizer {got}, this one is {tokenizer.hash[:12]}")
+    counts = [info.get(key) for key in ("vocab_size", "tokens", "stories", "bytes")]
+    if info.get("dtype") not in ("uint16", "uint32") or not all(type(n) is int and 0 < n < 2**48 for n in counts):
+        raise unknown
+    dtype, V, tokens = np.dtype(info["dtype"]).newbyteorder("<"), info["vocab_size"], info["tokens"]
+    if (size := os.path.getsize(path)) != tokens * dtype.itemsize:
+        raise bad(f"{path} has {size} bytes; expected {tokens * dtype.itemsize} ({tokens} tokens)")
+    if tokenizer and V != tokenizer.vocab_size:  # the ids are read without a look at their range
+        raise bad(f"{path}.json says vocab_size {V}; expected {tokenizer.vocab_size}")
     ids, written = np.memmap(path, dtype, "r"), info.get("crc32")  # other writers may leave it out
     if written and not check:
         return ids, info
     info["crc32"] = f"{zlib.crc32(ids):08x}"
     if written and info["crc32"] != written:
-        found, want = info["crc32"], f"{written!r:.20}"
-        raise ValueError(f"{path} is damaged: its checksum is {found!r}, expected {want}; encode the text again")
-    if (most := int(ids.max())) >= info["vocab_size"]:
-        raise ValueError(f"{path} has id {most}; expected below {info['vocab_size']}; encode the text again")
+        raise bad(f"{path} is damaged: its checksum is {info['crc32']!r}, expected {f'{written!r:.20}'}")
+    if (most := int(ids.max())) >= V:
+        raise bad(f"{path} has id {most}; expected below {V}")
     return ids, info
 
 
-def _encoded(documents, tokenizer, threads=None):
-    """Yield (ids, stories, bytes of text) for one batch of documents after the other, in order."""
-    whole = tokenizer.spaced  # its text cannot be cut
-    segments = ((text, tokenizer.end if ends else -1) for text, ends in as_pieces(documents, whole))
-    todo = batches(segments, whole=whole)
-    first = list(islice(todo, LONG // BATCH))
-    kernels = tokenizer.takes_kernels(sum(batch.size for batch in first))
-    encode = tokenizer.kernels() if kernels else tokenizer.encode_batch
-
-    def work(batch):
-        return encode(batch), int((batch.ends >= 0).sum()), batch.size
-
-    yield from in_order(work, chain(first, todo), threads or count_cores())
-
-
-def count_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_out(path):
+def check_out(path):
     """Raise OSError before the work is done, rather than after, where a file cannot be written."""
     folder = Path(path).parent
     if not folder.is_dir():
@@ -1184,639 +740,14 @@ def _check_out(path):
         raise PermissionError(f"{folder} is not writable; choose another place for {path}")
 
 
-# The next three stand in tinygpt.py, too: neither file imports the other, and a test compares them.
-
-
-def lock_file(file):
-    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
-    it; OSError where the file system has no locks."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def open_aside(path):
-    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
-    the files of processes that were killed; Windows keeps them."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
-        with contextlib.suppress(OSError), open(left, "r+b") as file:
-            if lock_file(file):
-                os.remove(left)
-    while True:
-        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
-        try:
-            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
-                return file
-        except OSError:  # no locks: nobody removes leftovers
-            return file
-        file.close()
-
-
-def write_aside(path, chunks):
-    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
-    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
-    path, aside = Path(path), None
-    try:
-        with open_aside(path) as file:
-            aside = file.name
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
-                file.close()
-            os.replace(aside, path)
-        if os.name == "posix":  # the folder's entry as well
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except BaseException as error:
-        if aside:
-            with contextlib.suppress(OSError):
-                os.remove(aside)  # a full disk is not kept full
-        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
-            error.filename = str(path)
-        raise
-
-
-# -- text in other layouts: JSON, which is read, and compressed files, which are refused
-
-LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
-STORY = 'a string, {"text": "a story"} or {"story": "a story"}'
-JSON_MOST = 1 << 30  # bytes of an array, which has to fit into memory several times
-JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
-
-
-def _reader(file, path):
-    """The function that reads the stories of an open file; its first bytes decide, and its name where they do not."""
-    head = file.peek(1024)[:1024].removeprefix(codecs.BOM_UTF8)
-    _refuse_packed(path, head)
-    suffix, start = path.suffix.lower(), JSON_START.match(head)
-    if (start and start[1]) or (suffix == ".json" and head.lstrip().startswith(b"[")):
-        return _json_texts
-    return _jsonl_texts if start or suffix in (".json", ".jsonl") else _txt_texts
-
-
-def _is_json_array(path):
-    if path.suffix.lower() != ".json":
-        return False
-    with open(path, "rb") as file:
-        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
-def _jsonl_texts(file, path):
-    for number, line in enumerate(file, 1):
-        line = _utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8")
-        if line.strip():
-            try:
-                text = _story_of(json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                raise ValueError(f"{path}, line {number}: expected {STORY}, got {line.strip()[:60]!r}") from None
-            yield from ((story, True) for story in text.split(END))
-
-
-def _json_texts(file, path):
-    if (size := os.path.getsize(path)) > JSON_MOST:
-        raise ValueError(f"{path} is a JSON array of {size:,} bytes, above {JSON_MOST:,}; write it as .jsonl")
-    text = _utf8(codecs.decode, file.read(), path, "utf-8-sig")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} begins like a JSON array but is none: {error}") from None
-    for number, value in enumerate(values, 1):
-        try:
-            text = _story_of(value)
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}, item {number}: expected {STORY}, got {json.dumps(value)[:60]!r}") from None
-        yield from ((story, True) for story in text.split(END))
-
-
-def _story_of(value):
-    """The text in a value of JSON; TypeError or ValueError if there is none."""
-    if isinstance(value, dict):
-        value = value.get("text", value.get("story"))
-    if not isinstance(value, str):
-        raise TypeError
-    value.encode()  # UnicodeEncodeError: an escaped half of a surrogate pair
-    return value
-
-
-TO_JSONL = "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
-PACKED = [  # suffixes; first bytes and where they stand; what the unpacked file ends in; the command that unpacks it
-    ((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), b"ustar", 257, "", "tar -xf {file}"),
-    ((".gz",), b"\x1f\x8b", 0, "", "gunzip -c {file} > {out}"),
-    ((".bz2",), b"BZh", 0, "", "bunzip2 -c {file} > {out}"),
-    ((".xz",), b"\xfd7zXZ\0", 0, "", "xz -dc {file} > {out}"),
-    ((".zst",), b"\x28\xb5\x2f\xfd", 0, "", "zstd -dc {file} > {out}"),
-    ((".zip",), b"PK\3\4", 0, "", "unzip {file}"),
-    ((".parquet",), b"PAR1", 0, ".jsonl", f'python -c "{TO_JSONL}" {{file}} {{out}}'),
-]
-
-
-def _refuse_packed(path, head=b""):
-    """ValueError, with the command that helps, for a file that is compressed by its name or its first bytes."""
-    for suffixes, magic, place, ending, command in PACKED:
-        suffix = next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
-        if suffix or head[place:].startswith(magic):
-            out = str(path)[: -len(suffix)] + ending if suffix else f"{path}{ending or '.txt'}"
-            command = command.format(file=shlex.quote(str(path)), out=shlex.quote(out))
-            raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")
-
-
-# == 7  long texts: the scanner, and a table of words, in Numba ======================================================
-#
-# The same pre-tokens and ids as SPLIT and Tokenizer.encode, at some 100 MB a second and thread, from UTF-8 bytes. Eight
-# bytes at a time are one integer. A word that was seen before is a row of a table; another is joined pair by pair.
-
-U = np.uint64
-U0, U1, U7, U31, U32, U56, U62, U63 = map(U, (0, 1, 7, 31, 32, 56, 62, 63))
-EACH, HIGH, LOW = U(0x0101010101010101), U(0x8080808080808080), U(0x7F7F7F7F7F7F7F7F)  # of eight bytes
-CASE, FROM_A, PAST_Z = EACH * U(0x20), EACH * U(0x80 - ord("a")), EACH * U(0x7F - ord("z"))
-FIRST_BYTE, BLANK = U(0xFF), U(ord(" "))
-ID, NONE = U((1 << 31) - 1), U((1 << 64) - 1)
-GOLDEN, MURMUR = U(0x9E3779B97F4A7C15), U(0xFF51AFD7ED558CCD)  # odd multipliers: 2^64 / golden ratio; MurmurHash3's
-LETTER, NUMBER, SPACE, OTHER = range(4)
-
-BATCH = 1 << 18  # bytes of text in a call of a kernel: what it reads and writes stays in a core's cache
-PADDING = 24  # bytes that a kernel may read after the last
-SHORT = 64  # longest word, in bytes, whose pairs are searched one by one rather than kept in a heap
-KEPT = 256  # longest word, in bytes, whose ids are kept
-
-
-@functools.cache
-def classes():
-    """Code point -> LETTER, NUMBER, SPACE or OTHER, (0x110000,): what `regex` says that they are."""
-    every = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    table = np.full(len(every), OTHER, np.uint8)
-    for kind, pattern in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (SPACE, r"\s+")):
-        for match in regex.finditer(pattern, every):
-            table[match.start() : match.end()] = kind
-    return table
-
-
-@part
-def eight(words, i):
-    """Bytes i to i + 7 of the text as one integer, byte i lowest; words is the text as uint64."""
-    shift = U((i & 7) << 3)
-    return words[i >> 3] >> shift | words[(i >> 3) + 1] << U1 << (U63 - shift)
-
-
-@part
-def no_letters(x):
-    """The high bit of each byte that is no ASCII letter."""
-    y = (x | CASE) & LOW
-    return ~((y + FROM_A) & ~(y + PAST_Z) & ~x) & HIGH
-
-
-@part
-def below(marks):
-    """The bytes below the lowest that is marked by its high bit: all ones there, zeros above."""
-    return ((marks & (~marks + U1)) >> U7) - U1
-
-
-@part
-def first_bytes(n):
-    """Ones in the first n of eight bytes; n may be below 0 or above 8."""
-    return NONE if n >= 8 else (U1 << U(8 * n)) - U1 if n > 0 else U0
-
-
-@part
-def character(text, i, stop, classes):
-    """(class, bytes) of the character at byte i. A byte that begins no valid UTF-8 is one of class OTHER."""
-    lead = np.int64(text[i])
-    if lead < 0x80:
-        return np.int64(classes[lead]), 1
-    size = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-    if lead < 0xC2 or lead > 0xF4 or i + size > stop:
-        return OTHER, 1
-    code = lead & (0x7F >> size)
-    for k in range(i + 1, i + size):
-        if text[k] & 0xC0 != 0x80:
-            return OTHER, 1
-        code = code << 6 | np.int64(text[k] & 0x3F)
-    overlong = code < (0x80 if size == 2 else 0x800 if size == 3 else 0x10000)
-    if overlong or 0xD800 <= code < 0xE000 or code >= 0x110000:
-        return OTHER, 1
-    return np.int64(classes[code]), size
-
-
-@part
-def pretoken(text, i, stop, classes):
-    """Where the pre-token ends that begins at byte i: the alternatives of PATTERN, in their order."""
-    lead, second = text[i], text[i + 1] if i + 1 < stop else 0
-    if lead == ord("'"):
-        if second == ord("s") or second == ord("d") or second == ord("m") or second == ord("t"):
-            return i + 2
-        third = text[i + 2] if i + 2 < stop else 0
-        if (second == ord("l") and third == ord("l")) or (
-            (second == ord("v") or second == ord("r")) and third == ord("e")
-        ):
-            return i + 3
-    kind, size = character(text, i, stop, classes)
-    end = i + size
-    if lead == ord(" ") and end < stop:
-        kind, size = character(text, end, stop, classes)
-        end += size if kind != SPACE else 0
-    last = i  # where the last character of a run of white space begins, if it has several
-    while end < stop:
-        next_kind, size = character(text, end, stop, classes)
-        if next_kind != kind:
-            return last if kind == SPACE and last > i else end
-        last = end
-        end += size
-    return end
-
-
-@part
-def word_at(text, words, i, stop, classes):
-    """(bytes of the pre-token that begins at byte i, its first eight as an integer, its next eight)."""
-    x = eight(words, i)
-    blank = x & FIRST_BYTE == BLANK
-    marks = no_letters(x) & ~(FIRST_BYTE if blank else U0)
-    inside = below(marks)
-    size = np.int64((inside & EACH) * EACH >> U56)  # sums the bytes of inside & EACH
-    if size > blank and size < 8 and x & marks & (~marks + U1) == U0:  # letters, then something else of ASCII
-        return size, x & inside, U0
-    if size == 8:
-        y = eight(words, i + 8)
-        marks = no_letters(y)
-        inside = below(marks)
-        size += np.int64((inside & EACH) * EACH >> U56)
-        if size < 16 and y & marks & (~marks + U1) == U0:
-            return size, x, y & inside
-    size = pretoken(text, i, stop, classes) - i
-    return size, x & first_bytes(size), eight(words, i + 8) & first_bytes(size - 8)
-
-
-# A table of words: rows of four integers, a power of two of them, at most two thirds used. A word is its first eight
-# bytes, the next eight, its length, and a value; of one that is longer than 16 bytes a hash stands first, and the whole
-# in the arena at the place that stands second. Length 0 is a free row.
-
-ROWS, ARENA = range(2)  # of used, int64 (2,): rows of the table, integers of the arena
-
-
-@part
-def home(key, slots):
-    """The place where a search for a key begins, of a power of two of slots."""
-    key = (key ^ key >> U32) * GOLDEN
-    return np.int64((key ^ key >> U32) & U(slots - 1))
-
-
-@part
-def row_of(table, arena, words, i, size, first, second):
-    """(row of the word at byte i or the free one where it belongs, what stands first in it)."""
-    if size > 16:
-        for k in range(8, size, 8):
-            first = (first ^ first >> U32) * GOLDEN + (eight(words, i + k) & first_bytes(size - k))
-        second = U0
-    last = len(table) - 4
-    row = home(first ^ second * MURMUR, len(table) >> 2) << 2
-    while table[row + 2] != U0:
-        if table[row] == first and table[row + 2] == U(size):
-            if size <= 16:
-                if table[row + 1] == second:
-                    break
-            else:
-                at, k = np.int64(table[row + 1]), 0
-                while k < size and arena[at + (k >> 3)] == eight(words, i + k) & first_bytes(size - k):
-                    k += 8
-                if k >= size:
-                    break
-        row = (row + 4) & last
-    return row, first
-
-
-@part
-def enter(table, arena, used, row, words, i, size, first, second):
-    """The word at byte i takes its row."""
-    table[row], table[row + 1], table[row + 2] = first, second, U(size)
-    used[ROWS] += 1
-    if size > 16:
-        table[row + 1] = U(used[ARENA])
-        for k in range(0, size, 8):
-            arena[used[ARENA]] = eight(words, i + k) & first_bytes(size - k)
-            used[ARENA] += 1
-
-
-@kernel
-def count_words(text, words, starts, stops, classes, table, arena, used):
-    """Count the pre-tokens of text[start : stop] for each start and stop."""
-    for k in range(len(starts)):
-        i, stop = starts[k], stops[k]
-        while i < stop:
-            size, first, second = word_at(text, words, i, stop, classes)
-            row, first = row_of(table, arena, words, i, size, first, second)
-            if table[row + 2] == U0:
-                enter(table, arena, used, row, words, i, size, first, second)
-            table[row + 3] += U1
-            i += size
-
-
-@kernel
-def place_rows(table, wider):
-    """Copy the rows of a table to a larger one that is empty."""
-    for old in range(0, len(table), 4):
-        if table[old + 2] != U0:
-            second = table[old + 1] if table[old + 2] <= U(16) else U0
-            row = home(table[old] ^ second * MURMUR, len(wider) >> 2) << 2
-            while wider[row + 2] != U0:
-                row = (row + 4) & (len(wider) - 4)
-            for k in range(4):
-                wider[row + k] = table[old + k]
-
-
-@part
-def look_up(pairs, left, right):
-    """rank << 32 | new id of a pair of ids, NONE where no merge joins it."""
-    key = U(left) << U32 | U(right)
-    at = home(key, len(pairs))
-    while pairs[at, 0] != key and pairs[at, 0] != NONE:
-        at = (at + 1) & (len(pairs) - 1)
-    return pairs[at, 1]
-
-
-@part
-def join_short(ids, n, pairs, ranks):
-    """joined_ids of ids[:n], in place, the lowest rank searched for each time; how many are left."""
-    for k in range(n - 1):
-        ranks[k] = look_up(pairs, ids[k], ids[k + 1])
-    while n > 1:
-        at = 0
-        for k in range(1, n - 1):
-            if ranks[k] < ranks[at]:
-                at = k
-        if ranks[at] == NONE:
-            break
-        ids[at] = ranks[at] & ID
-        n -= 1
-        for k in range(at + 1, n):
-            ids[k], ranks[k - 1] = ids[k + 1], ranks[k]
-        if at:
-            ranks[at - 1] = look_up(pairs, ids[at - 1], ids[at])
-        if at + 1 < n:
-            ranks[at] = look_up(pairs, ids[at], ids[at + 1])
-    return n
-
-
-@part
-def push(heap, n, value):
-    heap[n] = value
-    while n and heap[n] < heap[(n - 1) >> 1]:
-        heap[n], heap[(n - 1) >> 1] = heap[(n - 1) >> 1], heap[n]
-        n = (n - 1) >> 1
-
-
-@part
-def pop(heap, n):
-    """The lowest of n values; the others are then heap[: n - 1]."""
-    lowest, heap[0], i = heap[0], heap[n - 1], 0
-    while 2 * i + 1 < n - 1:
-        child = 2 * i + 1
-        if child + 1 < n - 1 and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= heap[i]:
-            break
-        heap[i], heap[child] = heap[child], heap[i]
-        i = child
-    return lowest
-
-
-@part
-def join_long(ids, n, pairs, heap, before, after):
-    """joined_ids of ids[:n], in place, as it is there: a heap, of rank << 32 | place, and a linked list."""
-    waiting = 0
-    for k in range(n):
-        before[k], after[k] = k - 1, k + 1
-    for k in range(n - 1):
-        found = look_up(pairs, ids[k], ids[k + 1])
-        if found != NONE:
-            push(heap, waiting, (found >> U32) << U32 | U(k))
-            waiting += 1
-    while waiting:
-        lowest = pop(heap, waiting)
-        waiting -= 1
-        i = np.int64(lowest & U(0xFFFFFFFF))
-        j = after[i]
-        found = look_up(pairs, ids[i], ids[j]) if ids[i] >= 0 and j < n else NONE
-        if found == NONE or found >> U32 != lowest >> U32:
-            continue
-        ids[i], ids[j], after[i] = found & ID, -1, after[j]
-        if after[j] < n:
-            before[after[j]] = i
-        for k in (np.int64(before[i]), i):
-            found = look_up(pairs, ids[k], ids[after[k]]) if k >= 0 and after[k] < n else NONE
-            if found != NONE:
-                push(heap, waiting, (found >> U32) << U32 | U(k))
-                waiting += 1
-    left = 0
-    for k in range(n):
-        if ids[k] >= 0:
-            ids[left] = ids[k]
-            left += 1
-    return left
-
-
-@kernel
-def encode_words(
-    text, words, starts, stops, ends, classes, byte_ids, pairs, table, arena, used, ids, heap, before, after
-):
-    """The ids of text[start : stop], and `end` where it is not below 0, for each start, stop and end; how many.
-
-    The value of a word is its number of ids, 1 or 2, in two bits, and these in 31 bits each, the second higher; or 3,
-    and where in the arena their number stands and they follow.
-    """
-    n = 0
-    for s in range(len(starts)):
-        i, stop = starts[s], stops[s]
-        while i < stop:
-            size, first, second = word_at(text, words, i, stop, classes)
-            row = -1
-            if size <= KEPT:
-                row, first = row_of(table, arena, words, i, size, first, second)
-                if table[row + 2] != U0:
-                    value = table[row + 3]
-                    ids[n], ids[n + 1] = value & ID, value >> U31 & ID
-                    if value >> U62 != U(3):
-                        n += np.int64(value >> U62)
-                    else:
-                        at = np.int64(value & ID)
-                        for k in range(np.int64(arena[at])):
-                            ids[n + k] = arena[at + 1 + k]
-                        n += np.int64(arena[at])
-                    i += size
-                    continue
-            for k in range(size):
-                ids[n + k] = byte_ids[text[i + k]]
-            if size <= SHORT:
-                made = join_short(ids[n:], size, pairs, heap)
-            else:
-                made = join_long(ids[n:], size, pairs, heap, before, after)
-            if row >= 0:
-                if 3 * used[ROWS] > len(table) >> 1 or used[ARENA] + size // 8 + 2 + made > len(arena):
-                    table[:], used[:] = 0, 0  # full: begin again
-                    row, first = row_of(table, arena, words, i, size, first, second)
-                enter(table, arena, used, row, words, i, size, first, second)
-                if made <= 2:
-                    table[row + 3] = U(made) << U62 | U(ids[n]) | (U(ids[n + 1]) << U31 if made == 2 else U0)
-                else:
-                    table[row + 3] = U(3) << U62 | U(used[ARENA])
-                    arena[used[ARENA]] = made
-                    for k in range(made):
-                        arena[used[ARENA] + 1 + k] = ids[n + k]
-                    used[ARENA] += 1 + made
-            n += made
-            i += size
-        if ends[s] >= 0:
-            ids[n] = ends[s]
-            n += 1
-    return n
-
-
-def pair_table(ranks):
-    """{(left, right): (rank, new id)} -> the table that look_up reads, uint64 (slots, 2), at most half full."""
-    table = np.full((2 << len(ranks).bit_length(), 2), NONE)
-    ids = np.array(list(ranks), np.uint64).reshape(-1, 2)
-    found = np.array(list(ranks.values()), np.uint64).reshape(-1, 2)
-    rows = np.stack([ids[:, 0] << U32 | ids[:, 1], found[:, 0] << U32 | found[:, 1]], 1)
-    at = home(rows[:, 0], len(table))
-    while len(rows):
-        free = table[at, 0] == NONE
-        table[at[free]] = rows[free]  # of several that want a slot the last gets it
-        lost = table[at, 0] != rows[:, 0]
-        rows, at = rows[lost], (at[lost] + 1) & (len(table) - 1)
-    return table
-
-
-class Batch:
-    """Segments of text, each (bytes, the id that follows it or -1), laid out for the kernels."""
-
-    def __init__(self, segments):
-        self.segments = segments
-        texts = [text for text, _ in segments]
-        lengths = np.array([len(text) for text in texts], np.int64)
-        self.stops = np.cumsum(lengths + 1) - 1
-        self.starts = self.stops - lengths
-        # NUL between two segments: letters that the kernels read eight at a time end there.
-        joined = b"\0".join([*texts, bytes(PADDING + -int(self.stops[-1] + 1) % 8)])
-        self.text, self.words = np.frombuffer(joined, np.uint8), np.frombuffer(joined, np.uint64)
-        self.ends = np.array([end for _, end in segments], np.int64)
-        self.size = int(lengths.sum())
-
-
-def batches(segments, size=BATCH, whole=False):
-    """Batches of at least `size` bytes, the last excepted; longer segments are cut, where that changes no pre-token,
-    unless they must stay whole."""
-    batch, held = [], 0
-    for text, end in segments:
-        start = 0
-        while not whole and len(text) - start > size and (place := CUT_BYTES.search(text, start + size)):
-            yield Batch([*batch, (memoryview(text)[start : place.start()], -1)])
-            batch, held, start = [], 0, place.start()
-        batch.append((memoryview(text)[start:], end))
-        held += len(text) - start
-        if held >= size:
-            yield Batch(batch)
-            batch, held = [], 0
-    if batch:
-        yield Batch(batch)
-
-
-def distinct_words(texts):
-    """Documents or pieces -> (256 single bytes and then their distinct pre-tokens, uint8; (start, stop, how often) of
-    each pre-token, int64 (words, 3))."""
-    table, arena, used, end = np.zeros(1 << 16, np.uint64), np.empty(0, np.uint64), np.zeros(2, np.int64), END.encode()
-    for batch in batches((story, -1) for text, _ in as_pieces(texts) for story in text.split(end)):
-        # At most: 256 words of one byte, else one for two bytes; one integer of the arena for 8 bytes and one a word.
-        rows, stored = used + [256 + len(batch.text) // 2, len(batch.words) + len(batch.text) // 17]
-        if 6 * rows > len(table):
-            wider = np.zeros(4 << int(3 * rows // 2).bit_length(), np.uint64)
-            place_rows(table, wider)
-            table = wider
-        if stored > len(arena):
-            arena = np.concatenate([arena, np.empty(stored, np.uint64)])
-        count_words(batch.text, batch.words, batch.starts, batch.stops, classes(), table, arena, used)
-    rows = table.reshape(-1, 4)
-    rows = rows[rows[:, 2] > 0]
-    rows = rows[np.argsort(rows[:, 2] > 16, kind="stable")]
-    lengths = rows[:, 2].astype(np.int64)
-    short = np.ascontiguousarray(rows[lengths <= 16, :2]).view(np.uint8)  # (short words, 16)
-    raw = [np.arange(256, dtype=np.uint8), short[np.arange(16) < lengths[: len(short), None]]]
-    stored = arena.view(np.uint8)
-    raw += [stored[8 * int(row[1]) :][: int(row[2])] for row in rows[len(short) :]]
-    stops = 256 + np.cumsum(lengths)
-    return np.concatenate(raw), np.stack([stops - lengths, stops, rows[:, 3].astype(np.int64)], 1)
-
-
-def as_pieces(texts, whole=False):
-    """A document, documents, or `pieces` of them -> (bytes, whether the document ends there); whole: documents."""
-    held = []
-    for text in [texts] if isinstance(texts, (str, bytes)) else texts:
-        text, ends = text if isinstance(text, tuple) else (text, True)
-        held.append(utf8_of(text))
-        if ends or not whole:
-            yield b"".join(held), ends
-            held = []
-
-
-def in_order(function, items, threads):
-    """function(item) for each, in their order, on so many threads; reads no more items ahead than these need."""
-    if threads == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-class Encoder:
-    """What the kernels need to encode with a tokenizer; a table of words for each thread."""
-
-    def __init__(self, byte_ids, ranks, dtype):
-        self.byte_ids, self.pairs, self.dtype = np.array(byte_ids, np.int32), pair_table(ranks), dtype
-        self.idle = []
-        self.encode(Batch([(b"", -1)]))  # compiles, once for all threads
-
-    def encode(self, batch):
-        try:
-            words = self.idle.pop()  # of a thread that has done with it
-        except IndexError:
-            words = np.zeros(4 << 16, np.uint64), np.empty(1 << 17, np.uint64), np.zeros(2, np.int64)
-        size = len(batch.text)
-        ids, links = np.empty(size + len(batch.ends), np.int32), np.empty((2, size), np.int32)
-        heap = np.empty(2 * size + SHORT, np.uint64)  # a join takes one and adds two at most
-        n = encode_words(
-            batch.text, batch.words, batch.starts, batch.stops, batch.ends, classes(), self.byte_ids, self.pairs,
-            *words, ids, heap, *links,
-        )  # fmt: skip
-        self.idle.append(words)
-        return ids[:n].astype(self.dtype)
-
-
-# -- shared by the command lines of all files
+# == 7  what every command line shares =================================================================================
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose error, a text or an exception, ends the program with one line on stderr and exit status 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {error_line(message)}\n")
+        self.exit(2, f"{self.prog.split()[0]}: error: {error_line(message)}\n")  # a subcommand's prog is two words
 
 
 def error_line(error):
@@ -1886,190 +817,110 @@ class Progress:
             print("\r" + " " * (len(self.what) + 60) + "\r", end="", file=sys.stderr, flush=True)
 
 
-# == 8  command line ===============================================================================================
+# == 8  the command line ===========================================================================
 
 
-class _Bar:
-    """Shows progress and the time left on stderr where that is a terminal; with it closes, the line is empty again."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.start = what, max(total, 1), time.monotonic()
-        self.next = self.start + 0.2
-
-    def __call__(self, done):
-        now = time.monotonic()
-        if sys.stderr.isatty() and now >= self.next:
-            self.next = now + 0.1
-            share = min(max(done / self.total, 1e-9), 1)
-            left = int(min((now - self.start) * (1 / share - 1), 359_999))
-            line = f"{self.what} [{'#' * int(30 * share):30}] {share:4.0%}, {left // 60}:{left % 60:02} left "
-            print("\r" + line, end="", file=sys.stderr, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if sys.stderr.isatty():
-            print("\r" + " " * (len(self.what) + 60), end="\r", file=sys.stderr, flush=True)
-
-
-def _size(paths):
+def size_of(paths):
     return sum(path.stat().st_size for path in text_files(paths))
 
 
-def _note(line):
-    print(line, file=sys.stderr)
-
-
-def _check_names(files, *outs):
-    """What is written can be written, and is none of what is read."""
+def check_names(files, *outs):
+    """Raise where a file to write cannot be written, or is one of those to read."""
     for out in outs:
-        _check_out(out)
+        check_out(out)
         if os.path.exists(out) and any(os.path.samefile(out, path) for path in text_files(files)):
             raise ValueError(f"{out} would be overwritten, but is one of the files to read; choose another --out")
 
 
-def _train(args):
+def run_train(args):
     least = 256 + 1 + args.reserve
     if args.reserve < 0:
         raise ValueError(f"--reserve is {args.reserve}; expected 0 or more")
     if args.vocab_size < least:
         parts = f"256 bytes, {END}, {args.reserve} reserved"
         raise ValueError(f"--vocab-size is {args.vocab_size}; expected at least {least} ({parts})")
-    _check_names(args.files, args.out)
-    with _Bar("reading", _size(args.files)) as reading, _Bar("merging", args.vocab_size - least) as merging:
+    check_names(args.files, args.out)
+    with Progress("reading", size_of(args.files)) as reading, Progress("merging", args.vocab_size - least) as merging:
         merges = train(pieces(args.files, reading), args.vocab_size - least, merging)
     most = least + len(merges)
     if most < args.vocab_size:
         raise ValueError(f"--vocab-size is {args.vocab_size}, but this text gives {most}; lower it or add text")
-    tokenizer = Tokenizer.from_merges(merges, args.reserve)
-    tokenizer.save(args.out)
-    _note(f"{args.out}: {tokenizer.vocab_size} entries, {len(merges)} of them merges")
+    Tokenizer.from_merges(merges, args.reserve).save(args.out)
+    note(f"{args.out}: {most} entries, {len(merges)} of them merges")
 
 
-def _encode(args):
+def run_encode(args):
     tokenizer = Tokenizer.load(args.tokenizer)
-    _check_names([*args.files, args.tokenizer], args.out, args.out + ".json")
-    with _Bar("encoding", _size(args.files)) as bar:
-        info = write_tokens(pieces(args.files), tokenizer, args.out, bar)
-    _note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
+    check_names([*args.files, args.tokenizer], args.out, args.out + ".json")
+    with Progress("encoding", size_of(args.files)) as progress:
+        info = write_tokens(pieces(args.files), tokenizer, args.out, progress)
+    note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
 
 
-def _decode(args):
+def run_decode(args):
     tokenizer = Tokenizer.load(args.tokenizer)
-    ids, _ = read_tokens(args.file, tokenizer)
-    start = 0
+    ids, start = read_tokens(args.file, tokenizer)[0], 0
     for stop in [*np.flatnonzero(ids == tokenizer.end).tolist(), len(ids)]:
         if start < len(ids):
             print(tokenizer.decode(ids[start:stop]), END, sep="\n")
         start = stop + 1
 
 
-def _stats(args):
-    tokenizer = Tokenizer.load(args.tokenizer)
-    uses, stories, size = np.zeros(tokenizer.vocab_size, np.int64), 0, 0
-    with _Bar("encoding", _size(args.files)) as bar:
-        for ids, more_stories, more_bytes in _encoded(pieces(args.files), tokenizer):
-            uses += np.bincount(ids, minlength=len(uses))
-            stories, size = stories + more_stories, size + more_bytes
-            bar(size)
-    tokens, unused = int(uses.sum()), int((uses == 0).sum())
-    print(f"text             {size:,} bytes, {stories:,} stories")
-    print(f"tokens           {tokens:,} (one {END} for each story included)")
-    print(f"bytes per token  {size / tokens:.3f}")
-    print(f"unused           {unused:,} of {tokenizer.vocab_size:,} entries")
-    print("longest tokens   bytes    id     uses  text")
-    plain = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.specials.values()]
-    for i in sorted(plain, key=lambda i: (-len(tokenizer.vocab[i]), i))[:10]:
-        print(f"{len(tokenizer.vocab[i]):22} {i:5} {uses[i]:8,}  {tokenizer.decode([i])!r}")
+def run_extra(args):
+    find_extra("tokens", f"bpe.py {args.command}").COMMANDS[args.command](args)
 
 
-def _explain(args):
-    path = args.tokenizer or _newest_tokenizer()
-    tokenizer = Tokenizer.load(path)
-    print(path)
-    for word in tokenizer.pretokens(args.text):
-        for number, tokens in tokenizer.steps(word):
-            label = f"merge {number + 1:,}" if number is not None else "characters" if tokenizer.spaced else "bytes"
-            print(f"{label:>14}  {' | '.join(token.decode('utf-8', 'backslashreplace') for token in tokens)}")
-        print(f"{'ids':>14}  {' '.join(map(str, tokenizer.word_ids(word)))}")
-
-
-def _newest_tokenizer():
-    """tokenizer.json in this folder, or the last one that train.py made for its data."""
-    found = [*Path().glob("tokenizer.json"), *Path("data", "tokens").glob("*/tokenizer.json")]
-    if not found:
-        raise ValueError("there is no tokenizer.json here and none in data/tokens; name one with --tokenizer FILE")
-    return min(found, key=lambda path: (path.parent != Path(), -path.stat().st_mtime))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
-def _parser():
-    parser = _Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories, decode them again.")
+def make_parser():
+    parser = Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories, decode them again.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats|explain")
     text = f"text with stories that end in {END}; .jsonl or a .json array with a field `text` or `story`; or a folder"
 
-    command = commands.add_parser("train", help="learn the merges of a tokenizer from text")
-    command.set_defaults(run=_train)
-    command.add_argument("files", nargs="+", metavar="FILE", help=text)
-    command.add_argument(
-        "--vocab-size", type=int, required=True, metavar="V", help="entries in all: bytes, merges, specials"
-    )
-    command.add_argument("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
-    command.add_argument(
-        "--reserve", type=int, default=8, metavar="N", help="special tokens kept free for templates (0 = none)"
-    )
+    def command(run, name, help):
+        made = commands.add_parser(name, help=help)
+        made.set_defaults(run=run)
+        return made.add_argument
 
-    command = commands.add_parser("encode", help="text to a token file, which train.py reads")
-    command.set_defaults(run=_encode)
-    command.add_argument("files", nargs="+", metavar="FILE", help=text)
-    command.add_argument("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to encode with")
-    command.add_argument("--out", required=True, metavar="FILE.bin", help="token file to write, and FILE.bin.json")
-
-    command = commands.add_parser("decode", help="a token file back to text, on stdout")
-    command.set_defaults(run=_decode)
-    command.add_argument("file", metavar="FILE.bin", help="token file to read")
-    command.add_argument(
-        "--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with"
-    )
-
-    command = commands.add_parser("explain", help="the merges that make the tokens of a word, in their order")
-    command.set_defaults(run=_explain)
-    command.add_argument("text", metavar="WORD", help="a word, or any text: each of its words in turn")
-    command.add_argument(
-        "--tokenizer", metavar="FILE", help="default: tokenizer.json here, else the newest of train.py"
-    )
-
-    command = commands.add_parser("stats", help="bytes per token, unused entries and longest tokens on a text")
-    command.set_defaults(run=_stats)
-    command.add_argument("files", nargs="+", metavar="FILE", help=text)
-    command.add_argument("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to measure")
+    add = command(run_train, "train", "learn the merges of a tokenizer from text")
+    add("files", nargs="+", metavar="FILE", help=text)
+    add("--vocab-size", type=int, required=True, metavar="V", help="entries in all: bytes, merges, specials")
+    add("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
+    add("--reserve", type=int, default=8, metavar="N", help="special tokens kept free for templates (0 = none)")
+    add = command(run_encode, "encode", "text to a token file, which train.py reads")
+    add("files", nargs="+", metavar="FILE", help=text)
+    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to encode with")
+    add("--out", required=True, metavar="FILE.bin", help="token file to write, and FILE.bin.json")
+    add = command(run_decode, "decode", "a token file back to text, on stdout")
+    add("file", metavar="FILE.bin", help="token file to read")
+    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with")
+    add = command(run_extra, "explain", "the merges that make the tokens of a word, in their order")
+    add("text", metavar="WORD", help="a word, or any text: each of its words in turn")
+    add("--tokenizer", metavar="FILE", help="default: tokenizer.json here, else the newest of train.py")
+    add = command(run_extra, "stats", "bytes per token, unused entries and longest tokens on a text")
+    add("files", nargs="+", metavar="FILE", help=text)
+    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to measure")
     return parser
 
 
 def main(argv=None):
-    """Run a command; 0 when it is done, 2 with one line on stderr when what was asked for is not possible."""
+    """Run a command and return 0; a mistake ends in one line on stderr and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", newline="\n")  # a console that lacks a character shows ? for it
+    parser = make_parser()
+    args = parser.parse_args(argv)
     try:
-        args = _parser().parse_args(argv)
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read stdout has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        _note("bpe.py: interrupted")
+        note("bpe.py: interrupted")
         return 130
     except (ValueError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        _note(f"bpe.py: error: {f'{error.filename}: {error.strerror}' if named else error}")
-        return 2
+        parser.error(error)
     return 0
 
 
 if __name__ == "__main__":
+    from bpe import main  # fast/ and extras/ import this file: it stands in memory once
+
     sys.exit(main())

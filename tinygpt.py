@@ -1566,9 +1566,6 @@ DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
 
 
-# The next three stand in bpe.py, too: neither file imports the other, and a test compares them.
-
-
 def lock_file(file):
     """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
     it; OSError where the file system has no locks."""
@@ -1595,12 +1592,18 @@ def open_aside(path):
             if lock_file(file):
                 os.remove(left)
     while True:
-        file = open(path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"), "xb")
+        aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         try:
-            if lock_file(file) and os.path.exists(file.name):  # else another process just took it for a leftover
+            file = open(aside, "xb")
+            try:
+                if lock_file(file) and os.path.exists(aside):  # else another process just took it for a leftover
+                    return file
+            except OSError:  # no locks: nobody removes leftovers
                 return file
-        except OSError:  # no locks: nobody removes leftovers
-            return file
+        except BaseException:  # Ctrl-C between here and there
+            with contextlib.suppress(OSError):
+                os.remove(aside)
+            raise
         file.close()
 
 

@@ -316,16 +316,8 @@ def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
     return float(score(p, cfg, tokens, end, ops, progress=progress).sum()) / len(tokens)
 
 
-def byte_lengths(tokenizer):
-    """Bytes of text in each token, (V,). None in the end of a story, which takes back the space that llama2.c's
-    tokenizer gave to its beginning."""
-    lengths = np.array([len(token) for token in tokenizer.vocab])
-    lengths[tokenizer.end] = -1 if tokenizer.spaced else 0
-    return lengths
-
-
 def count_bytes(tokens, tokenizer):
-    return int(np.bincount(tokens, minlength=tokenizer.vocab_size) @ byte_lengths(tokenizer))
+    return int(np.bincount(tokens, minlength=tokenizer.vocab_size) @ tokenizer.byte_lengths())
 
 
 def bits_per_byte(nats, tokens, tokenizer):
@@ -634,7 +626,7 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # of the bytes: what a cut between t
 def hold_out(tokens, tokenizer):
     """tokens -> (training, validation): the last 2% of the stories if they are 1% to 5% of the bytes. Otherwise cut
     where the story nearest to 98% of the bytes ends, within these limits; inside a story if none ends there."""
-    sizes = byte_lengths(tokenizer).astype(np.int16)[tokens]  # (M,), small: a text may have 10^9 tokens
+    sizes = tokenizer.byte_lengths().astype(np.int16)[tokens]  # (M,), small: a text may have 10^9 tokens
     stops = np.flatnonzero(tokens == tokenizer.end) + 1  # of each story, the token after it
     starts, total = np.concatenate([[0], stops]), int(sizes.sum(dtype=np.int64))
     inside = sizes[: starts[-1]]  # what stands before the last end

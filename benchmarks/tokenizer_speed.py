@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bpe  # noqa: E402
+from fast import words  # noqa: E402
 
 PARTS = ("encode", "train", "memory", "scale", "start")
 VOCAB = 4096  # of the tokenizer that all encode with
@@ -36,7 +37,7 @@ SIDES = {"encode": ("ours", "tiktoken", "riptoken", "tokenizers"), "train": ("ou
 
 def our_encode(stories, threads, path):
     tokenizer = bpe.Tokenizer.load(path)
-    tokenizer.kernels()  # loaded now, for the others are; what it costs is the part `start`
+    tokenizer.compiled(bpe.LONG)  # loaded now, for the others are; what it costs is the part `start`
     data = b"\n".join(stories)
     return lambda: tokenizer.encode_array(data, threads=threads)
 
@@ -285,7 +286,7 @@ def main():
         tokenizer = Path(folder, "tokenizer.json")
         merges = bpe.train(bpe.pieces(path), VOCAB - 257)
         bpe.Tokenizer.from_merges(merges, reserve=0).save(tokenizer)
-        cores = bpe.count_cores()
+        cores = words.count_cores()
         for threads in sorted({1, cores}) if {"encode", "memory"} & set(args.parts) else ():
             sides = measure("encode", threads, tokenizer, path, available("encode"), args.rounds)
             table(f"encode, {threads} thread{'s' * (threads > 1)}", size, sides)

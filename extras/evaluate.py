@@ -27,7 +27,7 @@ RESAMPLES = 1000
 def sum_by_story(nats, tokens, tokenizer):
     """nats of tokens (M,) -> sums over each of S stories, its end included: nats, tokens, bytes of text, (3, S)."""
     starts = np.flatnonzero(tokens[:-1] == tokenizer.end) + 1
-    each = (nats, np.ones(len(tokens)), train.byte_lengths(tokenizer)[tokens])
+    each = (nats, np.ones(len(tokens)), tokenizer.byte_lengths()[tokens])
     return np.stack([np.add.reduceat(column, [0, *starts], dtype=np.float64) for column in each])
 
 

@@ -35,6 +35,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
+import tinygpt
 from extras.generate import generate, grammar_version, hash_story
 
 END = bpe.END
@@ -99,9 +100,9 @@ def write_generated(folder: str | Path, num_bytes: int, seed: int = 0) -> Source
     with folder_lock(source.train):
         if not is_current():  # another process may have written them while this one waited
             note.unlink(missing_ok=True)  # first: a killed process must not leave a note beside mixed files
-            bpe.write_aside(source.train, encode_stories(seed, "train", num_bytes))
-            bpe.write_aside(source.valid, encode_stories(seed, "valid", VALID_BYTES))
-            bpe.write_aside(note, [json.dumps(expected_note()).encode()])
+            tinygpt.write_aside(source.train, encode_stories(seed, "train", num_bytes))
+            tinygpt.write_aside(source.valid, encode_stories(seed, "valid", VALID_BYTES))
+            tinygpt.write_aside(note, [json.dumps(expected_note()).encode()])
     return source
 
 
@@ -124,7 +125,7 @@ def folder_lock(path: Path):
     with open(path.with_name("stories.lock"), "ab") as file:
         try:
             waiting = False
-            while not bpe.lock_file(file):
+            while not tinygpt.lock_file(file):
                 if not waiting:
                     print(f"stories: another process is writing {path}; waiting ...", file=sys.stderr)
                 waiting = True
@@ -299,8 +300,8 @@ def extend_part(remote: Remote, part: Path, have: int, crc: int, num_bytes: int)
 def publish_prefix(remote: Remote, part: Path, keep: int) -> Path:
     """Rename the first `keep` bytes of the part to a prefix. A process killed between any two lines loses nothing."""
     prefix, crc = part.with_name(f"{remote.name}.first-{keep}"), checksum(part, keep)
-    bpe.write_aside(note_path(prefix), [format_note(keep, crc)])
-    bpe.write_aside(note_path(part), [format_note(keep, crc)])
+    tinygpt.write_aside(note_path(prefix), [format_note(keep, crc)])
+    tinygpt.write_aside(note_path(part), [format_note(keep, crc)])
     os.truncate(part, keep)
     os.replace(part, prefix)
     note_path(part).unlink()

@@ -1,58 +1,44 @@
 """bpe.py: the trainers against each other, ids against other implementations, files and command line against misuse."""
 
+import gzip
 import io
 import json
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
+import time
 import zlib
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import (
+    GOLDEN,
+    PIECES,
+    STORIES,
+    cut,
+    gpt2_json,
+    random_texts,
+    run_main,
+    shuffled,
+    train_compiled,
+    with_specials,
+    write,
+)
 
 import bpe
+from fast import merges, words
 
 END = bpe.END
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "gpt2_bpe.json").read_text(encoding="utf-8"))
-STORIES = [
-    "Once upon a time there was a little girl named Lily. She can't find her red ball.",
-    "Tom said, \"I'll help you, Lily! We've got 12 balls, and they're all red.\"\n\nThey were happy.",
-    "The little dog ran to the big tree.\r\n  It barked   and barked \u2014 \u201cwoof\u201d!",
-    "\u65e5\u672c\u8a9e caf\u00e9 \U0001f600\U0001f600 na\u00efve \u00bd \u0663",
-]
-# What the split pattern, UTF-8 and the search for specials can stumble over, to be strung together at random.
-PIECES = [*" \n\t'sdlrevmt1!<|\u00e9\u65e5\u00a0\x00", "  ", "'ll", "'re", " the", "Lily", "\U0001f600", "\u200d\u0301"]
-PIECES += [END, "<|endof", "text|>", "<|reserved_0|>", "<|reserved_", "\x85", "\x1c", "ball balls"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
-
-
-def random_texts(seed, n, most=14):
-    rng = random.Random(seed)
-    return ["".join(rng.choices(PIECES, k=rng.randint(0, most))) for _ in range(n)]
-
-
-def cut(data, rng, most):
-    """data in random pieces of up to `most`, some of them empty."""
-    pieces, i = [], 0
-    while i < len(data):
-        j = i + rng.randint(0, most)
-        pieces.append(data[i:j])
-        i = j
-    return pieces
-
-
-def with_specials(tokenizer, *names):
-    """The tokenizer with further special tokens behind its last id."""
-    specials = {**tokenizer.specials, **{name: tokenizer.vocab_size + i for i, name in enumerate(names)}}
-    return bpe.Tokenizer([*tokenizer.vocab, *(name.encode() for name in names)], tokenizer.merges, specials)
 
 
 # -- trainers
@@ -65,19 +51,27 @@ def random_corpus(seed):
     return ["".join(rng.choices(letters, k=rng.randint(0, 60))) for _ in range(rng.randint(1, 6))]
 
 
-def test_both_trainers_find_the_same_merges_on_random_corpora():
+def test_all_trainers_find_the_same_merges_on_random_corpora():
     for seed in range(300):
         texts = random_corpus(seed)
-        assert bpe.train(texts, 40) == bpe.train_spec(texts, 40), f"seed {seed}"
-    assert bpe.train(STORIES * 3, 200) == bpe.train_spec(STORIES * 3, 200)
-    data = [random.Random(0).randbytes(400)]
-    assert bpe.train(data, 100) == bpe.train_spec(data, 100)
+        assert bpe.train(texts, 40) == train_compiled(texts, 40) == bpe.train_spec(texts, 40), f"seed {seed}"
+    for texts in (STORIES * 3, random_texts(29, 300, 60), [random.Random(0).randbytes(400)]):
+        assert bpe.train(texts, 200) == train_compiled(texts, 200) == bpe.train_spec(texts, 200)
+
+
+def test_a_long_text_is_counted_and_merged_by_compiled_code(monkeypatch):
+    want, called, compiled = bpe.train(STORIES, 100), [], merges.train
+    monkeypatch.setattr(bpe, "TRAIN_LONG", 100)
+    monkeypatch.setattr(merges, "train", lambda *args: called.append(args) or compiled(*args))
+    assert bpe.train(iter(STORIES), 100) == want and called
+    monkeypatch.setattr(bpe, "find_fast", lambda name: None)  # without fast/
+    assert bpe.train(iter(STORIES), 100) == want and len(called) == 1
 
 
 TIES = ["ab cb ab cb", "ba bc", "a\u00e9 a\u00e8"]
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_ties_go_to_the_lexicographically_greater_pair_of_byte_strings(train):
     assert train(["xz", "zx"], 1) == [(b"z", b"x")]
     assert train(["ab", "ac"], 1) == [(b"a", b"c")]
@@ -102,13 +96,13 @@ def test_the_opposite_tie_rule_gives_other_merges():
                 for pair in pairwise(word):
                     counts[pair] = counts.get(pair, 0) + n
             merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
-            words = {tuple(bpe._joined(word, merges[-1], b"".join(merges[-1]))): n for word, n in words.items()}
+            words = {tuple(bpe.join_pair(word, merges[-1])): n for word, n in words.items()}
         return merges
 
     assert train_smaller(TIES, 6) != bpe.train(TIES, 6) == bpe.train_spec(TIES, 6)
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_overlapping_pairs_count_twice_and_join_from_the_left(train):
     # three times aaa has (a, a) six times, which is more than five (b, c)
     assert train(["aaa1aaa1aaa", "bc1" * 5], 2) == [(b"a", b"a"), (b"b", b"c")]
@@ -116,7 +110,7 @@ def test_overlapping_pairs_count_twice_and_join_from_the_left(train):
     assert train(["aaaaa"], 9) == [(b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a")]
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_merges_cross_neither_pretokens_nor_the_end_of_a_story(train):
     text = f"ab cd'll 12x{END}ab{END}{END}yz"
     tokens = {left + right for left, right in train([text], 100)}
@@ -124,7 +118,7 @@ def test_merges_cross_neither_pretokens_nor_the_end_of_a_story(train):
     assert not any(set(token) & set(b"<|>") for token in tokens)
 
 
-@pytest.mark.parametrize("train", [bpe.train, bpe.train_spec])
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_training_stops_when_no_pair_is_left(train):
     assert train([], 5) == train([""], 5) == train(["a b c"], 0) == train(["abc"], 0) == []
     assert train(["a1b"], 5) == []
@@ -165,7 +159,7 @@ def test_encoding_equals_a_plain_loop_over_the_merges(tokenizer):
         for word in bpe.SPLIT.findall(text):
             parts = [bytes([b]) for b in word.encode()]
             for pair in tokenizer.merges:
-                parts = bpe._joined(parts, pair, pair[0] + pair[1])
+                parts = bpe.join_pair(parts, pair)
             ids += [tokenizer.vocab.index(part) for part in parts]
         assert tokenizer.encode(text) == ids
 
@@ -303,16 +297,6 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tokenizer, tmp_path,
     assert path.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["tokenizer.json"]
 
 
-def shuffled(tokenizer):
-    """The same merges under other ids: specials in front, everything else in random order."""
-    order = [tokenizer.end, *(i for i in range(tokenizer.vocab_size) if i != tokenizer.end)]
-    rest = order[1:]
-    random.Random(7).shuffle(rest)
-    order[1:] = rest
-    specials = {name: order.index(i) for name, i in tokenizer.specials.items()}
-    return bpe.Tokenizer([tokenizer.vocab[i] for i in order], tokenizer.merges, specials), order
-
-
 def test_ids_are_kept_whatever_they_are(tokenizer):
     other, order = shuffled(tokenizer)
     loaded = bpe.Tokenizer.from_json(other.to_json())
@@ -352,32 +336,6 @@ def test_tiktoken_gives_the_same_ids(tokenizer):
     for text in [*STORIES, *random_texts(10, 1000)]:
         assert tokenizer.encode(text, "all") == theirs.encode(text, allowed_special="all")
         assert tokenizer.encode(text) == theirs.encode(text, disallowed_special=())
-
-
-def gpt2_json(**model):
-    """GPT-2's tokenizer.json, as published in style, with the part of its vocabulary that the golden ids need."""
-    compact = {string: i for i, string in enumerate(GOLDEN["vocab"])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": compact[END], "content": END, **flags}],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
-        "model": {
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "vocab": compact,
-            "merges": [" ".join(merge) for merge in GOLDEN["merges"]],
-            **model,
-        },
-    }
 
 
 def test_gpt2_ids_are_those_of_gpt2():
@@ -462,11 +420,6 @@ def test_a_vocabulary_lacking_a_byte_or_holding_one_twice_is_refused(tokenizer):
 # -- documents
 
 
-def write(path, data):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
 def test_documents_are_stripped_stories_in_order(tmp_path):
     a = write(tmp_path / "b.txt", f"\ufeff one \n{END}\n{END}  {END}two\r\nlines\r\n{END}\nthree")
     b = write(tmp_path / "a.jsonl", '\ufeff{"text": " four ", "id": 1}\r\n\n{"text": ""}\n{"text": "fi\\u00e9ve\\n"}')
@@ -481,7 +434,7 @@ def test_documents_do_not_depend_on_where_the_file_is_cut(size, tmp_path):
     path = write(tmp_path / "s.txt", f"\n{END}".join(stories))
     with open(path, "rb") as file:
         assert (
-            "".join(text + END * ends for text, ends in bpe._txt_texts(file, path, size))
+            "".join(text + END * ends for text, ends in bpe.read_text(file, path, size))
             == path.read_text("utf-8") + END
         )
 
@@ -517,7 +470,7 @@ def test_bad_data_is_refused_in_one_line_that_names_the_file(name, data, message
     with pytest.raises(ValueError, match=message) as error:
         list(bpe.documents([path]))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert bpe.main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+    assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
     assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
     assert not (tmp_path / "t.json").exists()
 
@@ -527,6 +480,92 @@ def test_missing_files_and_folders_without_text_are_refused(tmp_path):
         list(bpe.documents([tmp_path / "none.txt"]))
     with pytest.raises(ValueError, match=r"folder without \.txt or \.jsonl"):
         list(bpe.documents([tmp_path]))
+
+
+ARRAY = [{"story": " One.", "source": "GPT-4"}, {"text": "Two \u00e9."}, "Three.", {"story": f"Four.{END}Five."}]
+STORIES_OF_ARRAY = ["One.", "Two \u00e9.", "Three.", "Four.", "Five."]
+OBJECTS = [value for value in ARRAY if isinstance(value, dict)]
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read_as_its_stories(bom, indent, tmp_path):
+    path = write(tmp_path / "data00.json", bom + json.dumps(ARRAY, indent=indent))
+    assert list(bpe.documents(path)) == STORIES_OF_ARRAY
+    assert (
+        list(bpe.documents(write(tmp_path / "s.JSON", bom + json.dumps(ARRAY[::-1], ensure_ascii=False))))[0] == "Four."
+    )
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "stories", "stories.jsonl"])
+def test_an_array_of_objects_is_known_by_its_content(name, tmp_path):
+    want = ["One.", "Two \u00e9.", "Four.", "Five."]
+    for bom, indent in (("", None), ("\ufeff", 4)):
+        path = write(tmp_path / name, f"{bom}\n {json.dumps(OBJECTS, indent=indent)}")
+        assert list(bpe.documents(path)) == want
+
+
+@pytest.mark.parametrize("name", ["stories.txt", "stories.json", "stories.jsonl"])
+def test_json_lines_are_known_by_their_content_and_take_text_or_story(name, tmp_path):
+    lines = "".join(json.dumps(value) + "\n" for value in OBJECTS)
+    for bom in ("", "\ufeff"):
+        assert list(bpe.documents(write(tmp_path / name, bom + lines))) == ["One.", "Two \u00e9.", "Four.", "Five."]
+    both = write(tmp_path / "both.jsonl", '{"story": "no", "text": "yes"}\n"a string"\n')
+    assert list(bpe.documents(both)) == ["yes", "a string"]
+
+
+@pytest.mark.parametrize(
+    "text", ['[Lily] {smiled} and said: "Hi."', '["No," he said]', '{Once} "upon": a time', "[1]", "{}"]
+)
+def test_text_with_brackets_is_text(text, tmp_path):
+    assert list(bpe.documents(write(tmp_path / "s.txt", text))) == [text]
+
+
+BAD_JSON = [
+    ("a.json", '[{"story": "a"}, {"title": "b"}]', r"item 2: expected .*\"story\".*, got .*title"),
+    ("a.json", '[{"story": "a"}, 5]', "item 2: expected"),
+    ("a.json", '[["a"]]', "item 1: expected"),
+    ("a.json", '[{"story": "\\ud800"}]', "item 1: expected"),
+    ("a.json", '[{"story": "a"}, {"story": "b"', "begins like a JSON array but is none"),
+    ("a.json", '[{"story": "a"}]\n[{"story": "b"}]', "begins like a JSON array but is none: Extra data"),
+    ("a.json", "[" * 100_000, "begins like a JSON array but is none"),
+    ("a.json", "[]", "is empty"),
+    ("a.json", "", "is empty"),
+    ("a.json", '{"model": {\n "type": "BPE"}}', "line 1: expected"),
+    ("a.json", "Once upon a time", "line 1: expected"),
+    ("a.json", b'[{"story": "caf\xe9"}]', "is not text: byte 0xe9"),
+    ("a.jsonl", '{"text": "a"}\n["b"]\n', r"line 2: expected .*, got '\[\"b\"\]'"),
+    ("a.jsonl", '["a", "b"]', "line 1: expected"),
+    ("a.txt", '[{"title": "a"}]', "item 1: expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), BAD_JSON)
+def test_json_that_holds_no_stories_is_refused_in_one_line(name, data, message, tmp_path, capsys):
+    path = write(tmp_path / name, data)
+    with pytest.raises(ValueError, match=message) as error:
+        list(bpe.documents(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
+    assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
+
+
+def test_an_array_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.json", json.dumps(ARRAY))
+    monkeypatch.setattr(bpe, "JSON_MOST", path.stat().st_size - 1)
+    with pytest.raises(ValueError, match="above .*; write it as .jsonl"):
+        list(bpe.documents(path))
+
+
+def test_a_folder_stands_for_its_texts_and_its_arrays_of_stories(tmp_path):
+    write(tmp_path / "data01.json", json.dumps(OBJECTS))
+    write(tmp_path / "data00.json", "\ufeff\n" + json.dumps(["Zero."]))
+    write(tmp_path / "tokenizer.json", '{"model": {}}')
+    write(tmp_path / "x.bin.json", "")
+    write(tmp_path / "stories.tar.gz", gzip.compress(b"Once upon a time."))
+    assert [path.name for path in bpe.text_files(tmp_path)] == ["data00.json", "data01.json"]
+    write(tmp_path / "more.txt", "More.")
+    assert list(bpe.documents(tmp_path)) == ["Zero.", "One.", "Two \u00e9.", "Four.", "Five.", "More."]
 
 
 # -- token files
@@ -566,7 +605,8 @@ def test_more_than_65536_entries_take_four_bytes_an_id(tmp_path):
 
 
 def test_two_threads_write_the_bytes_of_one(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe.batches, "__defaults__", (1 << 10, False))
+    monkeypatch.setattr(words.batches, "__defaults__", (1 << 10,))
+    monkeypatch.setattr(bpe, "LONG", 1 << 11)
     stories = [f"{i} {STORIES[i % 4]}" for i in range(200)]
     done = []
     one = bpe.write_tokens(stories, tokenizer, tmp_path / "1.bin", threads=1)
@@ -610,6 +650,18 @@ def test_a_token_file_written_again_as_it_was_is_whole_all_the_time(tokenizer, t
     monkeypatch.setattr(os, "replace", look_and_replace)
     info = bpe.write_tokens(["a story"], tokenizer, path)
     assert seen == [info["tokens"]] * 2
+
+
+def test_two_writers_of_one_token_file_at_once_leave_one_that_reads(tokenizer, tmp_path):
+    """In two containers that share a folder, both may have the same process id."""
+    path = tmp_path / "t.bin"
+
+    def stories():
+        yield from STORIES
+        bpe.write_tokens(["another text"], tokenizer, path)
+
+    info = bpe.write_tokens(stories(), tokenizer, path)
+    assert bpe.read_tokens(path, tokenizer)[1] == info and sorted(os.listdir(tmp_path)) == ["t.bin", "t.bin.json"]
 
 
 def test_read_tokens_computes_a_checksum_that_the_description_leaves_out(tokenizer, tmp_path):
@@ -695,21 +747,11 @@ def test_the_command_line_goes_from_text_to_ids_and_back(tmp_path):
     assert status == 0 and b"bytes per token" in out and b"of 300 entries" in out and err == ""
 
 
-def test_stats_count_what_they_say(tmp_path, capsys):
-    path, out = write(tmp_path / "s.txt", f"abab{END}ab"), tmp_path / "t.json"
-    assert bpe.main(["train", str(path), "--vocab-size", "261", "--reserve", "2", "--out", str(out)]) == 0
-    assert bpe.main(["stats", str(path), "--tokenizer", str(out)]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["text", "6", "bytes,", "2", "stories"] and lines[1][:2] == ["tokens", "4"]
-    assert lines[2] == ["bytes", "per", "token", "1.500"] and lines[3] == ["unused", "258", "of", "261", "entries"]
-    assert lines[5] == ["4", "257", "1", "'abab'"] and lines[6] == ["2", "256", "1", "'ab'"]
-
-
 def test_the_vocabulary_size_counts_everything(tmp_path, capsys):
     path, out = write(tmp_path / "s.txt", "ab cd"), tmp_path / "t.json"
 
     def train(size, *more):
-        status = bpe.main(["train", str(path), "--vocab-size", str(size), "--out", str(out), *more])
+        status = run_main(["train", str(path), "--vocab-size", str(size), "--out", str(out), *more])
         return status, capsys.readouterr().err
 
     assert train(264) == (
@@ -751,7 +793,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(tmp_path, capsys, tokenize
         ("stats none.txt --tokenizer tokenizer.json", "none.txt does not exist"),
     ]:
         args = [str(tmp_path / word) if "." in word or "/" in word else word for word in args.split()]
-        assert bpe.main(args) == 2, args
+        assert run_main(args) == 2, args
         out, err = capsys.readouterr()
         assert err.startswith("bpe.py: error: ") and message in err and err.count("\n") == 1 and out == "", err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before and story in before
@@ -769,12 +811,49 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("command", ["train", "encode", "decode", "stats"])
 def test_every_argument_has_a_help_of_its_own(command, capsys):
-    with pytest.raises(SystemExit) as done:
-        bpe.main([command, "--help"])
-    assert done.value.code == 0 and "FILE" in capsys.readouterr().out
-    parser = bpe._parser()._subparsers._group_actions[0].choices[command]
+    assert run_main([command, "--help"]) == 0 and "FILE" in capsys.readouterr().out
+    parser = bpe.make_parser()._subparsers._group_actions[0].choices[command]
     helps = [action.help for action in parser._actions]
     assert all(helps) and len(set(helps)) == len(helps)
+
+
+def test_without_fast_and_extras_a_line_says_what_is_missing(tokenizer, tmp_path):
+    for name in ("bpe.py", "tinygpt.py"):
+        shutil.copy(Path(bpe.__file__).with_name(name), tmp_path)
+    story = "Once upon a time there was a ball. " * 40_000
+    write(tmp_path / "s.txt", story + END)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    tokenizer.save(tmp_path / "vocab.json")
+
+    def run(*args):
+        words = [sys.executable, "bpe.py", *args]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    done = run("encode", "s.txt", "--tokenizer", "tokenizer.json", "--out", "t.bin")
+    assert done.returncode == 0 and done.stderr.startswith("bpe.py: no fast/words.py (No module named 'fast')")
+    assert len(done.stderr.splitlines()) == 2
+    want = [*tokenizer.encode(story.strip()), tokenizer.end]
+    assert bpe.read_tokens(tmp_path / "t.bin", tokenizer)[0].tolist() == want
+    for args, what in [
+        (
+            ("decode", "t.bin", "--tokenizer", "vocab.json"),
+            "a tokenizer that bpe.py did not write needs extras/formats.py",
+        ),
+        (("train", "s.txt", "--vocab-size", "265", "--out", "x.tiktoken"), "x.tiktoken needs extras/formats.py"),
+        (("stats", "s.txt", "--tokenizer", "tokenizer.json"), "bpe.py stats needs extras/tokens.py"),
+    ]:
+        done = run(*args)
+        assert done.returncode == 2 and what in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_many_special_tokens_take_no_quadratic_time(tokenizer):
+    def seconds(n):
+        start = time.perf_counter()
+        assert tokenizer.encode(("a b" + END) * n, {END}, "all").count(tokenizer.end) == n
+        return time.perf_counter() - start
+
+    seconds(100)
+    assert seconds(80_000) < 40 * seconds(8_000) + 0.2
 
 
 def test_importing_does_no_work_beyond_definitions(tmp_path):
@@ -789,13 +868,31 @@ def test_progress_shows_the_time_left_and_clears_its_line(monkeypatch):
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(bpe.time, "monotonic", lambda: now[0])
-    with bpe._Bar("encoding", 1000) as bar:
-        bar(0)
+    with bpe.Progress("encoding", 1000) as progress:
+        progress(0)
         assert terminal.getvalue() == ""
         now[0] = 130.0
-        bar(250)
+        progress(250)
         assert terminal.getvalue().startswith("\rencoding [#######") and "25%, 1:30 left" in terminal.getvalue()
-        bar(260)  # too soon after the last
+        progress(260)  # too soon after the last
         assert "26%" not in terminal.getvalue()
     shown, blank, end = terminal.getvalue().split("\r")[1:]
     assert not blank.strip() and len(blank) >= len(shown) and end == ""
+    with bpe.Progress("nothing", 0) as progress:
+        progress(0)
+    terminal.isatty = lambda: False
+    with bpe.Progress("a file", 10) as progress:
+        now[0] += 10
+        progress(5)
+    assert terminal.getvalue().count("\r") == 3
+
+
+def test_a_parser_takes_an_exception_and_names_the_program_alone(capsys):
+    for error, line in [
+        (OSError(2, "No such file or directory", "x.txt"), "x.txt: No such file or directory"),
+        (ValueError("T=300"), "T=300"),
+        ("a text", "a text"),
+    ]:
+        with pytest.raises(SystemExit) as done:
+            bpe.Parser(prog="train.py of a model").error(error)
+        assert done.value.code == 2 and capsys.readouterr().err == f"train.py: error: {line}\n"

@@ -3,7 +3,10 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,3 +407,67 @@ def test_a_model_of_llama2c_that_is_cut_short_is_refused(tmp_path):
         (tmp_path / "model.bin").write_bytes(data[:size])
         with pytest.raises(ValueError, match="not a checkpoint"):
             tinygpt.load_checkpoint(tmp_path / "model.bin")
+
+
+# -- files that several processes write
+
+
+def test_two_writers_of_one_file_at_once_leave_the_whole_file_of_the_later_one(tmp_path):
+    path = tmp_path / "x.json"
+
+    def chunks():
+        yield b"the first half, "
+        write_aside(path, [b"all of another"])  # begins later, ends earlier
+        assert path.read_bytes() == b"all of another"
+        yield b"the second half"
+
+    write_aside(path, chunks())
+    assert path.read_bytes() == b"the first half, the second half" and os.listdir(tmp_path) == ["x.json"]
+
+
+WRITE = """
+import sys, tinygpt
+def chunks(part):
+    yield part
+    print("half", flush=True)
+    sys.stdin.read()
+    yield part
+tinygpt.write_aside(sys.argv[1], chunks(sys.argv[2].encode() * 10000))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="on Windows leftovers stay")
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    def half_way(word):
+        words = [sys.executable, "-c", WRITE, tmp_path / "x[1].bin", word]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(words, cwd=Path(tinygpt.__file__).parent, **pipes)
+        assert process.stdout.readline() == b"half\n"
+        return process
+
+    (tmp_path / "x[1].bin.bak.tmp-not").write_bytes(b"of somebody else")
+    with half_way("killed") as killed, half_way("living") as living:
+        assert len(list(tmp_path.glob("*.tmp"))) == 2
+        killed.kill()
+        killed.wait()
+        write_aside(tmp_path / "x[1].bin", [b"new"])
+        assert len(list(tmp_path.glob("*.tmp"))) == 1
+        living.communicate()
+        assert living.returncode == 0
+    assert (tmp_path / "x[1].bin").read_bytes() == b"living" * 20000
+    assert sorted(os.listdir(tmp_path)) == ["x[1].bin", "x[1].bin.bak.tmp-not"]
+
+
+def test_many_processes_may_write_one_file_again_and_again(tmp_path):
+    code = "import tinygpt, sys; [tinygpt.write_aside(sys.argv[1], [b'abc' * 9999, b'd']) for _ in range(150)]"
+    words = [sys.executable, "-c", code, tmp_path / "x.bin"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    writers = [subprocess.Popen(words, cwd=Path(tinygpt.__file__).parent, **pipes) for _ in range(4)]
+    assert [(writer.communicate()[0], writer.returncode) for writer in writers] == [(b"", 0)] * 4
+    assert (tmp_path / "x.bin").read_bytes() == b"abc" * 9999 + b"d" and os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_an_error_of_writing_names_the_file_and_not_the_one_aside(tmp_path):
+    with pytest.raises(OSError) as error:
+        write_aside(tmp_path / "none" / "x.bin", [b""])
+    assert error.value.filename == str(tmp_path / "none" / "x.bin")

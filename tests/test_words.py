@@ -1,4 +1,4 @@
-"""bpe.py, section 7: what Numba makes of long texts against SPLIT, count_pretokens and Tokenizer.encode."""
+"""fast/words.py and fast/merges.py: what Numba makes of long texts against SPLIT, count_pretokens, Tokenizer.encode."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_bpe import GOLDEN, PIECES, STORIES, gpt2_json, random_texts, with_specials
+from helpers import GOLDEN, PIECES, STORIES, by_kernels, gpt2_json, random_texts, train_compiled, with_specials
 
 import bpe
+from fast import words
 
 END = bpe.END
 WHITE = [c for c in map(chr, range(0x110000)) if bpe.regex.match(r"\s", c)]
@@ -46,29 +47,16 @@ def gpt2():
     return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
 
 
-def by_kernels(tokenizer, texts):
-    """The ids of each text, all of them in one call of the kernel."""
-    segments = [(bpe.utf8_of(text), tokenizer.end) for text in texts]
-    ids = tokenizer.kernels()(bpe.Batch(segments)).tolist()
-    found, start = [], 0
-    for _ in texts:  # the specials are text here, so that END only ends
-        stop = ids.index(tokenizer.end, start)
-        found.append(ids[start:stop])
-        start = stop + 1
-    assert start == len(ids)
-    return found
-
-
 def counted(text):
     """{pre-token: how often} of the kernels."""
-    raw, words = bpe.distinct_words([text])
+    raw, rows = words.distinct_words(bpe.as_pieces(text))
     raw = raw.tobytes()
-    return {raw[start:stop]: n for start, stop, n in words.tolist()}
+    return {raw[start:stop]: n for start, stop, n in rows.tolist()}
 
 
 def same(tokenizer, texts):
     for text, ids in zip(texts, by_kernels(tokenizer, texts)):
-        assert ids == tokenizer._encode(bpe._text(text)), text
+        assert ids == tokenizer._encode(bpe.text_of(text)), text
         assert counted(text) == bpe.count_pretokens([text]), text
 
 
@@ -103,10 +91,11 @@ def test_every_script_meets_every_other_at_every_boundary(tokenizer):
 
 def test_every_code_point_has_the_class_that_regex_gives_it():
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    kinds = {bpe.LETTER: r"\p{L}", bpe.NUMBER: r"\p{N}", bpe.SPACE: r"\s", bpe.OTHER: r"[^\s\p{L}\p{N}]"}
+    kinds = {words.LETTER: r"\p{L}", words.NUMBER: r"\p{N}", words.SPACE: r"\s", words.OTHER: r"[^\s\p{L}\p{N}]"}
     for kind, pattern in kinds.items():
         found = np.array([ord(c) for c in bpe.regex.findall(pattern, "".join(characters))])
-        assert (bpe.classes()[found] == kind).all() and len(found) <= (bpe.classes() == kind).sum()
+        classes = words.character_classes()
+        assert (classes[found] == kind).all() and len(found) <= (classes == kind).sum()
     for before, after in (("", "a"), ("a", "a"), ("7", "7"), ("!", "!"), (" ", " ")):
         text = "".join(f"{before}{character}{after}\n" for character in [*characters[:0x3000], *characters[::37]])
         assert counted(text) == bpe.count_pretokens([text])
@@ -120,7 +109,7 @@ def test_a_byte_that_is_no_utf8_is_one_sign(tokenizer):
     texts += [b"".join(rng.choices(valid + BROKEN, k=rng.randint(0, 9))) for _ in range(2000)]
     texts += [rng.randbytes(rng.randint(0, 30)) for _ in range(2000)]
     texts += [bytes(rng.choices(range(0x80, 0x100), k=12)) for _ in range(2000)]
-    assert by_kernels(tokenizer, texts) == [tokenizer._encode(bpe._text(text)) for text in texts]
+    assert by_kernels(tokenizer, texts) == [tokenizer._encode(bpe.text_of(text)) for text in texts]
     assert counted(b"\n".join(texts)) == bpe.count_pretokens([b"\n".join(texts)])
 
 
@@ -128,6 +117,13 @@ def test_random_pieces_give_the_ids_of_the_specification(tokenizer, gpt2):
     same(tokenizer, [*STORIES, *random_texts(11, 1500)])
     for texts in ([row["text"] for row in GOLDEN["texts"]], random_texts(12, 1500)):
         assert by_kernels(gpt2, texts) == [gpt2._encode(text) for text in texts]
+
+
+def test_golden_texts_have_the_ids_of_gpt2_by_kernels_too(gpt2):
+    ids = list(GOLDEN["vocab"].values())
+    found = by_kernels(gpt2, [row["text"] for row in GOLDEN["texts"]])
+    assert [[ids[i] for i in each] for each in found] == [row["plain"] for row in GOLDEN["texts"]]
+    assert np.dtype(gpt2.dtype) == np.uint16
 
 
 def test_any_text_that_hypothesis_can_think_of(tokenizer, tmp_path):
@@ -141,7 +137,7 @@ def test_any_text_that_hypothesis_can_think_of(tokenizer, tmp_path):
     def check(texts):
         same(tokenizer, texts)
         for text in texts:
-            assert tokenizer.decode_bytes(tokenizer.encode(text)) == bpe.utf8_of(text)
+            assert tokenizer.decode_bytes(tokenizer.encode(text)) == bpe.bytes_of(text)
 
     check()
 
@@ -158,29 +154,29 @@ def test_words_that_end_in_nul_bytes_are_not_their_beginnings(tokenizer):
 
 def test_words_of_every_length_are_found_again(tokenizer):
     rng = random.Random(3)
-    words = ["".join(rng.choices("abLily ' the", k=n)).replace(" ", "x") for n in [*range(1, 80), 255, 256, 257, 300]]
-    same(tokenizer, [" ".join(words * 2), " ".join(word[:-1] + "!" for word in words * 2)])
+    texts = ["".join(rng.choices("abLily ' the", k=n)).replace(" ", "x") for n in [*range(1, 80), 255, 256, 257, 300]]
+    same(tokenizer, [" ".join(texts * 2), " ".join(word[:-1] + "!" for word in texts * 2)])
 
 
-@pytest.mark.parametrize("n", [bpe.SHORT - 1, bpe.SHORT, bpe.SHORT + 1, 3000])
+@pytest.mark.parametrize("n", [words.SHORT - 1, words.SHORT, words.SHORT + 1, 3000])
 def test_both_ways_to_merge_give_the_ids_of_the_specification(tokenizer, n):
     rng = random.Random(n)
-    words = ["".join(rng.choices(letters, k=n)) for letters in ("a", "al", "litle", "the bal".replace(" ", ""))]
-    words += [(word * n)[:n] for word in ("little", "littlelily", "l")]
-    assert by_kernels(tokenizer, words) == [tokenizer._encode(word) for word in words]
-    merges = [(b"a", b"a"), (b"aa", b"aa"), (b"b", b"a"), (b"aaaa", b"b"), (b"a", b"b"), (b"aa", b"a")]
-    other = bpe.Tokenizer.from_merges(merges)
-    words = ["".join(rng.choices("aaab", k=n)) for _ in range(20)]
-    assert by_kernels(other, words) == [other._encode(word) for word in words]
+    texts = ["".join(rng.choices(letters, k=n)) for letters in ("a", "al", "litle", "the bal".replace(" ", ""))]
+    texts += [(word * n)[:n] for word in ("little", "littlelily", "l")]
+    assert by_kernels(tokenizer, texts) == [tokenizer._encode(word) for word in texts]
+    pairs = [(b"a", b"a"), (b"aa", b"aa"), (b"b", b"a"), (b"aaaa", b"b"), (b"a", b"b"), (b"aa", b"a")]
+    other = bpe.Tokenizer.from_merges(pairs)
+    texts = ["".join(rng.choices("aaab", k=n)) for _ in range(20)]
+    assert by_kernels(other, texts) == [other._encode(word) for word in texts]
 
 
 def test_a_table_that_is_full_begins_again_and_changes_nothing(tokenizer):
     rng = random.Random(4)
     text = " ".join("".join(rng.choices("abcdefghij", k=rng.randint(4, 30))) for _ in range(60_000))
-    encoder = bpe.Encoder(tokenizer._byte_ids, tokenizer._ranks, tokenizer.dtype)
-    ids = np.concatenate([encoder.encode(batch) for batch in bpe.batches([(text.encode(), -1)])])
+    encoder = words.Encoder(tokenizer._byte_ids, tokenizer._ranks, tokenizer.dtype)
+    ids = np.concatenate([encoder.encode(batch) for batch in words.batches([(text.encode(), -1)])])
     assert ids.tolist() == tokenizer._encode(text)
-    assert len(encoder.idle) == 1 and encoder.idle[0][2][bpe.ROWS] < 44_000
+    assert len(encoder.idle) == 1 and encoder.idle[0][2][words.ROWS] < 44_000
     assert counted(text) == bpe.count_pretokens([text])  # here the table grows
 
 
@@ -193,20 +189,20 @@ def test_megabytes_without_a_space_take_no_quadratic_time(tokenizer):
         seconds.append(time.perf_counter() - start)
         assert tokenizer.decode_bytes(ids).startswith(word.encode())
     assert seconds[1] < 20 * seconds[0] + 1
-    merges = bpe.train(["x" * 3_000_000], 50)
-    assert merges[:2] == [(b"x", b"x"), (b"xx", b"xx")] and 20 < len(merges) < 50
+    found = train_compiled("x" * 3_000_000, 50)
+    assert found[:2] == [(b"x", b"x"), (b"xx", b"xx")] and 20 < len(found) < 50
 
 
 def test_the_pairs_are_found_at_their_places():
     rng = random.Random(5)
     pairs = [(rng.randrange(1 << 31), rng.randrange(1 << 31)) for _ in range(5000)]
     ranks = {pair: (rank, rng.randrange(1 << 31)) for rank, pair in enumerate(pairs)}
-    table = bpe.pair_table(ranks)
+    table = words.pair_table(ranks)
     with np.errstate(over="ignore"):
         for pair in rng.sample(pairs, 300):
-            assert int(bpe.look_up(table, *pair)) == ranks[pair][0] << 32 | ranks[pair][1]
-            assert bpe.look_up(table, pair[1], pair[0]) == bpe.NONE
-    assert (bpe.pair_table({}) == bpe.NONE).all()
+            assert int(words.find_pair(table, *pair)) == ranks[pair][0] << 32 | ranks[pair][1]
+            assert words.find_pair(table, pair[1], pair[0]) == words.NONE
+    assert (words.pair_table({}) == words.NONE).all()
 
 
 # -- long texts
@@ -222,7 +218,7 @@ def test_a_long_text_is_encoded_the_same_by_any_number_of_threads(tokenizer, lon
     more = with_specials(tokenizer, "<a>", "<a><b>", " lead", "\u00e9\u65e5")
     assert len(long_text) > bpe.LONG
     for allowed in ((), {END}, "all"):
-        want = more._encode(long_text, *more._names(allowed, ()))
+        want = more._encode(long_text, allowed)
         assert more.encode(long_text, allowed) == want
         for threads in (1, 2, 3):
             ids = more.encode_array(long_text.encode(), allowed, threads=threads)
@@ -232,10 +228,10 @@ def test_a_long_text_is_encoded_the_same_by_any_number_of_threads(tokenizer, lon
 
 def test_where_a_text_is_cut_changes_nothing(tokenizer, long_text):
     text = long_text[:40_000].encode()
-    want = tokenizer._encode(bpe._text(text))
-    encode = tokenizer.kernels()
+    want = tokenizer._encode(bpe.text_of(text))
+    encode = tokenizer.compiled(bpe.LONG).encode
     for size in (1, 2, 3, 7, 50, 1000):
-        cut = list(bpe.batches([(text, -1)], size))
+        cut = list(words.batches([(text, -1)], size))
         assert b"".join(part for batch in cut for part, _ in batch.segments) == text
         assert np.concatenate([encode(batch) for batch in cut]).tolist() == want
 
@@ -305,8 +301,8 @@ def python(folder, *args, **env):
 @pytest.mark.parametrize("end", ["", END])
 def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path, end):
     tokenizer.save(tmp_path / "tokenizer.json")
-    words = ["".join(random.Random(i).choices("etaoinshrdlu", k=2 + i % 7)) for i in range(3000)]
-    block = " ".join(random.Random(7).choices(words, k=150_000)) + "\n" + end
+    texts = ["".join(random.Random(i).choices("etaoinshrdlu", k=2 + i % 7)) for i in range(3000)]
+    block = " ".join(random.Random(7).choices(texts, k=150_000)) + "\n" + end
     for name, copies in (("small.txt", 12), ("large.txt", 60)):
         with open(tmp_path / name, "w", encoding="utf-8") as file:
             file.writelines([block] * copies)

@@ -1,0 +1,392 @@
+"""Files of other systems: tokenizers of Hugging Face, GPT-2, tiktoken, llama2.c; text that is compressed.
+
+    python bpe.py train stories.txt --vocab-size 4096 --out vocab.json          # and merges.txt beside it
+    python bpe.py explain accomplishment --tokenizer stories260K/tok512.bin
+
+bpe.py finds this file for a tokenizer that is not a tokenizer.json that it wrote itself. Section 1 is a tokenizer of
+another kind, 2 reads tokenizer.json of others, 3 vocab.json with merges.txt, 4 rank files of tiktoken, 5 tokenizer.bin
+of llama2.c; 6 chooses one of them. Of byte-level tokenizers only those are read whose texts GPT-2's PATTERN splits.
+Section 7 refuses compressed text with the command that unpacks it.
+"""
+
+import base64
+import json
+import shlex
+import struct
+from itertools import chain
+
+import regex
+
+import bpe
+from bpe import BYTE, CHARACTER, END, PATTERN, Tokenizer, bytes_of, merge_ids
+
+# == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
+
+BOS, UNKNOWN, EOS = "<s>", "<unk>", "</s>"  # llama2.c puts <s> between stories
+BLANK_MARK = "\u2581"  # stands for a space in SentencePiece's files, not in llama2.c's
+SPACED = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": BLANK_MARK},
+            {"type": "Replace", "pattern": {"String": " "}, "content": BLANK_MARK},
+        ],
+    },
+    "pre_tokenizer": None,
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": BLANK_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
+
+
+class SpacedTokenizer(Tokenizer):
+    """A text is given a space to begin with, merges join characters and go across words, and a character without an id
+    is its bytes, whose ids are byte_ids. With ranks, one for each merge, those of one rank are one: leftmost first."""
+
+    ending = BOS
+    json_parts, json_model = SPACED, {"unk_token": UNKNOWN, "fuse_unk": True, "byte_fallback": True}
+    unit = "characters"
+
+    def __init__(self, vocab, merges, specials, byte_ids, ranks=None):
+        super().__init__(vocab, merges, specials, byte_ids)
+        self.tied = ranks is not None
+        # A token has one rank however it is made, or the leftmost of two merges would not be the first.
+        ranks = ranks or range(len(self.merges))
+        pairs = {(self._ids[a], self._ids[b]): (rank, self._ids[a + b]) for rank, (a, b) in zip(ranks, self.merges)}
+        first = {new: rank for rank, new in reversed(pairs.values())}
+        self._ranks = {pair: (first[new], new) for pair, (_, new) in pairs.items()}
+        # Merges do not cross the beginning of a word unless a token does.
+        crossing = any(regex.search(rb"[^ ] ", token) for token in self._ids)
+        self._split = regex.compile(r"(?s).+" if crossing else r" *[^ ]+| +")
+
+    def pretokens(self, text):
+        return self._split.findall(" " + text if text else text)
+
+    def first_ids(self, word):
+        ids = []
+        for character in word:
+            token = character.encode("utf-8", "surrogateescape")
+            known = self._ids.get(token)
+            ids += [known] if known else [self._byte_ids[b] for b in token]
+        return ids
+
+    def compiled(self, size):
+        """None: fast/words.py knows no other pre-tokens than those of PATTERN."""
+
+    def encode_documents(self, documents, threads=None):
+        """A text cannot be cut, so that pieces are joined."""
+        return super().encode_documents(bpe.whole(bpe.as_pieces(documents)), threads)
+
+    def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
+        yield from self.encode(b"".join(map(bytes_of, chunks)), allowed_special, disallowed_special)
+
+    def decode_bytes(self, ids, previous=None):
+        """Ids -> bytes, without the space that a text is given to begin with: `previous` is the id before them, None at
+        the beginning."""
+        ids, first = list(ids), {None, *self.specials.values()}
+        super().decode_bytes(ids)  # refuses an unknown id
+        pairs = zip([previous, *ids], ids)
+        return b"".join([self.vocab[i].removeprefix(b" " if before in first else b"") for before, i in pairs])
+
+    def byte_lengths(self):
+        """Bytes of text in each token, (V,): the end of a story takes back the space that its beginning was given."""
+        lengths = super().byte_lengths()
+        lengths[self.end] = -1
+        return lengths
+
+    def strings(self):
+        names = {i: name for name, i in self.specials.items()}
+        names |= {i: f"<0x{b:02X}>" for b, i in enumerate(self._byte_ids)}
+        return [names[i] if i in names else self.string(token) for i, token in enumerate(self.vocab)]
+
+    def string(self, token):
+        return token.decode("utf-8", "replace").replace(" ", BLANK_MARK)
+
+    def to_json(self):
+        if self.tied:
+            raise ValueError("a tokenizer.json cannot hold merges of one rank, which tokenizer.bin of llama2.c has")
+        return super().to_json()
+
+
+# == 2  tokenizer.json of Hugging Face `tokenizers` ====================================================================
+
+# What `tokenizers` applies that we do not have; any other value would give other ids than ours.
+NEUTRAL = {
+    "model.type": ["BPE", None],
+    "post_processor.type": ["ByteLevel", None],
+    "truncation": [None],
+    "padding": [None],
+    "model.dropout": [None, 0.0],
+    "model.continuing_subword_prefix": ["", None],
+    "model.end_of_word_suffix": ["", None],
+    "model.ignore_merges": [False, None],
+}
+NEUTRAL_PLAIN = NEUTRAL | {
+    "pre_tokenizer.type": ["ByteLevel"],
+    "pre_tokenizer.add_prefix_space": [False],
+    "pre_tokenizer.use_regex": [True, None],
+    "normalizer": [None],
+}
+NEUTRAL_SPACED = NEUTRAL | {name: [value] for name, value in SPACED.items() if name != "decoder"}
+
+
+def from_json(text):
+    """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what this file does not do."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"not a tokenizer: expected {EXPECTED}") from None
+    if not setting(data, "model.vocab"):
+        raise ValueError("not a tokenizer: the JSON has no model with a vocabulary")
+    spaced = setting(data, "model.byte_fallback") is True
+    for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
+        if (value := setting(data, name)) not in neutral:
+            kind = "byte-level BPE with GPT-2's split pattern, and that of llama2.c, are read"
+            raise ValueError(f"{name} is {value!r:.60}; expected {json.dumps(neutral[0])}: only {kind}")
+    try:
+        strings, added = data["model"]["vocab"], data.get("added_tokens") or []
+        specials = {token["content"]: token["id"] for token in added}
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if any(token.get(flag) for token in added):
+                raise ValueError(f"a special token has {flag} set; expected false: only plain matches are read")
+        if any(strings.get(name, i) != i for name, i in specials.items()):
+            raise ValueError("a special token has two ids")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a damaged tokenizer.json: a merge is not a pair")
+        strings = sort_strings({**strings, **specials})
+        if not spaced:
+            return byte_level(strings, pairs, specials)
+        byte_ids = [strings.index(f"<0x{b:02X}>") for b in range(256)]
+        vocab = [name.replace(BLANK_MARK, " ").encode() for name in strings]
+        for b, i in enumerate(byte_ids):
+            vocab[i] = bytes([b])
+        merges = [tuple(name.replace(BLANK_MARK, " ").encode() for name in pair) for pair in pairs]
+        return SpacedTokenizer(vocab, merges, specials, byte_ids)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error}") from None
+
+
+def byte_level(strings, pairs, specials):
+    vocab = [s.encode() if s in specials else token_of(s) for s in strings]
+    return Tokenizer(vocab, [(token_of(left), token_of(right)) for left, right in pairs], specials)
+
+
+def sort_strings(ids):
+    """{string: id} -> the strings, in the order of their ids."""
+    strings = {i: string for string, i in ids.items()}
+    if len(strings) < len(ids):
+        raise ValueError("two tokens have the same id")
+    gap = next((i for i in range(len(strings)) if i not in strings), None)
+    if gap is not None:
+        raise ValueError(f"the vocabulary has no token of id {gap}; expected 0 to {len(strings) - 1}")
+    return [strings[i] for i in range(len(strings))]
+
+
+def setting(data, dotted):
+    """data["a"]["b"] for "a.b", None where it is absent."""
+    for key in dotted.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def token_of(string):
+    try:
+        return bytes([BYTE[character] for character in string])
+    except KeyError as error:
+        raise ValueError(f"token {string!r} is not byte-level: it has {error.args[0]!r}") from None
+
+
+# == 3  vocab.json and merges.txt of GPT-2 =============================================================================
+
+
+def to_vocab_and_merges(tokenizer):
+    """(the text of a vocab.json, that of a merges.txt)."""
+    vocab = {name: i for i, name in enumerate(tokenizer.strings())}
+    merges = "".join(f"{tokenizer.string(left)} {tokenizer.string(right)}\n" for left, right in tokenizer.merges)
+    return json.dumps(vocab, ensure_ascii=False), "#version: 0.2\n" + merges
+
+
+def from_vocab_and_merges(vocab, merges):
+    """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it.
+    ValueError where another split pattern than GPT-2's made them."""
+    vocab = json.loads(vocab)
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    pairs = [line.split(" ") for line in lines]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"merges.txt has a line {next(' '.join(p) for p in pairs if len(p) != 2)!r}; expected two tokens"
+        )
+    made = {*CHARACTER, *(left + right for left, right in pairs)}
+    check_pattern(token_of(left + right) for left, right in pairs)
+    return byte_level(sort_strings(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
+
+
+# A token that merges made inside a pre-token: a part of a run is a run itself; parts of 'll, 've and 're are not.
+MADE_BY_PATTERN = regex.compile(rf"{PATTERN}|'[lvr]")
+
+
+def check_pattern(tokens):
+    """ValueError if GPT-2's pattern would cut one of these tokens, in bytes: then merges of another one made them.
+
+    Rank files, and vocab.json with merges.txt, do not name their pattern. gpt2, r50k_base and p50k_base have GPT-2's.
+    """
+    for token in tokens:
+        try:
+            text = token.decode()
+        except UnicodeDecodeError:  # part of a character
+            continue
+        if not MADE_BY_PATTERN.fullmatch(text):
+            cut = f"token {text!r:.60} is cut by GPT-2's split pattern, so the file is of another (cl100k_base has one)"
+            raise ValueError(f"{cut}; take a vocabulary of GPT-2's pattern, or train one: python bpe.py train")
+
+
+# == 4  rank files of tiktoken: a line "base64 id" for each token ======================================================
+
+
+def to_ranks(tokenizer):
+    """The bytes of a rank file: every token but the specials, whose ids no such file holds."""
+    plain = [(i, token) for i, token in enumerate(tokenizer.vocab) if i not in tokenizer.specials.values()]
+    return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in plain)
+
+
+def from_ranks(data):
+    """A token's rank is its id and the place of its merge: of the two parts that lower ranks join its bytes to. END
+    gets the first id behind them, as it has in GPT-2's. ValueError where another split pattern made the tokens."""
+    try:
+        lines = [line.split() for line in data.splitlines() if line]
+        ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise ValueError("a damaged rank file: expected lines of a token in base64 and its rank") from None
+    vocab = sort_strings(ids)
+    check_pattern(vocab)
+    byte_ids = {token[0]: i for i, token in enumerate(vocab) if len(token) == 1}
+    ranks, merges = {}, []
+    for i, token in enumerate(vocab):
+        if len(token) > 1:
+            parts = merge_ids([byte_ids[b] for b in token], ranks) if byte_ids.keys() >= set(token) else ()
+            if len(parts) != 2:
+                raise ValueError(f"{token!r} is not made of two tokens of lower rank: no merge gives it")
+            ranks[parts] = (i, i)
+            merges.append((vocab[parts[0]], vocab[parts[1]]))
+    return Tokenizer([*vocab, END.encode()], merges, {END: len(vocab)})
+
+
+# == 5  tokenizer.bin of llama2.c ======================================================================================
+
+
+def from_llama2c(data):
+    """int32 longest token, then of each token float32 score, int32 bytes, bytes. 0 is unknown, 1 ends a story, 3 to 258
+    are bytes. Any two tokens may be joined to a third, the highest score first; of equals the leftmost."""
+    tokens, scores, at = [], [], 4
+    while at + 8 <= len(data):
+        score, size = struct.unpack_from("<fi", data, at)
+        tokens.append(data[at + 8 : at + 8 + max(size, 0)])
+        scores.append(score)
+        at += 8 + max(size, 0)
+    if at != len(data) or len(tokens) < 259 or tokens[3:259] != [b"<0x%02X>" % b for b in range(256)]:
+        raise ValueError("a damaged tokenizer.bin: expected scores and tokens, 3 to 258 of them <0x00> to <0xFF>")
+    ids = {token: i for i, token in enumerate(tokens) if i >= 259}
+    made = {
+        token: [(token[:k], token[k:]) for k in range(1, len(token)) if token[:k] in ids and token[k:] in ids]
+        for token in ids
+    }
+    made = {token: pairs for token, pairs in made.items() if pairs}
+    merges = list(chain.from_iterable(made[token] for token in sorted(made, key=lambda token: -scores[ids[token]])))
+    of_score = {score: rank for rank, score in enumerate(sorted({scores[ids[token]] for token in made}, reverse=True))}
+    ranks = [of_score[scores[ids[a + b]]] for a, b in merges] if len(of_score) < len(made) else None
+    specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
+    vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
+    return SpacedTokenizer(vocab, merges, specials, range(3, 259), ranks)
+
+
+# == 6  which of them ==================================================================================================
+
+EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"
+
+
+VOCAB = regex.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[0-9]')  # an object whose first value is a number
+RANKS = regex.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+
+
+def read(path, data):
+    """The tokenizer in the content of a file, which says of which format it is; ValueError where it is none."""
+    if VOCAB.match(data):
+        return from_vocab_and_merges(data, beside(path, "vocab.json", "merges.txt").read_text("utf-8"))
+    if path.name.endswith("merges.txt"):
+        return from_vocab_and_merges(beside(path, "merges.txt", "vocab.json").read_text("utf-8"), data.decode())
+    if RANKS.match(data):
+        return from_ranks(data)
+    if len(data) > 12 and 0 < struct.unpack_from("<i", data)[0] < 1 << 16 and data[12:17] == b"<unk>":
+        return from_llama2c(data)
+    return from_json(data.decode("utf-8", "replace"))
+
+
+def to_files(tokenizer, path):
+    """(path, content) of each file: ranks where the name ends in .tiktoken, else vocab.json and merges.txt beside it.
+    ValueError where they would not give the same tokenizer again."""
+    if path.name.endswith(".tiktoken"):
+        ranks = to_ranks(tokenizer)
+        check_same(tokenizer, path, from_ranks, ranks)
+        return [(path, ranks)]
+    files = to_vocab_and_merges(tokenizer)
+    check_same(tokenizer, path, from_vocab_and_merges, *files)
+    paths = path, beside(path, "vocab.json", "merges.txt")
+    return [(name, text.encode()) for name, text in zip(paths, files)]
+
+
+def beside(path, name, other):
+    """The path of merges.txt for that of vocab.json, of gpt2-merges.txt for gpt2-vocab.json."""
+    if not path.name.endswith(name):
+        raise ValueError(f"not a tokenizer: a vocabulary without merges; expected a {name} beside its {other}")
+    return path.with_name(path.name.removesuffix(name) + other)
+
+
+def check_same(tokenizer, path, read, *data):
+    """ValueError that says what is lost where `data` does not give the same tokenizer again."""
+    lost = None
+    if isinstance(tokenizer, SpacedTokenizer):
+        lost = "that characters without an id are bytes and a text begins with a space"
+    else:
+        try:
+            again = read(*data)
+        except ValueError as error:
+            lost = f"it ({error})"
+        else:
+            names = [name for name, i in tokenizer.specials.items() if again.specials.get(name) != i]
+            if names:
+                lost = f"the special tokens {', '.join(names)}"
+            elif again.to_json() != tokenizer.to_json():
+                lost = "merges in an order that is not that of their ids"
+    if lost:
+        raise ValueError(f"{path} cannot hold {lost}; save a tokenizer.json")
+
+
+# == 7  compressed text ================================================================================================
+
+TO_JSONL = "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
+PACKED = [  # suffixes; first bytes and where they stand; what the unpacked file ends in; the command that unpacks it
+    ((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), b"ustar", 257, "", "tar -xf {file}"),
+    ((".gz",), b"\x1f\x8b", 0, "", "gunzip -c {file} > {out}"),
+    ((".bz2",), b"BZh", 0, "", "bunzip2 -c {file} > {out}"),
+    ((".xz",), b"\xfd7zXZ\0", 0, "", "xz -dc {file} > {out}"),
+    ((".zst",), b"\x28\xb5\x2f\xfd", 0, "", "zstd -dc {file} > {out}"),
+    ((".zip",), b"PK\3\4", 0, "", "unzip {file}"),
+    ((".parquet",), b"PAR1", 0, ".jsonl", f'python -c "{TO_JSONL}" {{file}} {{out}}'),
+]
+
+
+def refuse_packed(path, head=b""):
+    """ValueError, with the command that helps, for a file that is compressed by its name or its first bytes."""
+    for suffixes, magic, place, ending, command in PACKED:
+        suffix = next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
+        if suffix or head[place:].startswith(magic):
+            out = str(path)[: -len(suffix)] + ending if suffix else f"{path}{ending or '.txt'}"
+            command = command.format(file=shlex.quote(str(path)), out=shlex.quote(out))
+            raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")
