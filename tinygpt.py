@@ -1481,7 +1481,7 @@ class Decoding:
         ops = with_forward_buffers(self.ops, self.cfg, 1, len(new), self.kv.dtype)
         x, _ = forward(self.p, tokens, self.cfg, ops, (self.kv, start))
         if self.steps:
-            self.steps.take(start, start + len(new))
+            self.steps.copy_from_cache(start, start + len(new))
         return x[:, -1]
 
     def feed(self, ids):

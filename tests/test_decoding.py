@@ -113,7 +113,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch):
-    monkeypatch.setattr("fast.decode.FAR_BYTES", 0 if "width" in shape else 1 << 40)
+    monkeypatch.setattr("fast.decode.PREFETCH_BYTES", 0 if "width" in shape else 1 << 40)
     cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
     _, p = random_parameters(cfg, dtype=np.float32)
     once, single = (Decoding(p, cfg, ops_of("fast")) for _ in range(2))
@@ -126,7 +126,7 @@ def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch
 @pytest.mark.parametrize("temperature", [0, 0.9])
 @pytest.mark.parametrize("screen_bytes", [0, 1 << 40])
 def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monkeypatch):
-    monkeypatch.setattr("fast.decode.ALONE_BYTES", 0)
+    monkeypatch.setattr("fast.decode.ONE_THREAD_BYTES", 0)
     monkeypatch.setattr("fast.decode.SCREEN_BYTES", screen_bytes)
     cfg = tinygpt.Config(
         **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
