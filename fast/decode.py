@@ -51,7 +51,7 @@ SCREEN_BYTES = 1 << 22  # heads with more bytes of weights than this are screene
 
 # == 1  two records ====================================================================================================
 #
-# Compiled functions get two records instead of some forty arrays. Numba passes an array as seven values, and compiles
+# Compiled functions get two records instead of some thirty arrays. Numba passes an array as seven values, and compiles
 # and calls functions of many arrays slowly; a record is one pointer. A record holds an array as the address of its
 # first element, which `vector` and `matrix` (memory.py) turn into an array again. `Steps` owns the memory.
 
@@ -112,7 +112,7 @@ NO_MODELS, NO_STAGES = np.zeros(0, MODEL), np.zeros(0, STAGE)  # tell `vector` t
 END, DRAWN = 0, 8  # number at which the launch ends; tokens drawn
 CHUNKS = 16  # one word for each chunk, 64 bytes apart: 2 number + 1 while a thread computes it, 2 number + 2 when done
 
-# Functions with one caller, inlined by Numba before it compiles: they are compiled once, as a part of `run_stage`.
+# Functions of `run_stage` alone. Numba inlines them before it compiles, so that it compiles one function, not twelve.
 inlined_by_numba = njit(inline="always")
 
 # == 2  products of one row ============================================================================================
@@ -478,7 +478,7 @@ class Steps:
         C, L, H, G, D, F = cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_width, cfg.hidden
         V, S = cfg.vocab_size, cfg.seq_len
         C_padded, F_padded, D_padded = map(whole_vectors, (C, F, D + 1))
-        S_padded = whole_vectors(S + panel) | 16  # an odd number of vectors: rows start in all sets of the cache
+        S_padded = whole_vectors(S + panel) | 16  # rows of 2^n bytes would share few cache sets
         attention, screen = HEADS_TOGETHER * (D_padded + S_padded), (C + 1) * VECTOR_BYTES // dtype.itemsize
         scratch = whole_vectors(C_padded + NORM_ROOM + max(attention, screen))
         self.set_fields(C=C, H=H, G=G, D=D, V=V, S=S, scratch_bytes=scratch * dtype.itemsize)
