@@ -1486,7 +1486,7 @@ class Decoding:
         ops = with_forward_buffers(self.ops, self.cfg, 1, len(new), self.kv.dtype)
         x, _ = forward(self.p, tokens, self.cfg, ops, (self.kv, start))
         if self.steps:
-            self.steps.take(start, start + len(new))
+            self.steps.copy_from_cache(start, start + len(new))
         return x[:, -1]
 
     def feed(self, ids):
@@ -1510,9 +1510,12 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
     """logits (V,) -> what to draw the next token from, (V,) float64: temperature, then top-k, then top-p.
 
     temperature 0 is all on the likeliest; top_k 0 and top_p 1 are off. `banned` ids are never drawn.
+    FloatingPointError if a logit is NaN or the largest infinite.
     """
     logits = logits.astype(np.float64)
     logits[list(banned)] = -math.inf
+    if not math.isfinite(logits.max()):
+        raise FloatingPointError("logits are not finite")
     if temperature == 0:
         return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is right
@@ -1535,23 +1538,29 @@ def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
     """Yield ids that follow `ids` (at least one), until `stop` (not yielded) or max_new_tokens; `filters` as above.
 
     Tokens come in turns of about TURN seconds from a `decoding` that has steps: it may be ahead of what was yielded.
+    ValueError if the forward overflows: finite weights may still be too large.
     """
     rng, count, uniforms = np.random.Generator(np.random.Philox(key=[seed, 1])), 1, np.empty(0)
-    steps = getattr(decoding, "steps", None)
-    while max_new_tokens > 0:
-        start, count = time.perf_counter(), min(count, max_new_tokens) if steps else 1
+    steps, yielded = getattr(decoding, "steps", None), 0
+    while yielded < max_new_tokens:
+        start, count = time.perf_counter(), min(count, max_new_tokens - yielded) if steps else 1
         uniforms = np.append(uniforms, rng.random(max(0, count - len(uniforms))))
-        if steps:
-            drawn = decoding.draw(ids, uniforms[:count], stop, **filters)
-        else:
-            cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
-            drawn = [int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right"))]
+        try:
+            if steps:
+                drawn = decoding.draw(ids, uniforms[:count], stop, **filters)
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):  # told below
+                    cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
+                drawn = [int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right"))]
+        except FloatingPointError as error:
+            advice = "the model's weights overflow; take an earlier checkpoint, or train again"
+            raise ValueError(f"{error} at token {yielded} after the prompt: {advice}") from None
         count = 2 * count if time.perf_counter() - start < TURN / 2 else max(1, count // 2)
         for token in drawn:
             if token == stop:
                 return
             yield token
-        ids, uniforms, max_new_tokens = drawn[-1:], uniforms[len(drawn) :], max_new_tokens - len(drawn)
+        ids, uniforms, yielded = drawn[-1:], uniforms[len(drawn) :], yielded + len(drawn)
 
 
 # == 12  checkpoints ===================================================================================================

@@ -40,7 +40,7 @@ def read_kernel(task, slot, x, per_task, sums):
     """Block number `task` of x, as a product reads its weights."""
     at, zero = x[task * per_task :].ctypes.data, x.dtype.type(0)
     row, one = 64 * x.itemsize, sums[task]
-    decode.times(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, one.ctypes.data, row, zero)
+    decode.multiply_panel(one[64:].ctypes.data, per_task // 64, at, row, one.ctypes.data, one.ctypes.data, row, zero)
 
 
 def bandwidth(x, sums):

@@ -1,8 +1,23 @@
-"""One token after another: `forward` with a cache, `head_logits` and `probabilities` of tinygpt.py, in one launch.
+"""Decoding: the next tokens of one text, in one launch.
 
-The idea: a token meets every weight once, so its time is that of reading the weights; they are copied into the order in
-which they are read. Order: the comment below, the records, the stages from `step_norm` to `step_begin`, `step_kernel`,
-then `Steps`, which Python sees.
+Specification: `forward` with a cache, then `head_logits`, then `probabilities` and the draw in `generate`, all of
+tinygpt.py. Replaces a Python loop that calls every sublayer for every token. Tokens and bytes stay the same: sums run
+in the order of the sublayers' kernels, so a text has the same bytes whether it was read in blocks or token by token.
+
+The idea: a token meets every weight once, so its time is that of reading the weights. What each trick gained, where
+it was measured: AMD Zen 4, 2 cores shared with other work, ratios of alternating turns in one process, greedy:
+
+    all of this file            token 30 x (260k) and 10 x (15m) as fast as the loop over this package's sublayers
+    no Python between tokens    a launch draws many tokens: 2.0 x (260k), 1.1 x (15m) of a launch for each token
+    8-bit screen of the head    1.9 x (15m), 1.5 x (tinystories-1m, V=50,257), 1.1 x (8m); section 4, draw.py
+    narrow heads side by side   1.15 x (260k)
+    weights in large pages      1.03 to 1.06 x (8m, 28m)
+    panels of four vectors      1.1 x of panels of one (8m)
+    no number known             packed weights (not measured apart); chunks that stay with their thread, small models on
+                                one thread, prefetching, padded rows of keys (lost in this machine's noise)
+
+Read in this order: the constants, the two records, the stages of a token from `normalise_row` to `begin_token`,
+`compile_stage` and `step_kernel`, which run them, then `Steps`, the class that Python sees. draw.py has the filters.
 """
 
 import functools
@@ -15,7 +30,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fast.attention import attention_arguments, first_seen, norm_columns, turn_pair
-from fast.jit import COMPILE, ordered_part, part, stamped
+from fast.draw import add_offsets, draw_token, quantise_head, screen_error
+from fast.jit import COMPILE, part, stamped
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
 from fast.rows import ACTIVATION, NO_NORM, activation_rows, exp, maximum, norm_rows
@@ -23,50 +39,368 @@ from fast.threads import POOL, kernel, look, put, replace
 from fast.workspace import biases, blocks, norm_of, whole_vectors
 from tinygpt import aligned, layer_window, rotation
 
-# A token meets every weight once: its time is that of reading them from memory. So the weights lie in the order in
-# which they are read, and from the drawing of one token to that of the next there is neither Python nor a launch. The
-# specification is `forward` with a cache, then `head_logits`, then `probabilities`. Sums run in the order of the
-# sublayers' kernels: a text has the same bytes, whether it was read in blocks or token by token.
+PANEL_VECTORS = 4  # vectors of a panel: four independent sums hide the latency of a multiply-add, four cycles
+HEADS_TOGETHER = 4  # narrow heads whose weighted sums of values run side by side, for the same reason
+PREFETCH_DISTANCE = 4096  # bytes between a weight in use and the one that is prefetched
+PREFETCH_BYTES = 1 << 21  # models with more bytes of weights than this, a core's own cache, prefetch
+ONE_THREAD_BYTES = 1 << 19  # models with at most as many bytes of weights run on one thread, in its own cache
+ALLOCATION_BYTES = 1 << 24  # size of an allocation for packed weights: enough for NumPy to ask for large pages
+NORM_ROOM = 64  # elements behind a normalised row, for its mean and rstd
+PATIENCE = 1000  # looks, about 2 us, before a thread takes a chunk of another, whose cache holds the weights
+SCREEN_BYTES = 1 << 22  # heads with more bytes of weights than this are screened in greedy decoding
+
+# == 1  two records ====================================================================================================
 #
-# A token is a list of stages, each cut into a chunk for each thread, whose weights stay in its cache where they fit. A
-# chunk is done by its thread or, when that is late, by another: nobody waits for a thread that has not come, and which
-# thread does what changes no byte. The stages' code is compiled once for each dtype and called by its address; what it
-# works on it finds by addresses in two kinds of records, since Numba is slow to pass many arrays to many functions.
-
-END, DRAWN, CHUNKS = 0, 8, 16  # words: stages until the end; tokens drawn; a line for each chunk: in stage number n it
-# becomes 2 n + 1, somebody is at work on it, then 2 n + 2, it is done
-PATIENCE = 1000  # looks, some 2 us, before a thread takes what another would find in its cache
-STEP_VECTORS = 4  # of a panel: so many sums run side by side, each waiting four cycles for the multiply-add before it
-AHEAD = 4096  # bytes: so far ahead of their use are weights asked for that come from far
-FAR_BYTES = 1 << 21  # of weights: more are not in a core's own cache when their turn comes again
-BESIDE = 4  # heads narrower than a vector whose sums over the values run side by side
-ALONE_BYTES = 1 << 19  # of weights: a model this small is faster in the cache of one thread
-KEEP_BYTES = 1 << 24  # of memory that is asked for at a time, and is not there before it is used
-
-# Greedy decoding needs the largest logit alone. A large head is kept in 8 bits as well, w = unit q + at most unit / 2:
-# a quarter of the bytes says which logits can be the largest, and those are computed from the weights themselves.
-SCREEN_BYTES = 1 << 22  # heads above this size have one
-SCREEN_MARGIN = 0.51  # of a unit: half, and what dividing by it rounded
+# Compiled functions get two records instead of some thirty arrays. Numba passes an array as seven values, and compiles
+# and calls functions of many arrays slowly; a record is one pointer. A record holds an array as the address of its
+# first element, which `vector` and `matrix` (memory.py) turn into an array again. `Steps` owns the memory.
 
 BEGIN, LINEAR, HIDDEN, ATTENTION, HEAD = range(5)  # kinds of stages
-STAGE = np.dtype(  # y = norm(source) w + b, or +=, in panels; attention has its layer, its window and gains of q and k
-    [(name, np.int64) for name in "kind units norm gains source K bias weights y columns adds layer window".split()]
+
+
+def record_type(integers, floats=""):
+    """Record with an int64 or float64 field for each name in two tables, whose lines are `names: meaning`."""
+    tables = ((integers, np.int64), (floats, np.float64))
+    lines = [(line, kind) for table, kind in tables for line in table.strip().splitlines()]
+    return np.dtype([(name, kind) for line, kind in lines for name in line.partition(":")[0].split()])
+
+
+STAGE = record_type("""
+    kind: BEGIN, or y = norm(source) w + b in LINEAR, the same and the activation in HIDDEN; ATTENTION; HEAD
+    units: number of units into which its work can be cut: panels of y, groups of heads, or 1
+    norm: kind of the norm, for `norm_rows`
+    gains: address of the norm's gains (C,) and biases; 0 is no norm. ATTENTION: gains of q (D,) and of k; 0 is none
+    source K: address of the input row (K,), its length
+    bias weights: addresses of b (columns,), 0 is none, and of w (K, columns) as packed by `Steps.pack`
+    y columns: address of the output row, its length
+    adds: 1 if the product is added to y, the residual stream
+    layer window: ATTENTION: the layer's index, the keys that a query sees (0 is all)
+""")
+MODEL = record_type(
+    """
+    code: address of the machine code of `run_stage`
+    stage_count itemsize panel: stages of a token; bytes of an element; columns of a panel
+    C H G D V S: symbols of tinygpt.py; S is the length of the cache
+    C_padded F_padded D_padded S_padded: C, F, D + 1 and S in whole vectors
+    x qkv o h a logits: addresses of one token's activations, named as in section 3 of tinygpt.py
+    offsets: address of what is added to the logits (V,): the head's bias, or -inf for a banned token
+    exp_logits: address of exp((logits - max) / temperature) (V,)
+    kv: address of the cache of `Decoding` (L, 1, S, 2, G, D)
+    keys values: addresses of the same in reading order, (L, G, D, S_padded) and (L, G, S, D_padded)
+    embed_w head_w position_w embed_norm: addresses of parameters; 0 if the model lacks them
+    cos sin slopes: addresses of the tables of `rotation`, 0 if nothing is rotated, and of ALiBi's slopes (H,)
+    screen screen_units: addresses of the 8-bit head and of its rows' units, see `quantise_head`
+    tokens uniforms: addresses of the ids, the first one given, and of the numbers that draw the others
+    words: address of the words that threads share, see below
+    zeros: address of a panel of zeros
+    scratch scratch_bytes: address of the threads' scratch memory, bytes of each
+    prefetches norm_kind activation gated rope_half: switches of the model
+    chunks: number of chunks into which a stage is cut in this launch
+    first_stage position: where this launch begins, the position of its first token
+    count stop: tokens to draw, 0 for logits alone; the id that ends the text
+    screened top_k: 1 if this launch screens the head; filter of `probabilities`, 0 is off
+    """,
+    """
+    eps scale: of the norms; of the scores
+    largest_unit: of screen_units
+    temperature top_p: filters of `probabilities`
+    """,
 )
-STEP = np.dtype(
-    [(name, np.int64) for name in "code stages size panel C H G D V P Cs Fs Ds Ps".split()]  # s: whole
-    + [(name, np.int64) for name in "x qkv o h a logits offsets odds units keys values scratch kv".split()]  # addresses
-    + [(name, np.int64) for name in "embed_w positions embed_gains cos sin slopes head_w screen".split()]
-    + [(name, np.int64) for name in "tokens words uniforms zeros scratch_size far kind activation gated half".split()]
-    + [(name, np.int64) for name in "ways first position count stop screened top_k".split()]  # of a launch
-    + [(name, np.float64) for name in ("eps", "scale", "temperature", "top_p")]
-)
-NO_STEPS, NO_STAGES = np.zeros(0, STEP), np.zeros(0, STAGE)  # by which kernels know the types of records
-step_part = njit(inline="always")  # by Numba, into the one function that calls it: compiled once, without references
+NO_MODELS, NO_STAGES = np.zeros(0, MODEL), np.zeros(0, STAGE)  # tell `vector` the type of a record
+
+# Words that threads share, 8 bytes each. Stages count on from token to token: number = token * stage_count + stage.
+END, DRAWN = 0, 8  # number at which the launch ends; tokens drawn
+CHUNKS = 16  # one word for each chunk, 64 bytes apart: 2 number + 1 while a thread computes it, 2 number + 2 when done
+
+# Functions of `run_stage` alone. Numba inlines them before it compiles, so that it compiles one function, not twelve.
+inlined_by_numba = njit(inline="always")
+
+# == 2  products of one row ============================================================================================
+
+four_vectors, two_vectors, one_vector = (row_tile(1, vectors) for vectors in (PANEL_VECTORS, 2, 1))
+prefetched_panel, int8_panel = (row_tile(1, PANEL_VECTORS, PREFETCH_DISTANCE, narrow) for narrow in (False, True))
+rows_together = row_tile(HEADS_TOGETHER, 1)
+
+
+@part
+def multiply_panel(x, K, w, w_row, start, y, width, zero):
+    """y = start + x (K,) w for at most a panel of columns in whole vectors: addresses, `w_row` and `width` in bytes."""
+    if width == PANEL_VECTORS * VECTOR_BYTES:
+        four_vectors(x, 0, w, 0, w_row, start, y, 0, K, zero)
+    else:
+        two = width // (2 * VECTOR_BYTES) * 2 * VECTOR_BYTES
+        if two > 0:
+            two_vectors(x, 0, w, 0, w_row, start, y, 0, K, zero)
+        if width > two:
+            one_vector(x, 0, w + two, 0, w_row, start + two, y + two, 0, K, zero)
+
+
+@inlined_by_numba
+def multiply_panels(model, stage, source, first, last, zero):
+    """Panels first .. last - 1 of y = source w + b, or y += source w + b: `linear_forward`, section 2.1."""
+    size = model.itemsize
+    for low in range(first * model.panel, min(last * model.panel, stage.columns), model.panel):
+        width, y = min(model.panel, stage.columns - low), stage.y + low * size
+        start = stage.bias + low * size if stage.bias != 0 else model.zeros
+        if stage.adds:
+            row, b = vector(y, width, zero), vector(start, width, zero)
+            for c in range(width):
+                row[c] += b[c]
+            start = y
+        w = stage.weights + low * stage.K * size
+        if model.prefetches and width == model.panel:
+            prefetched_panel(source, 0, w, 0, width * size, start, y, 0, stage.K, zero)
+        else:
+            multiply_panel(source, stage.K, w, width * size, start, y, width * size, zero)
+
+
+@inlined_by_numba
+def normalise_row(model, kind, gains, x, n, zero):
+    """n (C,) = norm(x), section 2.2, addresses; mean and rstd are written behind n."""
+    stats = vector(n + model.C_padded * model.itemsize, 2, zero)
+    w, b = vector(gains, model.C, zero), vector(gains + model.C_padded * model.itemsize, model.C, zero)
+    x, n = matrix(x, 1, model.C, zero), matrix(n, 1, model.C, zero)
+    norm_rows(kind, x, w, b, model.eps, stats[:1], stats[1:], n)
+
+
+@inlined_by_numba
+def activate_panels(model, stage, first, last, zero):
+    """Panels first .. last - 1 of a (F,) = f(h), section 2.3; each panel of a gate stands before that of its values."""
+    size = model.itemsize
+    for low in range(first * model.panel, min(last * model.panel, model.F_padded), model.panel):
+        width = min(model.panel, model.F_padded - low)
+        h = matrix(stage.y + (1 + model.gated) * low * size, 1, 2 * model.panel, zero)
+        a = matrix(model.a + low * size, 1, model.panel, zero)
+        activation_rows(model.activation, h, 0, 0, width, a)
+
+
+# == 3  attention of one query =========================================================================================
+
+
+@part
+def rotate_heads(x, cos, sin, half):
+    """x (heads D,) at one position, in place: `rotate_forward`, section 2.5; cos and sin (D/2,)."""
+    pairs = cos.size
+    for low in range(0, x.size, 2 * pairs):
+        for i in range(pairs):
+            even, odd = (low + i, low + i + pairs) if half else (low + 2 * i, low + 2 * i + 1)
+            x[even], x[odd] = turn_pair(x[even], x[odd], cos[i], sin[i])
+
+
+@inlined_by_numba
+def place_heads(model, x, heads, gains, position, rstd, zero):
+    """Queries or keys x (heads D,), in place: their norm if gains != 0, their rotation if the model has one."""
+    D, size = model.D, model.itemsize
+    if gains != 0:
+        for h in range(heads):
+            column = matrix(x + h * D * size, D, 1, zero)
+            norm_columns(column, vector(gains, D, zero), model.eps, vector(rstd, 1, zero))
+    if model.cos != 0:
+        row, pairs = position * (D // 2) * size, D // 2
+        cos, sin = vector(model.cos + row, pairs, zero), vector(model.sin + row, pairs, zero)
+        rotate_heads(vector(x, heads * D, zero), cos, sin, model.rope_half)
+
+
+@inlined_by_numba
+def store_keys_values(model, layer, first, last, position, zero):
+    """Copy k and v of groups first .. last - 1 into `kv` and, for reading, into `keys` and `values`."""
+    D, G, S, size = model.D, model.G, model.S, model.itemsize
+    k_new, k_to_v = model.qkv + (model.H + first) * D * size, G * D * size
+    k_cache = model.kv + ((layer * S + position) * 2 * G + first) * D * size
+    for i in range((last - first) * D):
+        k, v, group, d = peek(k_new, i, zero), peek(k_new + k_to_v, i, zero), layer * G + first + i // D, i % D
+        poke(k_cache, i, k)
+        poke(k_cache + k_to_v, i, v)
+        poke(model.keys, (group * D + d) * model.S_padded + position, k)
+        poke(model.values, (group * S + position) * model.D_padded + d, v)
+
+
+@inlined_by_numba
+def exp_scores(model, head, keys, seen, scores, zero):
+    """scores (seen,) = exp(s - max(s)), s = q . k - slope * distance, for one head; section 2.4. Addresses: of `keys`
+    the first that is seen. What fills the last panel becomes exp(-inf) = 0."""
+    size, panel = model.itemsize, model.panel * model.itemsize
+    width = blocks(seen, model.panel) * panel
+    row, slope = vector(scores, width // size, zero), vector(model.slopes, model.H, zero)[head]
+    for low in range(0, width, panel):
+        q, k = model.qkv + head * model.D * size, keys + low
+        multiply_panel(q, model.D, k, model.S_padded * size, model.zeros, scores + low, panel, zero)
+    if slope > 0:
+        for s in range(seen):
+            row[s] -= slope * row.dtype.type(seen - 1 - s)
+    for s in range(seen, row.size):
+        row[s] = -math.inf
+    top = maximum(row)
+    for s in range(row.size):
+        row[s] = exp(row[s] - top)
+
+
+@inlined_by_numba
+def sum_values(model, count, scores, scores_next, values, seen, sums, zero):
+    """sums (count, D_padded) = scores (count, seen) values: a head each, addresses, `values` the first that is seen.
+    Each value ends in a one, so that column D of a sum is the sum of its scores."""
+    row, panel = model.D_padded * model.itemsize, model.panel * model.itemsize
+    values_next = model.S * row
+    if count == HEADS_TOGETHER and row == VECTOR_BYTES:
+        rows_together(scores, scores_next, values, values_next, row, model.zeros, sums, row, seen, zero)
+    else:
+        for i in range(count):
+            p, v, y = scores + i * scores_next, values + i * values_next, sums + i * row
+            for low in range(0, row, panel):
+                multiply_panel(p, seen, v + low, row, model.zeros, y + low, min(panel, row - low), zero)
+
+
+@inlined_by_numba
+def attend_groups(model, stage, first, last, position, scratch, zero):
+    """Groups first .. last - 1 of the heads: `attention_forward`, section 2.4, for the query at `position`."""
+    D, R, size, begin = model.D, model.H // model.G, model.itemsize, first_seen(position, stage.window)
+    queries, keys = model.qkv + first * R * D * size, model.qkv + (model.H + first) * D * size
+    place_heads(model, queries, (last - first) * R, stage.gains, position, scratch, zero)
+    k_gains = stage.gains + D * size if stage.gains != 0 else stage.gains
+    place_heads(model, keys, last - first, k_gains, position, scratch, zero)
+    store_keys_values(model, stage.layer, first, last, position, zero)
+    q = vector(queries, (last - first) * R * D, zero)
+    for i in range(q.size):
+        q[i] *= q.dtype.type(model.scale)
+    seen, k_group, v_group = position + 1 - begin, D * model.S_padded * size, model.S * model.D_padded * size
+    k_seen = model.keys + stage.layer * model.G * k_group + begin * size
+    v_seen = model.values + stage.layer * model.G * v_group + begin * model.D_padded * size
+    sums, scores = scratch, scratch + HEADS_TOGETHER * model.D_padded * size
+    scores_next = blocks(seen, model.panel) * model.panel * size
+    for low in range(first, last, HEADS_TOGETHER):
+        count = min(HEADS_TOGETHER, last - low)
+        for r in range(R):
+            for i in range(count):
+                head, k = (low + i) * R + r, k_seen + (low + i) * k_group
+                exp_scores(model, head, k, seen, scores + i * scores_next, zero)
+            sum_values(model, count, scores, scores_next, v_seen + low * v_group, seen, sums, zero)
+            for i in range(count):
+                y = vector(sums + i * model.D_padded * size, model.D_padded, zero)
+                out = vector(model.o + ((low + i) * R + r) * D * size, D, zero)
+                inverse = y.dtype.type(1) / y[D]
+                for d in range(D):
+                    out[d] = y[d] * inverse
+
+
+# == 4  the next token =================================================================================================
+
+
+@inlined_by_numba
+def screen_logits(model, n, first, last, zero):
+    """Panels first .. last - 1 of logits (V,) = lower bounds of the logits, from the 8-bit head."""
+    error, size = screen_error(vector(n, model.C, zero)), model.itemsize
+    for low in range(first * model.panel, min(last * model.panel, model.V), model.panel):
+        y, units = model.logits + low * size, vector(model.screen_units + low * size, model.panel, zero)
+        int8_panel(n, 0, model.screen + low * model.C, 0, model.panel, model.zeros, y, 0, model.C, zero)
+        bounds = vector(y, model.panel, zero)
+        for v in range(bounds.size):
+            bounds[v] = (bounds[v] - error) * units[v]
+
+
+@inlined_by_numba
+def pick_screened_token(model, n, bounds, offsets, scratch, zero):
+    """argmax of the logits, the first of equals: exact logits of the tokens whose upper bound reaches the largest of
+    the lower `bounds` (V,). -1 if it is not finite."""
+    error, units, lanes = screen_error(n), vector(model.screen_units, model.V, zero), VECTOR_BYTES // model.itemsize
+    best, top, least, width = 0, n.dtype.type(-math.inf), maximum(bounds), error + error
+    if math.isinf(n.dtype.type(256 * width * model.largest_unit)):  # a partial sum may overflow: compute all logits
+        least = top
+    logit, n_lanes = vector(scratch, lanes, zero), vector(scratch + VECTOR_BYTES, model.C * lanes, zero)
+    for i in range(n_lanes.size):  # n_c in every lane: a product with the roles of row and matrix exchanged
+        n_lanes[i] = n[i // lanes]
+    for v in range(model.V):
+        if not bounds[v] + width * units[v] < least and offsets[v] > -math.inf:
+            row, w = model.head_w + v * model.C * model.itemsize, scratch + VECTOR_BYTES
+            multiply_panel(row, model.C, w, VECTOR_BYTES, model.zeros, scratch, VECTOR_BYTES, zero)
+            exact = logit[0] + offsets[v]
+            if not exact <= top:
+                best, top = v, exact
+            if math.isnan(exact):
+                break
+    return best if math.isfinite(top) else -1
+
+
+@inlined_by_numba
+def look_up_token(model, token, position, n, zero):
+    """x (C,) = `embed_forward`, section 3."""
+    x, row = vector(model.x, model.C, zero), vector(model.embed_w + token * model.C * model.itemsize, model.C, zero)
+    for c in range(model.C):
+        x[c] = row[c]
+    if model.position_w != 0:
+        row = vector(model.position_w + position * model.C * model.itemsize, model.C, zero)
+        for c in range(model.C):
+            x[c] += row[c]
+    if model.embed_norm != 0:
+        normalise_row(model, model.norm_kind, model.embed_norm, model.x, n, zero)
+        row = vector(n, model.C, zero)
+        for c in range(model.C):
+            x[c] = row[c]
+
+
+@inlined_by_numba
+def begin_token(model, head, index, n, scratch, zero):
+    """Draw token number `index` (number 0 is given) and look it up. True if the text ends: with this token, or because
+    none can be drawn from logits that are not finite. `head`: the last stage."""
+    tokens = vector(model.tokens, model.S + 2, np.int64(0))
+    if index > 0:
+        logits, offsets = vector(model.logits, model.V, zero), vector(model.offsets, model.V, zero)
+        has_nan = add_offsets(logits, offsets)
+        if model.screened:
+            normalise_row(model, head.norm, head.gains, model.x, n, zero)
+            token = pick_screened_token(model, vector(n, model.C, zero), logits, offsets, scratch, zero)
+        elif has_nan:
+            token = -1
+        else:
+            uniform, room = vector(model.uniforms, model.S + 1, 0.0)[index - 1], vector(model.exp_logits, model.V, zero)
+            token = draw_token(logits, uniform, model.temperature, model.top_k, model.top_p, room)
+        if token < 0:
+            return True
+        tokens[index] = token
+        put(model.words + 8 * DRAWN, index)
+        if index == model.count or token == model.stop:
+            return True
+    look_up_token(model, tokens[index], model.position + index, n, zero)
+    return False
+
+
+# == 5  running the stages =============================================================================================
+
+
+@functools.cache
+def compile_stage(dtype):
+    """`run_stage` for a dtype, as machine code with an address, by which it is called: compiled once for each dtype."""
+    provide_product(dtype)
+    number = numba.from_dtype(np.dtype(dtype))
+
+    def run_stage(record, stages, index, token, first, last, slot):
+        """Units first .. last - 1 of stage `index` of token number `token`; 1 if the text ends here."""
+        model, zero = vector(record, 1, NO_MODELS)[0], number(0)
+        stages = vector(stages, model.stage_count, NO_STAGES)
+        stage, n = stages[index], model.scratch + slot * model.scratch_bytes  # n (C,), its mean and rstd, then the rest
+        scratch, source, ended = n + (model.C_padded + NORM_ROOM) * model.itemsize, stage.source, 0
+        if stage.kind == BEGIN:
+            ended = 1 if begin_token(model, stages[-1], token, n, scratch, zero) else 0
+        elif stage.kind == ATTENTION:
+            attend_groups(model, stage, first, last, model.position + token, scratch, zero)
+        else:
+            if stage.gains != 0:
+                normalise_row(model, stage.norm, stage.gains, stage.source, n, zero)
+                source = n
+            if stage.kind == HEAD and model.screened:
+                screen_logits(model, n, first, last, zero)
+            else:
+                wide = 1 + model.gated if stage.kind == HIDDEN else 1
+                multiply_panels(model, stage, source, first * wide, last * wide, zero)
+            if stage.kind == HIDDEN:
+                activate_panels(model, stage, first, last, zero)
+        return ended
+
+    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE)(stamped(run_stage))
 
 
 @intrinsic
-def call_step(typing_context, code, record, stages, stage, index, first, last, slot):
-    """What `provide_step` compiled to this address."""
+def call_stage(typing_context, code, record, stages, index, token, first, last, slot):
+    """`run_stage` at the address `code`."""
 
     def build(context, builder, signature, args):
         i64 = ir.IntType(64)
@@ -76,334 +410,37 @@ def call_step(typing_context, code, record, stages, stage, index, first, last, s
     return types.int64(*[types.int64] * 8), build
 
 
-one_panel, one_two, one_one = (row_tile(1, vectors) for vectors in (STEP_VECTORS, 2, 1))
-far_panel, narrow_panel = (row_tile(1, STEP_VECTORS, AHEAD, narrow) for narrow in (False, True))
-beside_one = row_tile(BESIDE, 1)
-
-
-@part
-def times(x, K, w, w_row, start, y, width, zero):
-    """y = start + x (K,) w, at most a panel, whole vectors: addresses, and `width` in bytes."""
-    if width == STEP_VECTORS * VECTOR_BYTES:
-        one_panel(x, 0, w, 0, w_row, start, y, 0, K, zero)
-    else:
-        two = width // (2 * VECTOR_BYTES) * 2 * VECTOR_BYTES
-        if two > 0:
-            one_two(x, 0, w, 0, w_row, start, y, 0, K, zero)
-        if width > two:
-            one_one(x, 0, w + two, 0, w_row, start + two, y + two, 0, K, zero)
-
-
-@step_part
-def step_norm(m, kind, gains, x, n, zero):
-    """n (C,) = norm(x), then mean and rstd; gains (C,), then biases: addresses."""
-    stats, w, b = vector(n + m.Cs * m.size, 2, zero), vector(gains, m.C, zero), vector(gains + m.Cs * m.size, m.C, zero)
-    norm_rows(kind, matrix(x, 1, m.C, zero), w, b, m.eps, stats[:1], stats[1:], matrix(n, 1, m.C, zero))
-
-
-@step_part
-def step_panels(m, t, source, first, last, zero):
-    """Panels first .. last - 1 of y (columns,) = source (K,) w + b, or += : a panel is some columns, row after row."""
-    for low in range(first * m.panel, min(last * m.panel, t.columns), m.panel):
-        width, y = min(m.panel, t.columns - low), t.y + low * m.size
-        start = t.bias + low * m.size if t.bias != 0 else m.zeros
-        if t.adds:
-            row, b = vector(y, width, zero), vector(start, width, zero)
-            for c in range(width):
-                row[c] += b[c]
-            start = y
-        w = t.weights + low * t.K * m.size
-        if m.far and width == m.panel:
-            far_panel(source, 0, w, 0, width * m.size, start, y, 0, t.K, zero)
-        else:
-            times(source, t.K, w, width * m.size, start, y, width * m.size, zero)
-
-
-@part
-def turn_heads(x, cos, sin, half):
-    """`turn` of x (heads D,) at one position, heads side by side: cos and sin (D/2,)."""
-    pairs = cos.size
-    for low in range(0, x.size, 2 * pairs):
-        for i in range(pairs):
-            even, odd = (low + i, low + i + pairs) if half else (low + 2 * i, low + 2 * i + 1)
-            x[even], x[odd] = turn_pair(x[even], x[odd], cos[i], sin[i])
-
-
-@step_part
-def step_place(m, x, heads, gains, position, rstd, zero):
-    """x (heads D,), queries or keys: their norm and their rotation, as in `place_rows`."""
-    if gains != 0:
-        for h in range(heads):
-            column = matrix(x + h * m.D * m.size, m.D, 1, zero)
-            norm_columns(column, vector(gains, m.D, zero), m.eps, vector(rstd, 1, zero))
-    if m.cos != 0:
-        at, pairs = position * (m.D // 2) * m.size, m.D // 2
-        cos, sin = vector(m.cos + at, pairs, zero), vector(m.sin + at, pairs, zero)
-        turn_heads(vector(x, heads * m.D, zero), cos, sin, m.half)
-
-
-@step_part
-def step_attention(m, t, first, last, position, scratch, zero):
-    """Groups first .. last - 1 of the heads: their keys and values join the others, their queries see them; section
-    2.4. Values end in a one, so that what the probabilities are divided by is their product with the last column."""
-    D, R, size, begin, panel = m.D, m.H // m.G, m.size, first_seen(position, t.window), m.panel * m.size
-    seen, v_next, k_next = position + 1 - begin, m.P * m.Ds * m.size, m.D * m.Ps * m.size
-    width = (seen + m.panel - 1) // m.panel * panel  # of a head's scores, in bytes
-    keys, values = m.keys + t.layer * m.G * k_next, m.values + t.layer * m.G * v_next
-    queries, key, value = m.qkv + first * R * D * size, m.qkv + (m.H + first) * D * size, m.G * D * size
-    step_place(m, queries, (last - first) * R, t.gains, position, scratch, zero)
-    k_gains = t.gains + D * size if t.gains != 0 else t.gains
-    step_place(m, key, last - first, k_gains, position, scratch, zero)
-    for i in range((last - first) * D):
-        k, v, g, d = peek(key + i * size, 0, zero), peek(key + value + i * size, 0, zero), first + i // D, i % D
-        kept = m.kv + (((t.layer * m.P + position) * 2 * m.G + first) * D + i) * size
-        poke(kept, 0, k)
-        poke(kept + value, 0, v)
-        poke(keys + g * k_next + (d * m.Ps + position) * size, 0, k)
-        poke(values + g * v_next + (position * m.Ds + d) * size, 0, v)
-    q = vector(queries, (last - first) * R * D, zero)
-    for i in range(q.size):
-        q[i] *= q.dtype.type(m.scale)
-    o, p = scratch, scratch + BESIDE * m.Ds * size
-    for g in range(first, last, BESIDE):
-        beside = min(BESIDE, last - g)
-        for r in range(R):
-            for i in range(beside):
-                h, row = (g + i) * R + r, vector(p + i * width, width // size, zero)
-                at, slope = keys + (g + i) * k_next + begin * size, vector(m.slopes, m.H, zero)[h]
-                for low in range(0, width, panel):
-                    times(m.qkv + h * D * size, D, at + low, m.Ps * size, m.zeros, p + i * width + low, panel, zero)
-                if slope > 0:
-                    for s in range(seen):
-                        row[s] -= slope * row.dtype.type(seen - 1 - s)
-                for s in range(seen, row.size):
-                    row[s] = -math.inf
-                top = maximum(row)
-                for s in range(row.size):
-                    row[s] = exp(row[s] - top)
-            if beside == BESIDE and m.Ds * size == VECTOR_BYTES:
-                at = values + g * v_next + begin * m.Ds * size
-                beside_one(p, width, at, v_next, VECTOR_BYTES, m.zeros, o, VECTOR_BYTES, seen, zero)
-            else:
-                for i in range(beside):
-                    at, y = values + (g + i) * v_next + begin * m.Ds * size, o + i * m.Ds * size
-                    for low in range(0, m.Ds * size, panel):
-                        part_width = min(panel, m.Ds * size - low)
-                        times(p + i * width, seen, at + low, m.Ds * size, m.zeros, y + low, part_width, zero)
-            for i in range(beside):
-                y, out = vector(o + i * m.Ds * size, m.Ds, zero), vector(m.o + ((g + i) * R + r) * D * size, D, zero)
-                share = y.dtype.type(1) / y[D]
-                for d in range(D):
-                    out[d] = y[d] * share
-
-
-@part
-def screen_slack(n):
-    """A logit and its screened value are at most this many of its row's units apart: for the rounding of the weights,
-    and of two sums of C products."""
-    total = n.dtype.type(0)
-    for c in range(n.size):
-        total += abs(n[c])
-    return total * n.dtype.type(SCREEN_MARGIN + n.size * 127 * 2.0**-22)
-
-
-@step_part
-def screen_logits(m, n, first, last, zero):
-    """The least that logits of panels first .. last - 1 can be, before their offsets."""
-    slack = screen_slack(vector(n, m.C, zero))
-    for low in range(first * m.panel, min(last * m.panel, m.V), m.panel):
-        y, units = vector(m.logits + low * m.size, m.panel, zero), vector(m.units + low * m.size, m.panel, zero)
-        narrow_panel(n, 0, m.screen + low * m.C, 0, m.panel, m.zeros, m.logits + low * m.size, 0, m.C, zero)
-        for v in range(y.size):
-            y[v] = (y[v] - slack) * units[v]
-
-
-@step_part
-def screened_best(m, n, logits, offsets, scratch, zero):
-    """The token with the largest logit, the first of equals: of those that may have it, by their logits."""
-    slack, units, best, top = 2 * screen_slack(n), vector(m.units, m.V, zero), 0, n.dtype.type(-math.inf)
-    least, lanes = maximum(logits), VECTOR_BYTES // m.size
-    one, wide = vector(scratch, lanes, zero), vector(scratch + VECTOR_BYTES, m.C * lanes, zero)
-    for i in range(wide.size):  # n in each lane: the tile turned round
-        wide[i] = n[i // lanes]
-    for v in range(m.V):
-        if logits[v] + slack * units[v] >= least:
-            row = m.head_w + v * m.C * m.size
-            times(row, m.C, scratch + VECTOR_BYTES, VECTOR_BYTES, m.zeros, scratch, VECTOR_BYTES, zero)
-            logit = one[0] + offsets[v]
-            if logit > top:
-                best, top = v, logit
-    return best
-
-
-@ordered_part
-def compare(logits, top, temperature, odds):
-    """odds (V,) = e^((logits - top) / temperature), as in `probabilities`, where they are divided by their sum later.
-    An ordered part divides as written: 1 / temperature may be infinite."""
-    for v in range(logits.size):
-        odd = exp(odds.dtype.type((float(logits[v]) - float(top)) / temperature))
-        odds[v] = odd if logits[v] > -math.inf else odds.dtype.type(0)
-
-
-@part
-def together(odds, least, counted):
-    """The sum of the odds that are at least `least`; their number if counted."""
-    total = 0.0
-    for v in range(odds.size):
-        odd = 1.0 if counted else float(odds[v])
-        total += odd if odds[v] >= least else 0.0
-    return total
-
-
-@part
-def keep_likeliest(odds, counted, enough):
-    """Top-k (counted) and top-p of `probabilities`, in place: all odds become 0 but the fewest and largest whose number
-    or sum reaches `enough`, at least one. The specification sorts; bisection for the least of them takes less time."""
-    low = middle = odds.dtype.type(0)
-    high = odds.dtype.type(2)  # together(low) >= enough > together(high)
-    while True:
-        middle = (low + high) / odds.dtype.type(2)
-        if middle == low or middle == high:
-            break
-        if together(odds, middle, counted) >= enough:
-            low = middle
-        else:
-            high = middle
-    left = enough - together(odds, high, counted)
-    for v in range(odds.size):
-        if odds[v] < low or (odds[v] < high and left <= 0):
-            odds[v] = 0
-        elif odds[v] < high:  # of equals the first
-            left -= 1.0 if counted else float(odds[v])
-
-
-@step_part
-def draw(m, logits, uniform, zero):
-    """The token that a number from 0 to 1 draws from `probabilities`."""
-    odds, top, best, cumulative = vector(m.odds, m.V, zero), maximum(logits), 0, 0.0
-    while best < m.V - 1 and logits[best] != top:
-        best += 1
-    if m.temperature > 0:
-        compare(logits, top, m.temperature, odds)
-        if 0 < m.top_k < m.V:
-            keep_likeliest(odds, True, float(m.top_k))
-        if m.top_p < 1:
-            keep_likeliest(odds, False, m.top_p * together(odds, odds.dtype.type(0), False))
-        total = uniform * together(odds, odds.dtype.type(0), False)
-        for v in range(m.V):
-            if odds[v] > 0:
-                cumulative, best = cumulative + float(odds[v]), v
-                if cumulative > total:
-                    break
-    return best
-
-
-@step_part
-def step_begin(m, stages, index, n, zero):
-    """Look up token number `index`, after drawing it (number 0 is given). 1 if the text ends with it, else 0."""
-    tokens, over = vector(m.tokens, m.P + 2, np.int64(0)), 0
-    if index > 0:
-        logits, offsets = vector(m.logits, m.V, zero), vector(m.offsets, m.V, zero)
-        for v in range(m.V):
-            logits[v] += offsets[v]
-        if m.screened:
-            step_norm(m, stages[-1].norm, stages[-1].gains, m.x, n, zero)
-            scratch = n + (m.Cs + VECTOR_BYTES) * m.size
-            tokens[index] = screened_best(m, vector(n, m.C, zero), logits, offsets, scratch, zero)
-        else:
-            tokens[index] = draw(m, logits, vector(m.uniforms, m.P + 1, 0.0)[index - 1], zero)
-        put(m.words + 8 * DRAWN, index)
-        over = 1 if index == m.count or tokens[index] == m.stop else 0
-    if over == 0:
-        x, row = vector(m.x, m.C, zero), vector(m.embed_w + tokens[index] * m.C * m.size, m.C, zero)
-        for c in range(m.C):
-            x[c] = row[c]
-        if m.positions != 0:
-            row = vector(m.positions + (m.position + index) * m.C * m.size, m.C, zero)
-            for c in range(m.C):
-                x[c] += row[c]
-        if m.embed_gains != 0:
-            step_norm(m, m.kind, m.embed_gains, m.x, n, zero)
-            row = vector(n, m.C, zero)
-            for c in range(m.C):
-                x[c] = row[c]
-    return over
-
-
-@functools.cache
-def provide_step(dtype):
-    """Compile for a dtype: units first .. last - 1 of a stage, panels, groups of heads, or the one thing that it does.
-    It returns what `step_begin` does."""
-    provide_product(dtype)
-    number = numba.from_dtype(np.dtype(dtype))
-
-    def step_of_dtype(record, stages, stage, index, first, last, slot):
-        m, zero = vector(record, 1, NO_STEPS)[0], number(0)
-        stages = vector(stages, m.stages, NO_STAGES)
-        t, n, over = stages[stage], m.scratch + slot * m.scratch_size, 0
-        scratch, source = n + (m.Cs + VECTOR_BYTES) * m.size, t.source
-        if t.kind == BEGIN:
-            over = step_begin(m, stages, index, n, zero)
-        elif t.kind == ATTENTION:
-            step_attention(m, t, first, last, m.position + index, scratch, zero)
-        else:
-            if t.gains != 0:
-                step_norm(m, t.norm, t.gains, t.source, n, zero)
-                source = n
-            if t.kind == HEAD and m.screened:
-                screen_logits(m, n, first, last, zero)
-            else:
-                wide = 1 + m.gated if t.kind == HIDDEN else 1
-                step_panels(m, t, source, first * wide, last * wide, zero)
-            if t.kind == HIDDEN:  # with a gate, each panel of it lies before that of its values
-                for low in range(first * m.panel, min(last * m.panel, m.Fs), m.panel):
-                    width = min(m.panel, m.Fs - low)
-                    h = matrix(t.y + (1 + m.gated) * low * m.size, 1, 2 * m.panel, zero)
-                    activation_rows(m.activation, h, 0, 0, width, matrix(m.a + low * m.size, 1, m.panel, zero))
-        return over
-
-    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE)(stamped(step_of_dtype))
-
-
 @kernel
 def step_kernel(task, slot, record, stages):
-    """The stages of m.count tokens, or of one up to the logits, from number m.first on: from 0, a token is fed at
-    m.position, from the last, x is what the head reads there. A task is a thread that helps; it works in its own part
-    of the scratch memory, since `slot` may be that of a thread that came later than this text."""
-    m = record[0]
-    number, words = m.first, m.words
+    """All stages of model.count tokens, or of one up to its logits. A task is a thread: it computes chunk `task` of
+    every stage, then those of the others that are late. It uses scratch memory number `task`, since more threads than
+    `chunks` may have slots."""
+    model = record[0]
+    number, words = model.first_stage, model.words
     while number < look(words + 8 * END):
-        index, stage = number // len(stages), number % len(stages)
-        units = stages[stage].units
-        for i in range(m.ways):
-            chunk, waited = (task + i) % m.ways, 0 if i > 0 else PATIENCE
-            low, high = (units * chunk + m.ways - 1) // m.ways, (units * chunk + units + m.ways - 1) // m.ways
-            at = words + 8 * (CHUNKS + 8 * chunk)
-            state = look(at) if low < high else 2 * number + 2
-            while state < 2 * number + 2:
-                if waited >= PATIENCE and state <= 2 * number and replace(at, state, 2 * number + 1):
-                    if call_step(m.code, record.ctypes.data, stages.ctypes.data, stage, index, low, high, task):
+        token, index = number // len(stages), number % len(stages)
+        units = stages[index].units
+        for i in range(model.chunks):
+            chunk, looks = (task + i) % model.chunks, 0 if i > 0 else PATIENCE
+            first, last = blocks(units * chunk, model.chunks), blocks(units * (chunk + 1), model.chunks)
+            word = words + 8 * (CHUNKS + 8 * chunk)
+            state = look(word) if first < last else 2 * number + 2
+            while state < 2 * number + 2:  # not done
+                if looks >= PATIENCE and state <= 2 * number and replace(word, state, 2 * number + 1):
+                    if call_stage(model.code, record.ctypes.data, stages.ctypes.data, index, token, first, last, task):
                         put(words + 8 * END, 0)
-                    put(at, 2 * number + 2)
-                waited += 1
-                state = look(at)
+                    put(word, 2 * number + 2)
+                looks += 1
+                state = look(word)
         number += 1
     put(words + 8 * END, 0)
 
 
-def screen_of(head_w, panel):
-    """(screen (panels, C, panel) int8, units (V',)): head_w (V, C) is units * screen, within half a unit."""
-    (V, C), count = head_w.shape, blocks(len(head_w), panel)
-    units = np.zeros(count * panel, head_w.dtype)
-    units[:V] = np.abs(head_w).max(1) / 127
-    screen = np.zeros((count * panel, C), np.int8)
-    q = head_w / np.where(units > 0, units, 1)[:V, None]
-    screen[:V] = np.rint(q, out=q)
-    return np.ascontiguousarray(screen.reshape(count, panel, C).swapaxes(1, 2)), units
+# == 6  what Python sees ===============================================================================================
 
 
-def gate_beside_values(w, panel):
-    """w (K, 2 F) -> (K, 2 F'): a panel of the gate, that of its values, the next; F' is F in whole vectors."""
+def interleave_gate(w, panel):
+    """w (K, 2 F), gate then values -> (K, 2 F'): a panel of the gate, that of its values, the next; F' is F padded."""
     K, F = len(w), w.shape[1] // 2
     wide = np.zeros((K, 2, whole_vectors(F)), w.dtype)
     wide[:, :, :F] = w.reshape(K, 2, F)
@@ -414,133 +451,150 @@ class Steps:
     """The state of `step_kernel` for one text. `kv` is that of `Decoding`; parameters are copied as they are now."""
 
     def __init__(self, p, cfg, kv):
-        dtype, size, (C, D, H, G) = kv.dtype, kv.dtype.itemsize, (cfg.width, cfg.head_width, cfg.heads, cfg.kv_heads)
-        L, F, V, P, code = cfg.layers, cfg.hidden, cfg.vocab_size, cfg.seq_len, provide_step(kv.dtype.name)
-        self.cfg, self.kv, self.threads, self.record = cfg, kv, POOL.threads, np.zeros(1, STEP)
-        self.panel, self.kept = STEP_VECTORS * VECTOR_BYTES // size, [code]  # whose addresses are in records
-        self.free, self.bytes_kept = np.empty(0, dtype), 0
-        Cs, Fs, Ds = map(whole_vectors, (C, F, D + 1))
-        Ps = whole_vectors(P + self.panel) | 16  # rows of 2^n bytes would use few sets of the cache
-        scratch = whole_vectors(Cs + VECTOR_BYTES + max(BESIDE * (Ds + Ps), (C + 1) * VECTOR_BYTES // size))
-        self.set(code=code.address, size=size, panel=self.panel, scratch_size=scratch * size, eps=cfg.norm_eps)
-        self.set(C=C, H=H, G=G, D=D, V=V, P=P, Cs=Cs, Fs=Fs, Ds=Ds, Ps=Ps)
-        shapes = dict(x=C, qkv=cfg.qkv_width, o=H * D, h=2 * (Fs + self.panel), a=Fs + self.panel)
-        shapes |= dict(logits=V + self.panel, offsets=V, odds=V, zeros=self.panel)
-        shapes |= dict(scratch=POOL.threads * scratch, keys=(L, G, D, Ps), values=(L, G, P, Ds))
-        self.arrays = {name: self.zeros(shape, dtype) for name, shape in shapes.items()}
-        self.arrays["values"][..., D] = 1
-        self.arrays |= dict(tokens=np.zeros(P + 2, np.int64), uniforms=np.zeros(P + 1))
-        self.arrays["words"] = aligned(CHUNKS + 8 * POOL.threads, np.int64)
-        kind, (scale, slopes, _) = norm_of(p["layers"][0], "norm1", cfg)[0], attention_arguments(cfg, 0, (), dtype)
-        self.arrays |= dict(kv=kv, embed_w=p["embed_w"], head_w=p["embed_w" if cfg.tied else "head_w"], slopes=slopes)
-        self.set(kind=kind, scale=scale, activation=ACTIVATION[cfg.mlp], gated=cfg.mlp == "swiglu")
-        if cfg.positions == "learned":
-            self.arrays["positions"] = p["position_w"]
-        if cfg.positions.startswith("rope"):
-            self.arrays["cos"], self.arrays["sin"] = rotation(P, D, cfg.rope_theta, dtype.name)
-            self.set(half=cfg.positions == "rope-half")
-        self.set(**{name: x.ctypes.data for name, x in self.arrays.items()})
+        self.cfg, self.kv, self.threads, self.record = cfg, kv, POOL.threads, np.zeros(1, MODEL)
+        self.panel, self.code = PANEL_VECTORS * VECTOR_BYTES // kv.itemsize, compile_stage(kv.dtype.name)
+        self.allocations, self.free, self.bytes_packed = [], np.empty(0, kv.dtype), 0
+        self.set_fields(code=self.code.address, itemsize=kv.itemsize, panel=self.panel, eps=cfg.norm_eps)
+        self.arrays = self.allocate_activations() | dict(kv=kv) | self.list_parameters(p)
+        self.set_fields(**{name: x.ctypes.data for name, x in self.arrays.items()})
+        norm_kind = norm_of(p["layers"][0], "norm1", cfg)[0]
+        self.set_fields(norm_kind=norm_kind, activation=ACTIVATION[cfg.mlp], gated=cfg.mlp == "swiglu")
         if cfg.embedding_norm:
-            self.set(embed_gains=self.norm(p, "embed_norm"))
-        self.stages = self.list_stages(p, kind)
-        self.set(stages=len(self.stages))
-        self.head_b, self.screened = p["head_b"], self.arrays["head_w"].nbytes > SCREEN_BYTES
-        weights = self.arrays["head_w"].nbytes + self.bytes_kept
-        self.alone = weights <= ALONE_BYTES
-        self.set(far=weights > FAR_BYTES)
+            self.set_fields(embed_norm=self.pack_norm(p, "embed_norm"))
+        self.stages = self.list_stages(p, norm_kind)
+        self.head_b, self.has_screen = p["head_b"], self.arrays["head_w"].nbytes > SCREEN_BYTES
+        weights = self.arrays["head_w"].nbytes + self.bytes_packed
+        self.one_thread = weights <= ONE_THREAD_BYTES
+        self.set_fields(stage_count=len(self.stages), prefetches=weights > PREFETCH_BYTES)
 
-    def set(self, **values):
+    def set_fields(self, **values):
         for name, value in values.items():
             self.record[0][name] = value
 
-    def zeros(self, shape, dtype):
-        """Zeros that vectors may be written to beyond the last element."""
-        count = math.prod(np.atleast_1d(shape))
-        return aligned(whole_vectors(count), dtype)[:count].reshape(shape)
+    def allocate_activations(self):
+        """name -> array, of what a token computes; sets the lengths in the record. Each array may be written in whole
+        vectors beyond its last element."""
+        cfg, dtype, panel = self.cfg, self.kv.dtype, self.panel
+        C, L, H, G, D, F = cfg.width, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_width, cfg.hidden
+        V, S = cfg.vocab_size, cfg.seq_len
+        C_padded, F_padded, D_padded = map(whole_vectors, (C, F, D + 1))
+        S_padded = whole_vectors(S + panel) | 16  # rows of 2^n bytes would share few cache sets
+        attention, screen = HEADS_TOGETHER * (D_padded + S_padded), (C + 1) * VECTOR_BYTES // dtype.itemsize
+        scratch = whole_vectors(C_padded + NORM_ROOM + max(attention, screen))
+        self.set_fields(C=C, H=H, G=G, D=D, V=V, S=S, scratch_bytes=scratch * dtype.itemsize)
+        self.set_fields(C_padded=C_padded, F_padded=F_padded, D_padded=D_padded, S_padded=S_padded)
+        shapes = dict(x=C, qkv=cfg.qkv_width, o=H * D, h=2 * (F_padded + panel), a=F_padded + panel)
+        shapes |= dict(logits=V + panel, offsets=V, exp_logits=V, zeros=panel, scratch=POOL.threads * scratch)
+        shapes |= dict(keys=(L, G, D, S_padded), values=(L, G, S, D_padded))
+        counts = {name: math.prod(np.atleast_1d(shape)) for name, shape in shapes.items()}
+        arrays = {name: aligned(whole_vectors(n), dtype)[:n].reshape(shapes[name]) for name, n in counts.items()}
+        arrays["values"][..., D] = 1  # see `sum_values`
+        arrays |= dict(tokens=np.zeros(S + 2, np.int64), uniforms=np.zeros(S + 1))
+        return arrays | dict(words=aligned(CHUNKS + 8 * POOL.threads, np.int64))
 
-    def keep(self, x, panel=1 << 62):
-        """Address of a copy of x (K, M), or of x (M,): `panel` columns row after row, whole vectors, then the next. All
-        lie in one stretch of memory, in large pages where NumPy gets them."""
+    def list_parameters(self, p):
+        """name -> array, of the parameters and tables that are read as they are; sets the fields that go with them."""
+        cfg, dtype = self.cfg, self.kv.dtype
+        scale, slopes, _ = attention_arguments(cfg, 0, (), dtype)
+        self.set_fields(scale=scale, rope_half=cfg.positions == "rope-half")
+        arrays = dict(embed_w=p["embed_w"], head_w=p["embed_w" if cfg.tied else "head_w"], slopes=slopes)
+        if cfg.positions == "learned":
+            arrays["position_w"] = p["position_w"]
+        if cfg.positions.startswith("rope"):
+            arrays["cos"], arrays["sin"] = rotation(cfg.seq_len, cfg.head_width, cfg.rope_theta, dtype.name)
+        return arrays
+
+    def pack(self, x, panel=1 << 62):
+        """Address of a copy of x (K, M) or (M,), columns padded to whole vectors: `panel` columns, row after row, then
+        the next. Weights stand in large allocations in the order of packing, which is that of reading."""
         x = x.reshape(-1, x.shape[-1])
         (K, M), columns = x.shape, whole_vectors(x.shape[1])
         if K * columns > len(self.free):
-            self.free = aligned(max(K * columns, KEEP_BYTES // x.itemsize), x.dtype)
-            self.kept.append(self.free)
-        room, self.free = self.free[: K * columns], self.free[K * columns :]  # 16 n elements: lines stay whole
+            self.free = aligned(max(K * columns, ALLOCATION_BYTES // x.itemsize), x.dtype)
+            self.allocations.append(self.free)
+        room, self.free = self.free[: K * columns], self.free[K * columns :]
         for low in range(0, columns, panel):
             block = room[low * K : (low + panel) * K].reshape(K, -1)
             block[:, : M - low] = x[:, low : low + panel]
-        self.bytes_kept += room.nbytes
+        self.bytes_packed += room.nbytes
         return room.ctypes.data
 
-    def norm(self, of, name):
-        return self.keep(np.stack(norm_of(of, name, self.cfg, NO_NORM)[1:3]))
+    def pack_norm(self, tensors, name):
+        """Address of a norm's gains (C,), then its biases."""
+        return self.pack(np.stack(norm_of(tensors, name, self.cfg, NO_NORM)[1:3]))
 
-    def linear(self, layer, name, source, y, **more):
-        """Stage that is a product with a layer's matrix."""
-        w, at = layer[name + "_w"], self.record[0]
+    def linear_stage(self, layer, name, source, y, **fields):
+        """The stage y = source w + b with the matrix `name` of a layer, and these fields besides."""
+        w, model = layer[name + "_w"], self.record[0]
         b = biases(layer, name + "_b", w.shape[1])[None]
         K, units = len(w), blocks(whole_vectors(w.shape[1]), self.panel)
-        if more.get("kind") == HIDDEN:
+        if fields.get("kind") == HIDDEN:
             units = blocks(whole_vectors(self.cfg.hidden), self.panel)
-            w, b = (gate_beside_values(x, self.panel) if at["gated"] else x for x in (w, b))
-        bias, weights = self.keep(b), self.keep(w, self.panel)
-        stage = dict(kind=LINEAR, units=units, source=at[source], K=K, bias=bias, weights=weights, y=at[y])
-        return stage | dict(columns=whole_vectors(w.shape[1])) | more
+            w, b = (interleave_gate(x, self.panel) if model["gated"] else x for x in (w, b))
+        bias, weights = self.pack(b), self.pack(w, self.panel)
+        stage = dict(kind=LINEAR, units=units, source=model[source], K=K, bias=bias, weights=weights, y=model[y])
+        return stage | dict(columns=whole_vectors(w.shape[1])) | fields
 
-    def list_stages(self, p, kind):
-        """The stages of a token, (5 L + 2,)."""
+    def list_stages(self, p, norm):
+        """The stages of a token, (5 L + 2,): the sublayers of section 3 in order."""
         cfg, rows = self.cfg, [dict(kind=BEGIN, units=1)]
         for index, layer in enumerate(p["layers"]):
-            rows.append(self.linear(layer, "qkv", "x", "qkv", norm=kind, gains=self.norm(layer, "norm1")))
+            rows.append(self.linear_stage(layer, "qkv", "x", "qkv", norm=norm, gains=self.pack_norm(layer, "norm1")))
             rows.append(dict(kind=ATTENTION, units=cfg.kv_heads, layer=index, window=layer_window(cfg, index)))
             if cfg.qk_norm:
-                rows[-1]["gains"] = self.keep(np.concatenate([layer["q_norm_w"], layer["k_norm_w"]]))
-            rows.append(self.linear(layer, "out", "o", "x", adds=1))
-            rows.append(self.linear(layer, "up", "x", "h", kind=HIDDEN, norm=kind, gains=self.norm(layer, "norm2")))
-            rows.append(self.linear(layer, "down", "a", "x", adds=1))
-        m, columns = self.record[0], whole_vectors(cfg.vocab_size)
-        rows.append(dict(kind=HEAD, units=blocks(columns, self.panel), norm=kind * cfg.final_norm, K=cfg.width))
-        rows[-1] |= dict(gains=self.norm(p, "norm"), source=m["x"], y=m["logits"], columns=columns)
+                rows[-1]["gains"] = self.pack(np.concatenate([layer["q_norm_w"], layer["k_norm_w"]]))
+            rows.append(self.linear_stage(layer, "out", "o", "x", adds=1))
+            gains = self.pack_norm(layer, "norm2")
+            rows.append(self.linear_stage(layer, "up", "x", "h", kind=HIDDEN, norm=norm, gains=gains))
+            rows.append(self.linear_stage(layer, "down", "a", "x", adds=1))
+        model, columns = self.record[0], whole_vectors(cfg.vocab_size)
+        rows.append(dict(kind=HEAD, units=blocks(columns, self.panel), norm=norm * cfg.final_norm, K=cfg.width))
+        rows[-1] |= dict(gains=self.pack_norm(p, "norm"), source=model["x"], y=model["logits"], columns=columns)
         return np.array([tuple(row.get(name, 0) for name in STAGE.names) for row in rows], STAGE)
 
-    def take(self, start, stop):
-        """Keys and values of these positions, which a block has left in `kv`."""
+    def copy_from_cache(self, start, stop):
+        """Copy keys and values of positions start .. stop - 1 from `kv`, where `forward` wrote them."""
         new, D = self.kv[:, 0, start:stop].transpose(2, 0, 3, 1, 4), self.cfg.head_width  # (2, L, G, T, D)
         self.arrays["keys"][..., start:stop] = new[0].swapaxes(-1, -2)
         self.arrays["values"][:, :, start:stop, :D] = new[1]
 
-    def needs_screen(self):
-        """Whether the head has a screen; it is made when it is first needed."""
-        if self.screened and not self.record[0]["screen"]:
-            self.arrays["screen"], self.arrays["units"] = screen_of(self.arrays["head_w"], self.panel)
-            self.set(**{name: self.arrays[name].ctypes.data for name in ("screen", "units")})
-            self.screened = bool(np.isfinite(self.arrays["units"]).all())
-        return self.screened
+    def prepare_screen(self):
+        """Make the 8-bit head when it is first needed. False if the model has none: its head is small, or the units
+        overflow."""
+        if self.has_screen and not self.record[0]["screen"]:
+            self.arrays["screen"], self.arrays["screen_units"] = quantise_head(self.arrays["head_w"], self.panel)
+            self.set_fields(**{name: self.arrays[name].ctypes.data for name in ("screen", "screen_units")})
+            self.set_fields(largest_unit=self.arrays["screen_units"].max())
+            self.has_screen = bool(np.isfinite(self.record[0]["largest_unit"]))
+        return self.has_screen
 
     def run(self, token, x, position, screened=False, **launch):
-        """`step_kernel` from a token at this position, or from x, what the head reads of it, if that is not None."""
-        ways, first = 1 if self.alone else min(POOL.threads, self.threads), 0
+        """`step_kernel` from a token at this position or, if x (1, C) is given, from the head, which reads it."""
+        chunks, first_stage = 1 if self.one_thread else min(POOL.threads, self.threads), 0
         if x is not None:
-            self.arrays["x"][:], first = x.reshape(-1), len(self.stages) - 1
+            self.arrays["x"][:], first_stage = x.reshape(-1), len(self.stages) - 1
         if not screened and not self.stages[-1]["weights"]:
-            self.stages[-1]["weights"] = self.keep(self.arrays["head_w"].T, self.panel)
-        self.arrays["words"][:], self.arrays["tokens"][0], self.record[0]["screened"] = 0, token, screened
+            self.stages[-1]["weights"] = self.pack(self.arrays["head_w"].T, self.panel)
+        self.arrays["words"][:], self.arrays["tokens"][0] = 0, token
         self.arrays["words"][END] = launch["count"] * len(self.stages) + 1 if launch["count"] else len(self.stages)
-        self.set(ways=ways, first=first, position=position, **launch)
-        POOL.run(step_kernel, ways, self.record, self.stages)
+        self.set_fields(chunks=chunks, first_stage=first_stage, position=position, screened=screened, **launch)
+        POOL.run(step_kernel, chunks, self.record, self.stages)
 
     def logits(self, token, x, position):
-        """(V,), what follows the token at this position."""
+        """The logits (V,) of what follows the token at this position."""
         self.run(token, x, position, count=0)
         logits = self.arrays["logits"][: self.cfg.vocab_size]
         return logits.copy() if self.head_b is None else logits + self.head_b
 
     def draw(self, token, x, position, uniforms, stop, temperature=1.0, top_k=0, top_p=1.0, banned=()):
-        """The ids that follow, one for each of uniforms (count,), or up to `stop`; all but the last have been fed."""
+        """The ids that follow, one for each of uniforms (count,), or up to `stop`; all but the last are in the cache.
+        Fewer if the logits after them are not finite; FloatingPointError if the first are not."""
         count, offsets = len(uniforms), self.arrays["offsets"]
         self.arrays["uniforms"][:count], offsets[:] = uniforms, 0 if self.head_b is None else self.head_b
         offsets[list(banned)] = -math.inf
         launch = dict(count=count, stop=stop, temperature=temperature, top_k=top_k, top_p=top_p)
-        self.run(token, x, position, temperature == 0 and self.needs_screen(), **launch)
-        return self.arrays["tokens"][1 : 1 + self.arrays["words"][DRAWN]].tolist()
+        self.run(token, x, position, temperature == 0 and self.prepare_screen(), **launch)
+        drawn = self.arrays["tokens"][1 : 1 + self.arrays["words"][DRAWN]].tolist()
+        if not drawn:
+            raise FloatingPointError("logits are not finite")
+        return drawn

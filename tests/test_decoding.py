@@ -113,7 +113,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch):
-    monkeypatch.setattr("fast.decode.FAR_BYTES", 0 if "width" in shape else 1 << 40)
+    monkeypatch.setattr("fast.decode.PREFETCH_BYTES", 0 if "width" in shape else 1 << 40)
     cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
     _, p = random_parameters(cfg, dtype=np.float32)
     once, single = (Decoding(p, cfg, ops_of("fast")) for _ in range(2))
@@ -126,7 +126,7 @@ def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch
 @pytest.mark.parametrize("temperature", [0, 0.9])
 @pytest.mark.parametrize("screen_bytes", [0, 1 << 40])
 def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monkeypatch):
-    monkeypatch.setattr("fast.decode.ALONE_BYTES", 0)
+    monkeypatch.setattr("fast.decode.ONE_THREAD_BYTES", 0)
     monkeypatch.setattr("fast.decode.SCREEN_BYTES", screen_bytes)
     cfg = tinygpt.Config(
         **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
@@ -162,11 +162,11 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
 def test_the_step_draws_what_probabilities_say(filters, temperature):
     _, p = random_parameters(CFG)
     decoding, rng = Decoding(p, CFG, ops_of("fast")), np.random.default_rng(1)
-    odds = probabilities(decoding.feed(TEXT[:3]), temperature, banned=(4,), **filters)
+    p = probabilities(decoding.feed(TEXT[:3]), temperature, banned=(4,), **filters)
     for uniform in [0.0, *rng.random(200), 1 - 1e-9]:
         x = decoding.steps.arrays["x"].copy()
         drawn = decoding.steps.draw(-1, x, 2, [uniform], -1, temperature, banned=(4,), **filters)
-        assert drawn == [int(np.searchsorted(np.cumsum(odds), uniform * odds.sum(), side="right"))]
+        assert drawn == [int(np.searchsorted(np.cumsum(p), uniform * p.sum(), side="right"))]
 
 
 def test_turns_of_any_length_tell_one_text(monkeypatch):
@@ -189,15 +189,15 @@ def slow_probabilities(logits, temperature, top_k, top_p, banned):
         return [float(i == ranked[0]) for i in range(len(logits))]
     if top_k > 0:
         ranked = ranked[:top_k]
-    odds = {i: math.exp((logits[i] - logits[ranked[0]]) / temperature) for i in ranked}
-    total, kept, together = math.fsum(odds.values()), [], 0.0
+    exp_logits = {i: math.exp((logits[i] - logits[ranked[0]]) / temperature) for i in ranked}
+    total, kept, cumulative = math.fsum(exp_logits.values()), [], 0.0
     for i in ranked:
-        if kept and together >= top_p:
+        if kept and cumulative >= top_p:
             break
         kept.append(i)
-        together += odds[i] / total
-    total = math.fsum(odds[i] for i in kept)
-    return [odds[i] / total if i in kept else 0.0 for i in range(len(logits))]
+        cumulative += exp_logits[i] / total
+    total = math.fsum(exp_logits[i] for i in kept)
+    return [exp_logits[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
@@ -216,7 +216,7 @@ def test_probabilities_are_what_their_definition_says(temperature, top_k, top_p)
 
 def test_filters_apply_in_the_order_temperature_top_k_top_p():
     logits = np.log([0.4, 0.3, 0.2, 0.1])
-    # temperature before top-p: at 0.5 the odds are 16 : 9 : 4 : 1, and the first two have 25/30 > 0.8
+    # temperature before top-p: at 0.5 the ratios are 16 : 9 : 4 : 1, and the first two have 25/30 > 0.8
     assert probabilities(logits, temperature=0.5, top_p=0.8) == pytest.approx([16 / 25, 9 / 25, 0, 0])
     # top-k before top-p: of the three that are left the first two have 7/9 > 0.75; of all four they have 0.7
     assert probabilities(logits, top_k=3, top_p=0.75) == pytest.approx([4 / 7, 3 / 7, 0, 0])
@@ -245,6 +245,50 @@ def test_probabilities_bear_huge_logits_and_cold_temperatures():
     assert probabilities(np.float32([3e38, -3e38, 3e38])) == pytest.approx([0.5, 0, 0.5])
     assert probabilities(np.array([1.0, 1.001, 0.5]), temperature=1e-6).tolist() == [0, 1, 0]
     assert probabilities(np.array([1.0, 2.0]), temperature=1e9) == pytest.approx([0.5, 0.5])
+
+
+# -- logits that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("filters", [dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.5)], ids=str)
+def test_probabilities_refuse_logits_that_are_not_finite(filters, bad):
+    logits = np.array([1.0, bad, 2.0, -math.inf])
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        probabilities(logits, **filters)
+    assert probabilities(logits, banned=[1], **filters)[1] == 0  # a banned one is never looked at
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        probabilities(np.full(3, -math.inf), **filters)
+
+
+@pytest.mark.parametrize("filters", [dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.5)], ids=str)
+@pytest.mark.parametrize("screen_bytes", [0, 1 << 40])
+@pytest.mark.parametrize("rows", [slice(None), slice(6, 7)], ids=["all logits", "one logit"])
+@every_table
+def test_finite_weights_that_overflow_end_in_one_error(table, rows, screen_bytes, filters, monkeypatch):
+    monkeypatch.setattr("fast.decode.SCREEN_BYTES", screen_bytes)
+    cfg = tiny_config(**FAMILIES["llama"])
+    _, p = random_parameters(cfg, dtype=np.float32)
+    p["norm_w"][:] = 1e5
+    p["head_w"][rows] = np.float32(3e38) * np.sign(p["head_w"][rows])
+    assert all(np.isfinite(p[name]).all() for name in ("norm_w", "head_w"))
+    story = generate(Decoding(p, cfg, ops_of(table)), TEXT[:3], 0, -1, 20, banned=(10,), **filters)
+    with pytest.raises(ValueError, match="not finite at token 0 after the prompt: the model's weights overflow"):
+        list(story)
+
+
+@every_table
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_text_is_told_up_to_the_token_whose_logits_overflow(temperature, table):
+    cfg = tiny_config(seq_len=40, position_rows=40)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    expected = list(generate(Decoding(p, cfg, ops_of(table)), [5], 3, -1, 20, temperature=temperature))
+    p["position_w"][9] = 3e38  # its norm overflows
+    found = []
+    with pytest.raises(ValueError, match="logits are not finite at token 9 after the prompt"):
+        for token in generate(Decoding(p, cfg, ops_of(table)), [5], 3, -1, 20, temperature=temperature):
+            found.append(token)
+    assert found == expected[:9]
 
 
 # -- draws
