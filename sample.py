@@ -31,10 +31,19 @@ def newest_checkpoint():
     return run / "last.safetensors"
 
 
+def load_llama2c(path):
+    """The `Checkpoint` of a model of llama2.c; ValueError if it is none, or if extras/ is missing."""
+    try:
+        from extras import convert
+    except ImportError:
+        raise ValueError(f"{path} needs extras/convert.py, which reads models of llama2.c") from None
+    return convert.load_llama2c(path)
+
+
 def load_model(path, tokenizer_path=None):
     """(`Checkpoint`, its tokenizer). ValueError if the two do not fit together, if a weight is NaN or infinite, or if
     the checkpoint has a tokenizer and the file named holds another."""
-    checkpoint = tinygpt.load_checkpoint(path)
+    checkpoint = load_llama2c(path) if str(path).endswith(".bin") else tinygpt.load_checkpoint(path)
     if not checkpoint.tokenizer and not tokenizer_path:
         raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
     own = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None

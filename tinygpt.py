@@ -1414,22 +1414,6 @@ SIZES = {  # names are what their authors call them, often the rounded total of 
     for width in (64, 128, 256, 512, 768, 1024)
     for layers in (1, 2, 4, 8, 12)
 }  # fmt: skip
-SOURCES = {  # of a size whose name begins like this
-    "graphcore": "Graphcore's TinyStories notebook",
-    "gpt-tinystories": "gpt-tinystories",
-    "tinystories": "Eldan & Li 2023, arXiv:2305.07759 (GPT-Neo)",
-    "gpt2": "Radford et al. 2019",
-    **dict.fromkeys(("2m", "7m", "30m"), "StoryLlamas"),
-    **dict.fromkeys(("39m", "300m"), "lilLM"),
-    "88m": "StoryLlama",
-    **dict.fromkeys(("260k", "15m", "42m", "110m"), "llama2.c"),
-    "17m-cs336": "Stanford CS336, assignment 1",
-}
-
-
-def source_of(size):
-    """Who built it."""
-    return next((source for start, source in SOURCES.items() if size.startswith(start)), "this project")
 
 
 def flops_per_token(cfg):
@@ -1741,37 +1725,6 @@ def save_checkpoint(path, parameters, cfg, tokenizer, extra=None, metadata=None)
     write_safetensors(path, named | (extra or {}), own | {"tokenizer": tokenizer} | (metadata or {}))
 
 
-def read_llama2c(path):
-    """A `Checkpoint` without a tokenizer from a model file of llama2.c, version 0; None if the file is not one.
-
-    Seven int32, C F L H G V T (V negative: the head has a matrix of its own), then float32 tensors, (out, in).
-    https://github.com/karpathy/llama2.c
-    """
-    with open(path, "rb") as f:
-        size, head = os.fstat(f.fileno()).st_size, f.read(28)
-    if len(head) < 28:
-        return None
-    C, F, L, H, G, V, T = struct.unpack("<7i", head)
-    if min(C, F, L, H, G, abs(V), T) < 1 or max(C, F, L, H, G, abs(V), T) >= 2**24 or C % H or C // H % 2 or H % G:
-        return None
-    D, tied, V = C // H, V > 0, abs(V)
-    shapes = {"embed_w": (V, C), "norm1_w": (L, C), "q": (L, C, C), "k": (L, G * D, C), "v": (L, G * D, C)}
-    shapes |= {"out_w": (L, C, C), "norm2_w": (L, C), "gate": (L, F, C), "down_w": (L, C, F), "value": (L, F, C)}
-    shapes |= {"norm_w": (C,), "cos": (T, D // 2), "sin": (T, D // 2)} | ({} if tied else {"head_w": (V, C)})
-    if size != 28 + 4 * sum(map(math.prod, shapes.values())):
-        return None
-    data, x, offset = Path(path).read_bytes(), {}, 28
-    for name, shape in shapes.items():
-        x[name] = np.frombuffer(data, "<f4", math.prod(shape), offset).reshape(shape)
-        offset += x[name].nbytes
-    for name in ("q", "k", "v", "out_w", "gate", "down_w", "value"):
-        x[name] = x[name].swapaxes(1, 2)  # (L, in, out)
-    x |= {"qkv_w": np.concatenate([x["q"], x["k"], x["v"]], 2), "up_w": np.concatenate([x["gate"], x["value"]], 2)}
-    cfg = Config(**LLAMA, vocab_size=V, seq_len=T, width=C, layers=L, heads=H, kv_heads=G, hidden=F, tied=tied)
-    parts = [x[t.name].reshape(-1) for t in layout(cfg)]
-    return Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
-
-
 def read_checkpoint(path):
     """A `Checkpoint` from a file that `save_checkpoint` wrote, NaN and infinity included; ValueError for any other."""
     tensors, metadata = read_safetensors(path)
@@ -1799,19 +1752,19 @@ def read_checkpoint(path):
     return Checkpoint(np.concatenate(parts), cfg, tokenizer, tensors, metadata)
 
 
-def first_non_finite(parameters, cfg, extra=None):
-    """The name of the first tensor, of the model or of `extra`, that holds NaN or infinity; None if all are finite."""
-    named = {t.name: parameters[t.offset : t.offset + math.prod(t.shape)] for t in layout(cfg)} | (extra or {})
-    return next((name for name, x in named.items() if not np.isfinite(x).all()), None)
+def refuse_non_finite(path, checkpoint):
+    """The checkpoint; ValueError that names the first tensor which holds NaN or infinity."""
+    flat = checkpoint.parameters
+    named = {t.name: flat[t.offset : t.offset + math.prod(t.shape)] for t in layout(checkpoint.cfg)} | checkpoint.extra
+    for name, x in named.items():
+        if not np.isfinite(x).all():
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinity; take an earlier checkpoint, or train again")
+    return checkpoint
 
 
 def load_checkpoint(path):
-    """A `Checkpoint`, ours or of llama2.c. ValueError if the file is not one or holds a number that is not finite,
-    OSError if it cannot be read."""
-    checkpoint = read_llama2c(path) or read_checkpoint(path)
-    if bad := first_non_finite(checkpoint.parameters, checkpoint.cfg, checkpoint.extra):
-        raise ValueError(f"{path}: tensor {bad} holds NaN or infinity; take an earlier checkpoint, or train again")
-    return checkpoint
+    """A `Checkpoint` of finite numbers. ValueError if the file is not one, OSError if it cannot be read."""
+    return refuse_non_finite(path, read_checkpoint(path))
 
 
 # == 13  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================

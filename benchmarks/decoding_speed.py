@@ -26,6 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fast
+import sample
 import tinygpt
 from fast import decode
 
@@ -56,7 +57,7 @@ def bandwidth(x, sums):
 def our_model(size, checkpoint):
     """(parameter views, configuration)."""
     if checkpoint:
-        found = tinygpt.load_checkpoint(checkpoint)
+        found = sample.load_llama2c(checkpoint)
         return tinygpt.views(tinygpt.layout(found.cfg), found.parameters, found.cfg.layers), found.cfg
     cfg = tinygpt.SIZES[size]
     return tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), cfg

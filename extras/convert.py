@@ -11,6 +11,9 @@ Read in order: 1 tensors, 2 fields of config.json, 3 families, 4 the conversion,
 
 import contextlib
 import json
+import math
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -275,7 +278,46 @@ def both_names(name, prefix, layer):
     return (prefix + name).format(layer), name.format(layer)
 
 
-# == 5  command line ===================================================================================================
+# == 5  models of llama2.c =============================================================================================
+#
+# sample.py and others read such a file as it is: a checkpoint of ours made from it in memory.
+
+
+def load_llama2c(path):
+    """A `Checkpoint` without a tokenizer from a model file of llama2.c, version 0. ValueError if the file is not one or
+    holds NaN or infinity.
+
+    Seven int32, C F L H G V T (V negative: the head has a matrix of its own), then float32 tensors, (out, in).
+    https://github.com/karpathy/llama2.c
+    """
+    with open(path, "rb") as f:
+        size, head = os.fstat(f.fileno()).st_size, f.read(28)
+    if len(head) < 28:
+        raise ValueError(f"{path} is not a model of llama2.c: it has {size} bytes")
+    C, F, L, H, G, V, T = struct.unpack("<7i", head)
+    if min(C, F, L, H, G, abs(V), T) < 1 or max(C, F, L, H, G, abs(V), T) >= 2**24 or C % H or C // H % 2 or H % G:
+        raise ValueError(f"{path} is not a model of llama2.c: its first numbers are no shape")
+    D, tied, V = C // H, V > 0, abs(V)
+    shapes = {"embed_w": (V, C), "norm1_w": (L, C), "q": (L, C, C), "k": (L, G * D, C), "v": (L, G * D, C)}
+    shapes |= {"out_w": (L, C, C), "norm2_w": (L, C), "gate": (L, F, C), "down_w": (L, C, F), "value": (L, F, C)}
+    shapes |= {"norm_w": (C,), "cos": (T, D // 2), "sin": (T, D // 2)} | ({} if tied else {"head_w": (V, C)})
+    if size != (expected := 28 + 4 * sum(map(math.prod, shapes.values()))):
+        raise ValueError(f"{path} is not a model of llama2.c: it has {size} bytes, its shape asks for {expected}")
+    data, x, offset = Path(path).read_bytes(), {}, 28
+    for name, shape in shapes.items():
+        x[name] = np.frombuffer(data, "<f4", math.prod(shape), offset).reshape(shape)
+        offset += x[name].nbytes
+    for name in ("q", "k", "v", "out_w", "gate", "down_w", "value"):
+        x[name] = x[name].swapaxes(1, 2)  # (L, in, out)
+    x |= {"qkv_w": np.concatenate([x["q"], x["k"], x["v"]], 2), "up_w": np.concatenate([x["gate"], x["value"]], 2)}
+    shape = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=H, kv_heads=G, hidden=F, tied=tied)
+    cfg = tinygpt.Config(**tinygpt.LLAMA, **shape)
+    parts = [x[t.name].reshape(-1) for t in tinygpt.layout(cfg)]
+    found = tinygpt.Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
+    return tinygpt.refuse_non_finite(path, found)
+
+
+# == 6  command line ===================================================================================================
 
 
 def main(argv=None):

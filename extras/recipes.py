@@ -38,6 +38,24 @@ def published_recipe(size, cfg):
     return found | ({"batch_size": max(1, tokens // cfg.seq_len)} if tokens else {})
 
 
+SOURCES = {  # of a size whose name begins like this
+    "graphcore": "Graphcore's TinyStories notebook",
+    "gpt-tinystories": "gpt-tinystories",
+    "tinystories": "Eldan & Li 2023, arXiv:2305.07759 (GPT-Neo)",
+    "gpt2": "Radford et al. 2019",
+    **dict.fromkeys(("2m", "7m", "30m"), "StoryLlamas"),
+    **dict.fromkeys(("39m", "300m"), "lilLM"),
+    "88m": "StoryLlama",
+    **dict.fromkeys(("260k", "15m", "42m", "110m"), "llama2.c"),
+    "17m-cs336": "Stanford CS336, assignment 1",
+}
+
+
+def source_of(size):
+    """Who built it."""
+    return next((source for start, source in SOURCES.items() if size.startswith(start)), "this project")
+
+
 def list_sizes():
     """Print every size: parameters, cost, memory of a training process, source; then the fields that --set changes."""
     bpe.say(f"{'size':20} {'parameters':>12} {'no embedding':>13} {'MFLOP/token':>12} {'MiB':>7}  from")
@@ -45,7 +63,7 @@ def list_sizes():
         total, _, inner = tinygpt.count_parameters(cfg)
         micro_batch_size = train.usual_micro_batch(train.Settings.batch_size, cfg.seq_len)
         memory, flops = plan.memory_needed(cfg, micro_batch_size) / 2**20, tinygpt.flops_per_token(cfg) / 1e6
-        bpe.say(f"{size:20} {total:12,} {inner:13,} {flops:12,.1f} {memory:7,.0f}  {tinygpt.source_of(size)}")
+        bpe.say(f"{size:20} {total:12,} {inner:13,} {flops:12,.1f} {memory:7,.0f}  {source_of(size)}")
     bpe.say("\n--set takes, for any size:")
     for field in fields(tinygpt.Config):
         choices = tinygpt.CHOICES.get(field.name)

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import LONG, trained, workshop, write_stories
+from tiers import WITHOUT_FAST, fast
 
 import bpe
-import fast
 import tinygpt
-from fast import bf16
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a shell: there is Ctrl-C to test
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+collect_ignore = ["test_kernels.py", "test_tiles.py", "test_words.py"] if WITHOUT_FAST else []  # tests of fast/
 
 
 def tiny_config(**changes):
@@ -113,7 +115,9 @@ TABLES = ("numpy", "numba", "fast", "fast-bf16")
 
 def ops_of(name):
     """The table of a name in TABLES; what multiplies float32 in "fast-bf16" is said in the fixture `stand_in`."""
-    return {**tinygpt.OPS, "fast": fast.FLOAT32, "fast-bf16": fast.BFLOAT16}[name]
+    if name in tinygpt.OPS:
+        return tinygpt.OPS[name]
+    return fast.FLOAT32 if name == "fast" else fast.BFLOAT16
 
 
 def run_model(cfg, table, B, T, dtype, space=False, seed=0, dropout=None):
@@ -188,7 +192,8 @@ def mutant(function, old, new):
 @pytest.fixture(scope="session", autouse=True)
 def stand_in():
     """The table "fast-bf16" multiplies float32 with the stand-in where there is no matrix unit; train.py does not."""
-    bf16.KINDS["float32"] = "stand-in" if bf16.why_not() else "amx"
+    if not WITHOUT_FAST:
+        fast.bf16.KINDS["float32"] = "stand-in" if fast.bf16.why_not() else "amx"
 
 
 @pytest.fixture

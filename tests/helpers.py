@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import WITHOUT_FAST, fast
 
 import bpe
-import fast
 import tinygpt
 import train
 from extras import stories
-from fast import merges, words
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 --batch-size 2 --threads 1".split()
@@ -57,7 +56,8 @@ def workshop(folder):
         patch.setattr(train, "Settings", SmallSettings)
         patch.setitem(sys.modules, "matplotlib", None)
         patch.setattr(train, "measure_peak", lambda: 1e11)
-        patch.setattr(fast, "why_no_bf16", lambda: "there are no tiles in this workshop")
+        if not WITHOUT_FAST:
+            patch.setattr(fast, "why_no_bf16", lambda: "there are no tiles in this workshop")
         tinygpt.set_threads(1)
         try:
             yield folder
@@ -251,7 +251,7 @@ def gpt2_json(**model):
 def by_kernels(tokenizer, texts):
     """The ids of each text, all of them in one call of the kernel."""
     segments = [(bpe.bytes_of(text), tokenizer.end) for text in texts]
-    ids = tokenizer.compiled(bpe.LONG).encode(words.Batch(segments)).tolist()
+    ids = tokenizer.compiled(bpe.LONG).encode(fast.words.Batch(segments)).tolist()
     found, start = [], 0
     for _ in texts:  # the specials are text here, so that END only ends
         stop = ids.index(tokenizer.end, start)
@@ -263,7 +263,7 @@ def by_kernels(tokenizer, texts):
 
 def train_compiled(texts, num_merges):
     """bpe.train by fast/merges.py, however short the texts are."""
-    return merges.train(bpe.as_pieces(texts), num_merges)
+    return fast.merges.train(bpe.as_pieces(texts), num_merges)
 
 
 def write(path, data):

@@ -29,9 +29,9 @@ from helpers import (
     with_specials,
     write,
 )
+from tiers import fast
 
 import bpe
-from fast import merges, words
 
 END = bpe.END
 
@@ -60,9 +60,9 @@ def test_all_trainers_find_the_same_merges_on_random_corpora():
 
 
 def test_a_long_text_is_counted_and_merged_by_compiled_code(monkeypatch):
-    want, called, compiled = bpe.train(STORIES, 100), [], merges.train
+    want, called, compiled = bpe.train(STORIES, 100), [], fast.merges.train
     monkeypatch.setattr(bpe, "TRAIN_LONG", 100)
-    monkeypatch.setattr(merges, "train", lambda *args: called.append(args) or compiled(*args))
+    monkeypatch.setattr(fast.merges, "train", lambda *args: called.append(args) or compiled(*args))
     assert bpe.train(iter(STORIES), 100) == want and called
     monkeypatch.setattr(bpe, "find_fast", lambda name: None)  # without fast/
     assert bpe.train(iter(STORIES), 100) == want and len(called) == 1
@@ -605,7 +605,7 @@ def test_more_than_65536_entries_take_four_bytes_an_id(tmp_path):
 
 
 def test_two_threads_write_the_bytes_of_one(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(words.batches, "__defaults__", (1 << 10,))
+    monkeypatch.setattr(fast.words.batches, "__defaults__", (1 << 10,))
     monkeypatch.setattr(bpe, "LONG", 1 << 11)
     stories = [f"{i} {STORIES[i % 4]}" for i in range(200)]
     done = []

@@ -13,6 +13,7 @@ import pytest
 from conftest import random_parameters, tiny_config
 
 import tinygpt
+from extras import convert
 from tinygpt import load_checkpoint, read_safetensors, save_checkpoint, write_aside, write_safetensors
 
 CFG = tiny_config()
@@ -394,7 +395,7 @@ def test_a_model_of_llama2c_is_read_as_the_same_model(tmp_path, tied):
     cfg = tinygpt.Config(**tinygpt.LLAMA, **shape)
     flat = tinygpt.init_parameters(cfg, 0)
     llama2c_file(tmp_path / "model.bin", cfg, flat)
-    found = tinygpt.load_checkpoint(tmp_path / "model.bin")
+    found = convert.load_llama2c(tmp_path / "model.bin")
     assert found.cfg == cfg and found.tokenizer == ""
     assert np.array_equal(found.parameters, flat)
 
@@ -405,8 +406,8 @@ def test_a_model_of_llama2c_that_is_cut_short_is_refused(tmp_path):
     data = (tmp_path / "model.bin").read_bytes()
     for size in (0, 20, 28, len(data) - 1):
         (tmp_path / "model.bin").write_bytes(data[:size])
-        with pytest.raises(ValueError, match="not a checkpoint"):
-            tinygpt.load_checkpoint(tmp_path / "model.bin")
+        with pytest.raises(ValueError, match="is not a model of llama2.c: "):
+            convert.load_llama2c(tmp_path / "model.bin")
 
 
 # -- files that several processes write

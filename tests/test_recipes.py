@@ -12,7 +12,7 @@ from extras import recipes
 
 def test_published_recipes_are_complete():
     for size, cfg in tinygpt.SIZES.items():
-        if tinygpt.source_of(size) in ("this project", "Radford et al. 2019", "Stanford CS336, assignment 1"):
+        if recipes.source_of(size) in ("this project", "Radford et al. 2019", "Stanford CS336, assignment 1"):
             continue
         recipe = recipes.published_recipe(size, cfg)
         assert "lr" in recipe and set(recipe) <= {field.name for field in dataclasses.fields(train.Settings)}

@@ -145,13 +145,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(tmp_path, kernels
 INJECT = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
-import bpe, fast, tinygpt, train
+import bpe, tinygpt, train
 from extras import curve, locks, plan, summary
 what, stride, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 sys.modules["matplotlib"] = None
 train.measure_peak = lambda: 1e11
 train.Run.save_seconds = property(lambda run: 0.0, lambda run, seconds: None)  # after every update: equal calls
-fast.POOL.resize(1)
+tinygpt.set_threads(1)
 calls, number = [], None
 
 def call(name, act, half=lambda: None):

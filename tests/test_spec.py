@@ -24,8 +24,8 @@ from conftest import (
     relative,
     tiny_config,
 )
+from tiers import fast
 
-import fast
 import tinygpt
 from tinygpt import OPS, SIZES, Config
 

@@ -25,9 +25,9 @@ from conftest import (
     run_model,
     tiny_config,
 )
+from tiers import fast
 
 import tinygpt
-from fast import POOL, embed, workspace
 from tinygpt import OPS, Decoding, Dropout
 
 LIMIT = 1e-6  # of gradient_error, for central differences at h = 1e-5
@@ -249,8 +249,8 @@ def test_kernels_draw_the_masks_of_the_spec(dtype):
     B, T, C = 3, 101, 37
     for site, rate in ((0, 0.1), (2, 0.5), (3, 0.9)):
         dropout, ones, found = Dropout(4, 9, 6, 2), np.ones((B * T, C), dtype), np.empty((B * T, C), dtype)
-        tasks = B * workspace.blocks(T, workspace.ROW_BLOCK)
-        POOL.run(embed.drop_kernel, tasks, ones, T, *workspace.mask_of(dropout, site, rate, B), found)
+        tasks = B * fast.workspace.blocks(T, fast.workspace.ROW_BLOCK)
+        fast.POOL.run(fast.embed.drop_kernel, tasks, ones, T, *fast.workspace.mask_of(dropout, site, rate, B), found)
         assert np.array_equal(found.reshape(B, T, C), dropout.keep(site, rate, (B, T, C), dtype))
 
 

@@ -38,9 +38,9 @@ from helpers import (
     trained,
     write_stories,
 )
+from tiers import fast
 
 import bpe
-import fast
 import tinygpt
 import train
 from extras import stories
