@@ -13,8 +13,8 @@ from numba.extending import intrinsic
 
 from fast.embed import drop_kernel
 from fast.jit import ordered_part, part
-from fast.panels import lay_turned, panels_of, product_of_panels, weight_gradient
-from fast.products import PANEL_SIZE, copy_rows, product, transpose_rows
+from fast.panels import pack_transposed, panels_of, product_of_panels, weight_gradient
+from fast.products import copy_rows, product, transpose_rows
 from fast.rows import add_bias, drop_row, exp, mixed, norm_rows, norm_rows_backward, set_rows
 from fast.threads import POOL, kernel
 from fast.workspace import (
@@ -29,8 +29,9 @@ from fast.workspace import (
     layer_space,
     mask_of,
     norm_of,
-    scratch_of,
+    thread_scratch,
     whole_vectors,
+    work_of,
 )
 from tinygpt import ATTENTION_SITE, OUT_SITE, alibi_slopes, layer_window, rotation
 
@@ -144,12 +145,12 @@ def place_backward(dx, qk, b, h, first, gains, eps, cos, sin, half, total, scrat
 @kernel
 def qkv_kernel(
     task, slot, x, kind, norm_w, norm_b, eps, panels, b, T, heads, at, qk, q_norm, k_norm, qk_eps, cos, sin, half,
-    stats, qkv, scratch,
+    stats, qkv, work,
 ):  # fmt: skip
     """x (N, C) -> qkv (N, H + 2 G, D) = norm(x) w + b, q and k placed, heads = H, G of them, the first row at position
     `at`; stats (2, N) = mean, rstd."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    panel, rest = thread_scratch(work, slot)
     n, y = rest[: (stop - start) * x.shape[1]].reshape(stop - start, x.shape[1]), qkv.reshape(len(qkv), b.size)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
     set_rows(b, y, start, stop, 0, y.shape[1])
@@ -200,7 +201,7 @@ def scale_columns(x, scale):
 
 @kernel
 def attention_kernel(
-    task, slot, qkv, H, kv, k_at, v_at, S, scale, slopes, window, keys, threshold, keep, o, o_T, lse, scratch
+    task, slot, qkv, H, kv, k_at, v_at, S, scale, slopes, window, keys, threshold, keep, o, o_T, lse, work
 ):  # fmt: skip
     """One head of one sequence: q in qkv (B, T, heads, D), S keys in kv[:, :S, k_at + g], values in v_at + g -> o
     (B, T, H, D), o_T (blocks, H D, SCORE_BLOCK), lse (B, H, T). Section 2.4, SCORE_BLOCK queries at a time, all in
@@ -208,7 +209,7 @@ def attention_kernel(
     (_, T, _, D), zero, one = qkv.shape, qkv.dtype.type(0), qkv.dtype.type(1)
     b, h = task // H, task % H
     g, slope = h // (H // (v_at - k_at)), slopes[h]
-    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    panel, rest = thread_scratch(work, slot)
     v, rest = gathered(kv, b, S, v_at + g, rest)
     for first in range(0, T, SCORE_BLOCK):
         last = min(first + SCORE_BLOCK, T)
@@ -253,15 +254,15 @@ def attention_kernel(
 
 
 @kernel
-def linear_residual_kernel(task, slot, x, o, panels, b, T, keys, threshold, keep, y, scratch):
+def linear_residual_kernel(task, slot, x, o, panels, b, T, keys, threshold, keep, y, work):
     """y (N, M) = x + mask * (o w + b)."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     if threshold == 0:
         add_bias(x[start:stop], b, y[start:stop])
-        product_of_panels(o[start:stop], panels, y[start:stop], True, scratch[slot])
+        product_of_panels(o[start:stop], panels, y[start:stop], True, thread_scratch(work, slot)[0])
     else:
         set_rows(b, y, start, stop, 0, y.shape[1])
-        product_of_panels(o[start:stop], panels, y[start:stop], True, scratch[slot])
+        product_of_panels(o[start:stop], panels, y[start:stop], True, thread_scratch(work, slot)[0])
         drop_and_add(x, y, start, stop, T, keys, threshold, keep)
 
 
@@ -276,22 +277,22 @@ def drop_and_add(x, y, start, stop, T, keys, threshold, keep):
 
 
 @kernel
-def linear_backward_kernel(task, slot, dy, panels, T, dx, scratch):
+def linear_backward_kernel(task, slot, dy, panels, T, dx, work):
     """dx (N, K) = dy (N, M) w^T, by panels of w^T."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    product_of_panels(dy[start:stop], panels, dx[start:stop], False, scratch[slot])
+    product_of_panels(dy[start:stop], panels, dx[start:stop], False, thread_scratch(work, slot)[0])
 
 
 @kernel
 def attention_backward_kernel(
     task, slot, qkv, H, G, scale, slopes, window, keys, threshold, keep, o_T, lse, do, qk, q_norm, k_norm, eps, cos,
-    sin, half, dqkv, sums, scratch,
+    sin, half, dqkv, sums, work,
 ):  # fmt: skip
     """The heads of one sequence that share keys: qkv, dqkv (B, T, H + 2 G, D), do (B, T, H, D), o_T and lse as above; p
     and ds (keys, queries). Backward through the places of q and k; sums (B G, 2, D) of the gradients of the gains."""
     (_, T, _, D), zero, kept = qkv.shape, do.dtype.type(0), do.dtype.type(keep)
     b, g, scale = task // G, task % G, do.dtype.type(scale)
-    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    panel, rest = thread_scratch(work, slot)
     all_k, rest = gathered(qkv, b, T, H + g, rest)
     all_v, rest = gathered(qkv, b, T, H + G + g, rest)
     sums_of_rows, rest = rest[: 2 * T * D], rest[2 * T * D :]
@@ -352,18 +353,18 @@ def attention_backward_kernel(
 
 @kernel
 def linear_norm_backward_kernel(
-    task, slot, dy, dlinear, panels, x, kind, norm_w, norm_b, stats, T, dx, n_T, sums, scratch
+    task, slot, dy, dlinear, panels, x, kind, norm_w, norm_b, stats, T, dx, n_T, sums, work
 ):  # fmt: skip
     """dx (N, C) = dy + norm_backward(dlinear w^T), n_T (tasks, C', ROW_BLOCK) = norm(x) again, sums (tasks, 2, C) of
     the norm's."""
     start, stop = block_rows(task, T, ROW_BLOCK)
-    panel, rest, (rows, C) = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:], (stop - start, x.shape[1])
+    (panel, rest), (rows, C) = thread_scratch(work, slot), (stop - start, x.shape[1])
     dn, n = rest[: rows * C].reshape(rows, C), rest[rows * C : 2 * rows * C].reshape(rows, C)
     product_of_panels(dlinear[start:stop], panels, dn, False, panel)
     copy_rows(dy[start:stop], dx[start:stop])
     mean, rstd = stats[0, start:stop], stats[1, start:stop]
     norm_rows_backward(kind, dn, x[start:stop], norm_w, norm_b, mean, rstd, dx[start:stop], n, sums[task])
-    lay_turned(n, n_T[task, :C], panel)
+    pack_transposed(n, n_T[task, :C], panel[1])
 
 
 def attention_arguments(cfg, index, mask, dtype):
@@ -392,22 +393,22 @@ def place_arguments(p, s, cfg):
 def attention_layer_forward_kernels(x, p, cfg, ops, index=0, past=None, dropout=None):
     (B, T, C), (H, G, D) = x.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     tasks, s = B * blocks(T, ROW_BLOCK), layer_space(ops, cfg, x, index)
-    x_NC, stats, scratch = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), scratch_of(s)
+    x_NC, stats, work = np.ascontiguousarray(x).reshape(-1, C), s["norm1"].reshape(2, -1), work_of(s)
     qkv, o, y, start = s["qkv"], s["o"], s["attended"], past[1] if past is not None else 0
     linear = (panels_of(p["qkv_w"], s), biases(p, "qkv_b", cfg.qkv_width))
     heads = (H, G) if cfg.qk_norm or cfg.positions.startswith("rope") else (0, 0)
     inputs = (x_NC, *norm_of(p, "norm1", cfg), *linear, T, heads, start, *place_arguments(p, s, cfg))
-    POOL.run(qkv_kernel, tasks, *inputs, stats, qkv.reshape(B * T, -1, D), scratch)
+    POOL.run(qkv_kernel, tasks, *inputs, stats, qkv.reshape(B * T, -1, D), work)
     kv, k_at, S = qkv, H, T
     if past is not None:
         past[0][:, start : start + T] = qkv[:, :, H:].reshape(B, T, 2, G, D)
         kv, k_at, S = past[0].reshape(B, -1, 2 * G, D), 0, start + T
     mask = mask_of(dropout, ATTENTION_SITE, cfg.attention_dropout, B)
     arguments = attention_arguments(cfg, index, mask, qkv.dtype)
-    POOL.run(attention_kernel, B * H, qkv, H, kv, k_at, k_at + G, S, *arguments, o, s["o_T"], s["lse"], scratch)
+    POOL.run(attention_kernel, B * H, qkv, H, kv, k_at, k_at + G, S, *arguments, o, s["o_T"], s["lse"], work)
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
     linear = (o.reshape(B * T, -1), panels_of(p["out_w"], s), biases(p, "out_b", C))
-    POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), scratch)
+    POOL.run(linear_residual_kernel, tasks, x_NC, *linear, T, *out_mask, y.reshape(-1, C), work)
     return y, (x_NC, s, arguments, out_mask)
 
 
@@ -423,31 +424,31 @@ def masked(dy_NC, mask, s, T):
 def attention_layer_backward_kernels(dy, cache, p, g, cfg, ops, index=0):
     x_NC, s, arguments, out_mask = cache
     (B, T, C), (H, G, D) = dy.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
-    tasks, scratch, N, HD = B * blocks(T, ROW_BLOCK), scratch_of(s), B * T, H * D
+    tasks, work, N, HD = B * blocks(T, ROW_BLOCK), work_of(s), B * T, H * D
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
     do, dqkv = s["do"], s["dqkv"]
 
     dout = masked(dy_NC, out_mask, s, T)
-    out_w_T = panels_of(p["out_w"], s, turned=True)
-    POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), scratch)
-    weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], scratch)
+    out_w_T = panels_of(p["out_w"], s, transposed=True)
+    POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), work)
+    weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], work)
 
-    outputs = (dqkv, s["qk_sums"], scratch)
+    outputs = (dqkv, s["qk_sums"], work)
     inputs = (s["qkv"], H, G, *arguments, s["o_T"], s["lse"], do, *place_arguments(p, s, cfg))
     POOL.run(attention_backward_kernel, B * G, *inputs, *outputs)
     if cfg.qk_norm:
         add_sums(s["qk_sums"], g["q_norm_w"], g["k_norm_w"])
 
     dqkv_NM = dqkv.reshape(N, -1)
-    qkv_w_T = panels_of(p["qkv_w"], s, turned=True)
+    qkv_w_T = panels_of(p["qkv_w"], s, transposed=True)
     dx = norm_backward_kernels(dy_NC, dqkv_NM, qkv_w_T, x_NC, norm_of(p, "norm1", cfg), s["norm1"], T, s["dx"][1], s)
-    weight_gradient(s["n_T"], T, dqkv_NM, g["qkv_w"], g["qkv_b"], scratch)
+    weight_gradient(s["n_T"], T, dqkv_NM, g["qkv_w"], g["qkv_b"], work)
     add_sums(s["sums"], g["norm1_w"], g["norm1_b"])
     return dx
 
 
 def norm_backward_kernels(dy_NC, dlinear, w_T, x_NC, norm, stats, T, dx, s):
     """dx (B, T, C) = dy + norm_backward(dlinear w^T)."""
-    tail = (w_T, x_NC, *norm[:3], stats.reshape(2, -1), T, dx.reshape(x_NC.shape), s["n_T"], s["sums"], scratch_of(s))
+    tail = (w_T, x_NC, *norm[:3], stats.reshape(2, -1), T, dx.reshape(x_NC.shape), s["n_T"], s["sums"], work_of(s))
     POOL.run(linear_norm_backward_kernel, len(s["sums"]), dy_NC, dlinear, *tail)
     return dx

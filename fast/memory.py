@@ -81,6 +81,16 @@ def poke(typing_context, address, index, value):
     return types.void(types.intp, types.intp, value), build
 
 
+@intrinsic
+def size_of(typing_context, zero):
+    """Bytes of an element of the type of zero."""
+
+    def build(context, builder, signature, args):
+        return I64(context.get_abi_sizeof(context.get_value_type(zero)))
+
+    return types.intp(zero), build
+
+
 def array_of(like, axes):
     """(numba type, its build) of an array at an address, with lengths; elements are of the type of `like`, or of those
     of the array `like`."""

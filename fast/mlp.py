@@ -7,8 +7,7 @@ of the hidden layer only the values before the activation are kept. Order: the t
 import numpy as np
 
 from fast.attention import drop_and_add, masked, norm_backward_kernels
-from fast.panels import lay_turned, panels_of, product_of_panels, weight_gradient
-from fast.products import PANEL_SIZE
+from fast.panels import pack_transposed, panels_of, product_of_panels, weight_gradient
 from fast.rows import ACTIVATION, SWIGLU, activation_rows, activation_rows_backward, add_bias, norm_rows, set_rows
 from fast.threads import POOL, kernel
 from fast.workspace import (
@@ -21,7 +20,8 @@ from fast.workspace import (
     layer_space,
     mask_of,
     norm_of,
-    scratch_of,
+    thread_scratch,
+    work_of,
 )
 from tinygpt import MLP_SITE
 
@@ -29,14 +29,14 @@ from tinygpt import MLP_SITE
 @kernel
 def mlp_kernel(
     task, slot, x, kind, norm_w, norm_b, eps, activation, up, up_b, down, down_b, T, keys, threshold, keep,
-    stats, h, y, scratch,
+    stats, h, y, work,
 ):  # fmt: skip
     """y (N, C) = x + mask * (f(norm(x) up_w + up_b) down_w + down_b), the weights by panels; keeps h (N, F) before the
     activation."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     (rows, C), columns = (stop - start, x.shape[1]), up.shape[2]
     F = h.shape[1] // 2 if activation == SWIGLU else h.shape[1]
-    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    panel, rest = thread_scratch(work, slot)
     n = rest[: rows * C].reshape(rows, C)
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
     if threshold == 0:
@@ -58,19 +58,19 @@ def mlp_kernel(
 
 
 @kernel
-def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a_T, dh, scratch):
+def mlp_backward_kernel(task, slot, dy, h, activation, down_T, T, a_T, dh, work):
     """dh (N, F) = df(h) * (dy down_w^T), and a_T (tasks, F', ROW_BLOCK) = f(h) again; down_w^T by panels."""
     start, stop = block_rows(task, T, ROW_BLOCK)
     rows, columns = stop - start, down_T.shape[2]
     F = h.shape[1] // 2 if activation == SWIGLU else h.shape[1]
-    panel, rest = scratch[slot, :PANEL_SIZE], scratch[slot, PANEL_SIZE:]
+    panel, rest = thread_scratch(work, slot)
     for f in range(0, F, HIDDEN_BLOCK):
         width = min(HIDDEN_BLOCK, F - f)
         da, a = rest[: rows * width].reshape(rows, width), rest[rows * width : 2 * rows * width].reshape(rows, width)
         panels = down_T[f // columns : blocks(f + width, columns)]
         product_of_panels(dy[start:stop], panels, da, False, panel)
         activation_rows_backward(activation, h, da, start, f, F, a, dh)
-        lay_turned(a, a_T[task, f : f + width], panel)
+        pack_transposed(a, a_T[task, f : f + width], panel[1])
 
 
 def mlp_layer_forward_kernels(x, p, cfg, ops, index=0, dropout=None):
@@ -82,22 +82,22 @@ def mlp_layer_forward_kernels(x, p, cfg, ops, index=0, dropout=None):
     weights = (up, biases(p, "up_b", cfg.up_width), down, biases(p, "down_b", C))
     mask = mask_of(dropout, MLP_SITE, cfg.mlp_dropout, B)
     inputs = (x_NC, *norm_of(p, "norm2", cfg), ACTIVATION[cfg.mlp], *weights, T, *mask)
-    outputs = (s["norm2"].reshape(2, -1), h, y.reshape(-1, C), scratch_of(s))
+    outputs = (s["norm2"].reshape(2, -1), h, y.reshape(-1, C), work_of(s))
     POOL.run(mlp_kernel, B * blocks(T, ROW_BLOCK), *inputs, *outputs)
     return y, (x_NC, s, mask)
 
 
 def mlp_layer_backward_kernels(dy, cache, p, g, cfg, ops, index=0):
     x_NC, s, mask = cache
-    (B, T, C), scratch = dy.shape, scratch_of(s)
+    (B, T, C), work = dy.shape, work_of(s)
     dy_NC = np.ascontiguousarray(dy).reshape(-1, C)
     h, dh, a_T = s["h"].reshape(B * T, -1), s["dh"].reshape(B * T, -1), s["a_T"]
     dout = masked(dy_NC, mask, s, T)
-    down_w_T = panels_of(p["down_w"], s, turned=True)
-    POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a_T, dh, scratch)
-    weight_gradient(a_T, T, dout, g["down_w"], g["down_b"], scratch)
-    up_w_T = panels_of(p["up_w"], s, turned=True)
+    down_w_T = panels_of(p["down_w"], s, transposed=True)
+    POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a_T, dh, work)
+    weight_gradient(a_T, T, dout, g["down_w"], g["down_b"], work)
+    up_w_T = panels_of(p["up_w"], s, transposed=True)
     dx = norm_backward_kernels(dy_NC, dh, up_w_T, x_NC, norm_of(p, "norm2", cfg), s["norm2"], T, s["dx"][0], s)
-    weight_gradient(s["n_T"], T, dh, g["up_w"], g["up_b"], scratch)
+    weight_gradient(s["n_T"], T, dh, g["up_w"], g["up_b"], work)
     add_sums(s["sums"], g["norm2_w"], g["norm2_b"])
     return dx

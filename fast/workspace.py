@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from fast.jit import part
-from fast.products import DEPTH, PANEL_SIZE, TILE_ROWS, provide_product
+from fast.products import BUFFER_SIZE, DEPTH, TILE_ROWS, provide_product
 from fast.rows import KERNEL_NORMS
 from fast.threads import POOL, kernel
 from tinygpt import CACHE_LINE, Tensor, aligned, views
@@ -24,15 +24,18 @@ SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
 HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
 HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
 HEAD_WORDS = DEPTH // TILE_ROWS * TILE_ROWS  # of the vocabulary, whose logits are worked on while they are in a cache
-TILED_HEAD_WORDS = 1024  # as many in a larger cache, where packing takes the time
+BF16_HEAD_WORDS = 1024  # as many in a larger cache, where packing takes the time
 LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
 HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
-LAID = 64  # columns that a task packs for bf16.py; rows and columns of packed matrices are multiples of it
+PACK_BLOCK = 64  # columns that a task packs for bf16.py; rows and columns of packed matrices are multiples of it
 
 
-def laid_size(n):
+NO_DRIVERS = np.zeros((0, 1), np.int64)
+
+
+def packed_length(n):
     """Rows or columns of a packed matrix that holds n."""
-    return blocks(n, LAID) * LAID
+    return blocks(n, PACK_BLOCK) * PACK_BLOCK
 
 
 @part
@@ -60,13 +63,13 @@ def workspace_layout(cfg, B, T, recompute=False):
     With `recompute` layers keep their sublayers' outputs only, and share the rest."""
     C, L, H, V, S = cfg.width, cfg.layers, cfg.heads, cfg.vocab_size, cfg.seq_len
     D, F, U, Q, HD = cfg.head_width, cfg.hidden, cfg.up_width, cfg.qkv_width, cfg.heads * cfg.head_width
-    wide, high = HIDDEN_BLOCK, LAID  # at most: what panels of K rows and M columns add to each
+    wide, high = HIDDEN_BLOCK, PACK_BLOCK  # at most: what panels of K rows and M columns add to each
     mlp = max((C + high) * (U + 2 * wide) + (F + high) * (C + wide), (U + high) * (C + wide))
     attention = max((K + high) * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
-    panels = max(mlp, attention, laid_size(V) * (laid_size(C) + blocks(C, wide) * min(wide, laid_size(C))))
+    panels = max(mlp, attention, packed_length(V) * (packed_length(C) + blocks(C, wide) * min(wide, packed_length(C))))
     scores = 4 * S * D + max((2 * D + 2 + max(2 * S, D + 2)) * SCORE_BLOCK, 2 * (D + 1) * whole_vectors(S))
     head = (2 * C + TILE_ROWS + 4) * HEAD_BLOCK
-    scratch = PANEL_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C)), D * (ROW_BLOCK + LOOP), scores, head)
+    scratch = BUFFER_SIZE + max(ROW_BLOCK * (C + max(2 * HIDDEN_BLOCK, C)), D * (ROW_BLOCK + LOOP), scores, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered
@@ -95,8 +98,8 @@ def workspace_layout(cfg, B, T, recompute=False):
         ("sums", (tasks, 2, C), False),
         ("qk_sums", (B * cfg.kv_heads, 2, D), False),
         ("head_sums", (head_tasks, 2, C), False),
-        ("n_T", (tasks, laid_size(C), ROW_BLOCK), False),  # these three may be packed for bf16.py
-        ("a_T", (tasks, laid_size(F), ROW_BLOCK), False),
+        ("n_T", (tasks, packed_length(C), ROW_BLOCK), False),  # these three may be packed for bf16.py
+        ("a_T", (tasks, packed_length(F), ROW_BLOCK), False),
         ("panels", (panels,), False),  # of the weights at work
         ("scratch", (POOL.threads, scratch), False),
     ]
@@ -109,12 +112,13 @@ def workspace_layout(cfg, B, T, recompute=False):
     return table
 
 
-def make_workspace(cfg, B, T, dtype, recompute=False):
-    """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones."""
+def make_workspace(cfg, B, T, dtype, recompute=False, drivers=None):
+    """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones. "drivers"
+    (threads, words) int64 holds what `product` is told of each thread's driver; no rows: products are in float32."""
     provide_product(np.dtype(dtype).name)
     table = workspace_layout(cfg, B, T, recompute)
     flat = aligned(table[-1].offset + math.prod(table[-1].shape), dtype)
-    space = views(table, flat, cfg.layers)
+    space = views(table, flat, cfg.layers) | {"drivers": NO_DRIVERS if drivers is None else drivers}
     for layer in space["layers"]:
         layer.update((name, view) for name, view in space.items() if name != "layers")
     return space
@@ -154,12 +158,25 @@ def mask_of(dropout, site, rate, B):
     return dropout.keys(site, B), np.uint32(rate * 2**32), 1 / (1 - rate)
 
 
-def scratch_of(space):
-    """The threads' scratch (threads, size); ValueError if there are more threads than when it was made."""
+def work_of(space):
+    """(scratch (threads, size), drivers): what kernels work in; ValueError if the pool has grown since it was made."""
     if len(space["scratch"]) < POOL.threads:
         made = len(space["scratch"])
         raise ValueError(f"workspace has scratch for {made} threads, the pool has {POOL.threads}; make another")
-    return space["scratch"]
+    return space["scratch"], space["drivers"]
+
+
+def uses_bf16(work):
+    """True if products with this scratch go through the driver of bf16.py."""
+    return len(work[1]) > 0
+
+
+@part
+def thread_scratch(work, slot):
+    """(panel, rest) of a thread: panel = (buffer, driver) is what `product` needs, `rest` is for the kernel to use."""
+    scratch, drivers = work
+    driver = np.int64(drivers[slot].ctypes.data) if len(drivers) > 0 else np.int64(0)
+    return (scratch[slot, :BUFFER_SIZE], driver), scratch[slot, BUFFER_SIZE:]
 
 
 def space_of(ops, cfg, B, T, dtype):

@@ -357,7 +357,7 @@ def test_products_of_kernels_stay_theirs_whatever_they_leave_in_their_buffers(dt
     for _ in range(2):
         batch, (_, g) = random_batch(cfg, 2, 50, dtype=dtype), tinygpt.zero_gradients(cfg, dtype)
         tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
-        assert not panels.uses_bf16(ops.space["scratch"])
+        assert not workspace.uses_bf16(workspace.work_of(ops.space))
 
 
 def guarded(rng, rows, columns, dtype, guard):
@@ -369,12 +369,10 @@ def guarded(rng, rows, columns, dtype, guard):
 
 def call_product(a, b, c, add):
     """products.product, compiled once by itself."""
-    panel = np.full(products.PANEL_SIZE, np.nan, c.dtype)
-    panel[: products.HEADER] = 0
+    buffer = np.full(products.BUFFER_SIZE, np.nan, c.dtype)
     strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    products.provide_product(c.dtype.name)[0].ctypes(
-        *strides, *c.shape, a.shape[1], int(add), panel.ctypes.data, c.itemsize, 0.0
-    )
+    compiled = products.provide_product(c.dtype.name)["product"]
+    compiled.ctypes(*strides, *c.shape, a.shape[1], int(add), buffer.ctypes.data)
 
 
 def check_product(M, K, N, dtype, seed, transposed, add, product=call_product):
@@ -436,11 +434,11 @@ def test_product_as_kernels_call_it_is_the_same(dtype):
     matrix = numba.from_dtype(np.dtype(dtype))[:, :]
 
     @numba.njit([(matrix, matrix, matrix, numba.boolean, matrix)])
-    def jitted(a, b, c, add, panel):
-        products.product(a, b, c, add, panel[0])
+    def jitted(a, b, c, add, buffers):
+        products.product(a, b, c, add, (buffers[0], 0))
 
     def product(a, b, c, add):
-        jitted(a, b, c, add, np.zeros((1, products.PANEL_SIZE), dtype))
+        jitted(a, b, c, add, np.full((1, products.BUFFER_SIZE), np.nan, dtype))
 
     for seed in range(4):
         check_product(13, 130, 75, dtype, seed, seed > 1, seed % 2 == 1, product)
@@ -452,7 +450,8 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
     products.provide_product(np.dtype(dtype).name)
     rng = np.random.default_rng(0)
     x, dy, dw = (rng.standard_normal(shape).astype(dtype) for shape in ((N, K), (N, M), (K, M)))
-    db, scratch = rng.standard_normal(M).astype(dtype), np.zeros((POOL.threads, products.PANEL_SIZE), dtype)
+    db, scratch = rng.standard_normal(M).astype(dtype), np.empty((POOL.threads, products.BUFFER_SIZE), dtype)
+    work = scratch, workspace.NO_DRIVERS
     expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
     in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
 
@@ -464,12 +463,12 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
             block[:, : last - first] = x[first:last].T
         return x_T, T
 
-    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, scratch)
+    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, work)
     limit = 100 * np.finfo(dtype).eps
     assert relative(dw, expected_dw) < limit and relative(db, expected_db) < limit
     for rows in (slice(0, half), slice(half, N)):
         if x[rows].size:
-            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, scratch)
+            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, work)
     assert in_two_dw.tobytes() == dw.tobytes() and in_two_db.tobytes() == db.tobytes()
 
 
