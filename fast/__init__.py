@@ -29,12 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from fast import bf16
-from fast.attention import attention_layer_backward_kernels, attention_layer_forward_kernels
+from fast.attention import attention_layer_backward_fast, attention_layer_forward_fast
 from fast.decode import Steps
-from fast.embed import embed_backward_kernels, embed_forward_kernels
-from fast.head import head_kernel, head_logits_kernels, head_loss_kernels
+from fast.embed import embed_backward_fast, embed_forward_fast
+from fast.head import head_kernel, head_logits_fast, head_loss_fast
 from fast.jit import STAMP, remove_old_kernels
-from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
+from fast.mlp import mlp_layer_backward_fast, mlp_layer_forward_fast
 from fast.threads import POOL, kernel, serve
 from fast.workspace import make_workspace, workspace_layout
 from tinygpt import Ops, init_parameters, layout, loss_and_gradients, scaled_down, views, with_buffers, zero_gradients
@@ -53,14 +53,14 @@ __all__ = [
 
 FLOAT32 = Ops(
     "fast",
-    embed_forward=embed_forward_kernels,
-    embed_backward=embed_backward_kernels,
-    attention_layer_forward=attention_layer_forward_kernels,
-    attention_layer_backward=attention_layer_backward_kernels,
-    mlp_layer_forward=mlp_layer_forward_kernels,
-    mlp_layer_backward=mlp_layer_backward_kernels,
-    head_logits=head_logits_kernels,
-    head_loss=head_loss_kernels,
+    embed_forward=embed_forward_fast,
+    embed_backward=embed_backward_fast,
+    attention_layer_forward=attention_layer_forward_fast,
+    attention_layer_backward=attention_layer_backward_fast,
+    mlp_layer_forward=mlp_layer_forward_fast,
+    mlp_layer_backward=mlp_layer_backward_fast,
+    head_logits=head_logits_fast,
+    head_loss=head_loss_fast,
     steps=Steps,
     make_space=make_workspace,
 )

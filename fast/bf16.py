@@ -31,7 +31,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import CACHE_LINE, compiles_for, plain_part, stamped
+from fast.jit import CACHE_LINE, compiles_for, jitted, stamped
 from fast.memory import I8, I32, I64, load, multiply_add, peek, poke, splat, store
 from fast.pack import (
     SQUARE,
@@ -265,20 +265,20 @@ def memory_size(blocks, size):
     return 64 + 2 * SQUARE * SQUARE * size + (rows + 1) * depth * SQUARE * STEP * packed_size(size)
 
 
-@plain_part
+@jitted
 def column_size(depth, zero):
     """Bytes of the tiles of b one above the other, or of a side by side."""
     _, packed = sizes_of(zero)
     return (depth + STEP - 1) // STEP * TILE * TILE * 2 * packed
 
 
-@plain_part
+@jitted
 def is_packed(address, driver):
     """True if the operand that begins at an address is packed already."""
     return word(driver, FIRST) <= address < word(driver, END)
 
 
-@plain_part
+@jitted
 def pack_matrix(x, x_row, x_column, to, to_row, first, rows, columns, left, driver, zero):
     """Pack x (rows, columns), in any strides, into a matrix at `to` whose rows have to_row bytes, with room for whole
     SQUAREs of rows and columns: if left as an a, else as a b, into columns `first` on there, a multiple of SQUARE.
@@ -299,7 +299,7 @@ def pack_matrix(x, x_row, x_column, to, to_row, first, rows, columns, left, driv
     return 1
 
 
-@plain_part
+@jitted
 def multiply_packed(a, b, c, shape, add, driver, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add -> 1. Addresses and strides in bytes: a = (address, row, k), b =
     (address, k), c = (address, row), shape = (M, N, K); of packed operands, `row` and `k` are those of their memory.

@@ -21,11 +21,12 @@ FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a Na
 COMPILE = {"error_model": "numpy", "_nrt": False, "fastmath": FASTMATH}
 # Of a kernel, compiled with it; called from Python it is Python. Always inlined: of a function that kernels share, the
 # linker takes the copy that comes first, another one when they come from the cache, and the copies' sums may differ.
-part = register_jitable(**COMPILE, forceinline=True)
+inlined = register_jitable(**COMPILE, forceinline=True)
 # with sums and products in the order in which they are written, whatever is compiled around them
-ordered_part = register_jitable(**COMPILE | {"fastmath": {"contract", "nsz"}}, forceinline=True)
+inlined_in_order = register_jitable(**COMPILE | {"fastmath": {"contract", "nsz"}}, forceinline=True)
 # of the bf16 driver: with FASTMATH, the sums of its stand-in would be reordered
-plain_part = register_jitable(error_model="numpy")
+jitted = register_jitable(error_model="numpy")
+part, ordered_part = inlined, inlined_in_order  # their names in decode.py
 
 # Constants of tinygpt.py that compiled code contains. Kernels take them from here, so that the stamp covers them.
 MLPS = CHOICES["mlp"]

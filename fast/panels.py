@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from fast.jit import part
+from fast.jit import inlined
 from fast.products import PACK, TILE_VECTORS, VECTOR_BYTES, copy_rows, dispatch, product, transpose_rows
 from fast.threads import POOL, kernel
 from fast.workspace import (
@@ -25,7 +25,7 @@ from fast.workspace import (
 )
 
 
-@part
+@inlined
 def pack_operand(w, transposed, left, out, first, driver):
     """Let the driver pack w (K, M), or w^T of w (M, K) if `transposed`, into `out` in its own order: as what stands on
     the left of a product if `left`, else on its right, in columns `first` on. False if there is no driver."""
@@ -65,7 +65,7 @@ def panels_of(w, space, transposed=False, parts=1, first=0):
     return panels
 
 
-@part
+@inlined
 def product_of_panels(a, panels, c, add, panel):
     """c (M, N) = a (M, K) b, or c += a b if `add`; b (K, N) by panels (blocks, K, columns)."""
     columns = panels.shape[2]
@@ -74,7 +74,7 @@ def product_of_panels(a, panels, c, add, panel):
         product(a, panels[j, :, : c_columns.shape[1]], c_columns, add, panel)
 
 
-@part
+@inlined
 def pack_transposed(x, x_T, driver):
     """x_T (K, size) = x (rows, K)^T, as it stands on the left of a product."""
     if not pack_operand(x, True, True, x_T, 0, driver):

@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, part, stamped
+from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, inlined, stamped
 from fast.memory import (
     I8,
     I32,
@@ -110,7 +110,7 @@ high_two, high_one = (register_tile(2 * TILE_ROWS, vectors) for vectors in (2, 1
 flat_wide, flat_two, flat_one = (register_tile(1, vectors) for vectors in (TILE_VECTORS, 2, 1))
 
 
-@part
+@inlined
 def sweep(a, a_row, a_k, b, b_k, c, c_row, rows, vectors, k, add, zero):
     """A panel of `vectors` vectors of c, all its rows: tall tiles, then the rows that remain by two, then one."""
     if vectors < TILE_VECTORS:  # a narrow tile keeps busy with more rows
@@ -215,7 +215,7 @@ def move_vectors(vectors):
 move_wide, move_one = move_vectors(TILE_VECTORS), move_vectors(1)
 
 
-@part
+@inlined
 def copy_at(source, step, to, to_step, rows, width, zero):
     """`rows` rows of `width` elements from one address and row stride to another."""
     size = size_of(zero)
@@ -230,7 +230,7 @@ def copy_at(source, step, to, to_step, rows, width, zero):
                 poke(to + r * to_step + at, 0, peek(source + r * step + at, 0, zero))
 
 
-@part
+@inlined
 def product_at(a, b, c, shape, add, buffer, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add. Addresses and strides in bytes: a = (address, row, k),
     b = (address, k), c = (address, row), shape = (M, N, K); `buffer` has room for BUFFER_SIZE elements."""
@@ -278,7 +278,7 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
     return types.void(*[types.intp] * 4, zero), build
 
 
-@part
+@inlined
 def transpose_at(x, x_row, out, out_row, K, M, width, zero):
     """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses and row strides in bytes."""
     size = size_of(zero)
@@ -367,7 +367,7 @@ def dispatch(typing_context, driver, function, operands):
     return types.boolean(types.intp, types.intp, operands), build
 
 
-@part
+@inlined
 def product(a, b, c, add, panel):
     """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps. panel = (buffer,
     driver): BUFFER_SIZE elements to copy b to, and the driver that is asked to multiply first, 0 if there is none."""
@@ -378,14 +378,14 @@ def product(a, b, c, add, panel):
         call_product((*operands, buffer.ctypes.data), c.dtype.type(0))
 
 
-@part
+@inlined
 def transpose_rows(x, out):
     """out (M, K') = x (K, M)^T, and zeros in its columns from K on; rows without gaps."""
     operands = (x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], x.shape[0], x.shape[1], out.shape[1])
     call_transpose(operands, x.dtype.type(0))
 
 
-@part
+@inlined
 def copy_rows(x, out):
     """out (K, M) = x (K, M); rows without gaps, which may be short."""
     operands = (x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], x.shape[0], x.shape[1])

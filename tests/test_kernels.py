@@ -81,7 +81,11 @@ T_BORDERS = around(
     *(*TILE_COLUMNS, 2 * workspace.ROW_BLOCK),
 )
 V_BORDERS = around(
-    *LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, workspace.HEAD_WORDS, 2 * workspace.HEAD_WORDS
+    *LANES.values(),
+    *(2 * n for n in LANES.values()),
+    *TILE_COLUMNS,
+    workspace.VOCABULARY_BLOCK,
+    2 * workspace.VOCABULARY_BLOCK,
 )
 HEAD_BORDERS = around(workspace.HEAD_BLOCK, workspace.HEAD_BLOCKS * workspace.HEAD_BLOCK)
 
@@ -346,6 +350,24 @@ def test_two_callers_at_once_both_get_right_results():
             assert all(results[name].tobytes() == x.tobytes() for name, x in expected[seed].items())
 
 
+# -- scratch
+
+
+def test_a_kernel_that_would_run_past_the_end_of_its_scratch_fails():
+    cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    layer, x = p["layers"][0], np.zeros((2, 50, 48), np.float32)
+    ops = tinygpt.with_buffers(ops_of("fast"), cfg, 2, 50)
+    short = ops.space["scratch"][
+        :, : products.BUFFER_SIZE + 50 * 48 - 1
+    ].copy()  # one less than `norm_scratch` of 50 rows
+    for space in ops.space["layers"]:
+        space["scratch"] = short
+    for sublayer in (ops.attention_layer_forward, ops.mlp_layer_forward):
+        with pytest.raises(SystemError, match="failed in one of its 2 tasks"):
+            sublayer(x, layer, cfg, ops)
+
+
 # -- matrix products
 
 
@@ -608,7 +630,7 @@ def head_of_scores(scores, targets, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(workspace.HEAD_WORDS), 300))
+@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(workspace.VOCABULARY_BLOCK), 300))
 def test_the_softmax_of_the_head_is_that_of_numpy(V, dtype):
     scores, targets = (4 * np.random.default_rng(V).standard_normal(V)).astype(dtype), [0, V // 2, V - 1]
     odds = np.exp(scores.astype(np.float64))
@@ -705,7 +727,7 @@ from fast.jit import STAMP
 from fast.rows import RMSNORM
 from fast.threads import POOL
 x, ones, stats = np.full((3, 16), 2.0, np.float32), np.ones(16, np.float32), np.empty((2, 3), np.float32)
-POOL.run(norm_kernel, 1, x, RMSNORM, ones, ones, 0.0, 3, stats, x)
+POOL.run(norm_kernel, 1, x, (RMSNORM, ones, ones, 0.0), 3, stats, x)
 print(x[0, 0], sum(norm_kernel.stats.cache_hits.values()), STAMP)
 """
 

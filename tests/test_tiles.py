@@ -270,7 +270,7 @@ def test_kernels_agree_with_the_spec_at_the_borders_of_tiles(T, blocks):
 
 @pytest.mark.parametrize("mlp", ["gelu-tanh", "swiglu"])
 def test_kernels_agree_with_the_spec_beyond_what_they_work_on_at_a_time(mlp, blocks):
-    more = dict(vocab_size=workspace.BF16_HEAD_WORDS + 33, hidden=workspace.HIDDEN_BLOCK + 38)
+    more = dict(vocab_size=workspace.BF16_VOCABULARY_BLOCK + 33, hidden=workspace.HIDDEN_BLOCK + 38)
     cfg = tiny_config(**more, mlp=mlp, width=24, heads=1, seq_len=41, position_rows=41, layers=1)
     exact, found = (run_model(cfg, table, 2, 41, np.float64, table == "fast-bf16") for table in ("numpy", "fast-bf16"))
     for name in exact:
