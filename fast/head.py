@@ -1,7 +1,13 @@
 """The head: `head_loss` and `head_logits` of section 3, that is norm, logits and cross-entropy with their gradients.
 
-The idea: the logits of a block of rows are never written to a buffer of all rows: softmax, loss and the way back to dx
-follow while they are in the cache. Order: `head_kernel`, `head_gradient_kernel`, then `head_loss_fast`.
+It replaces `cross_entropy_kernel` of tinygpt.py, section 8, and the products around it.
+
+- The logits of a block of rows are never written to a buffer of all rows: softmax, loss and the way back to dx follow
+  while they are in the cache.
+- Rows stand side by side, so that the softmax runs in whole vectors and no operand is copied.
+- dlogits is never formed: its two factors go into the gradient of the matrix.
+
+What each gained was not recorded. Order: `head_kernel`, `head_gradient_kernel`, then `head_loss_fast`.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Packing of matrices into bf16 tiles, for `fast/bf16.py`.
 
-A packed element is float32 rounded to bf16, 8 bits of mantissa; in float64, for finite differences, nothing is
-rounded. The idea: vector instructions round 16 elements at a time and put them into the order of a tile. Read in order:
-loads and stores, rounding, one row of a tile, `pack_a` and `pack_b`.
+A packed element is float32 rounded to bf16, 8 bits of mantissa: `rounded` of fast/bf16.py is the specification. In
+float64, for finite differences, nothing is rounded. Tier 2 has no bf16. Vector instructions round 16 elements at a time
+and put them into the order of a tile; what that gains was not measured by itself. Read in order: loads and stores,
+rounding, one row of a tile, `pack_a` and `pack_b`.
 """
 
 from llvmlite import binding, ir

@@ -1,8 +1,14 @@
-"""Weights copied for `product`, and gradients of weights: section 2.1 as the sublayers use it.
+"""Weights copied for `product`, and gradients of weights: `linear_forward` and `linear_backward` of section 2.1.
 
-The idea: a weight meets many blocks of rows, so it is copied once per use into panels, which a register tile reads from
-one end to the other; a weight's gradient is summed in blocks that one thread owns and that stay in its cache. Read in
-order: panels of a weight, products with them, the gradient.
+It replaces what `product_kernel` of tinygpt.py, section 6, does for each of its blocks: copying b.
+
+- A weight meets many blocks of rows, so it is copied once per use, into panels that a register tile reads from one end
+  to the other. With bf16 products, a product of 96 rows with 512 x 512 weights, the innermost block aside, took 61 us
+  when each block of rows packed them, now 11. In float32 it was not measured alone.
+- A weight's gradient is summed in blocks that one thread owns and that stay in its cache; x stands by columns (`x_T`)
+  where the kernel before left it, so that nothing is transposed here. Not measured alone.
+
+Read in order: packing by a driver, panels of a weight, products with them, the gradient.
 """
 
 import math
@@ -37,7 +43,7 @@ def pack_operand(w, transposed, left, out, first, driver):
 
 @kernel
 def panels_kernel(task, slot, w, transposed, per_part, width, piece, panels, work):
-    """A piece of some columns of a panel of `panels_of`, of part task // per_part of w's columns, of `width` each."""
+    """Copy or pack `piece` columns of w into their panel; w has parts of `width` columns, each of `per_part` pieces."""
     columns, at = panels.shape[2], task % per_part * piece
     first = task // per_part * width + at
     last = min(first + piece, (task // per_part + 1) * width)
@@ -83,7 +89,7 @@ def pack_transposed(x, x_T, driver):
 
 GRADIENT_BLOCKS = ((132, 256), (132, 128), (66, 128), (66, 64))  # of a weight gradient: rows, columns
 BF16_GRADIENT_BLOCKS = ((256, 512), (128, 256), (64, 128), (64, 64))  # where packing takes the time
-GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while a task's blocks take their share
+GRADIENT_CHUNK = 1 << 17  # elements of x and dy that stay in a core's cache while all blocks of a task read them
 
 
 @kernel
@@ -107,8 +113,9 @@ def weight_gradient_kernel(task, slot, shape, per_task, x_T, T, dy, dw, db, ones
 
 
 def weight_gradient(x_T, T, dy, dw, db, work):
+    """`weight_gradient_kernel` in blocks of a shape that gives every thread work; db may be None."""
     shapes = BF16_GRADIENT_BLOCKS if uses_bf16(work) else GRADIENT_BLOCKS
-    for shape in shapes:  # the larger, the less is copied again; but every thread wants some
+    for shape in shapes:  # larger blocks copy less; but there must be enough for all threads
         count = math.prod(map(blocks, dw.shape, shape))
         if count >= 2 * POOL.threads:
             break

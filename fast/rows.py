@@ -1,7 +1,10 @@
 """Functions of rows: exponential, norms, activations, dropout, maximum; sections 2.2, 2.3 and 2.6.
 
-The idea: loops in which the elements of a row are neighbours and every function is arithmetic, so that LLVM turns them
-into vector instructions. Order: exp, the norms, the activations with their backwards, dropout, the maximum.
+It replaces the loops of tinygpt.py, section 8, and `exp` of section 7. Every function is arithmetic on elements that
+are neighbours in memory, so that LLVM makes vector instructions of the loops. `exp` takes 0.2 ns an element, Numba's
+`math.exp` 1.7. The others were not measured by themselves.
+
+Order: exp, the norms, the activations with their backwards, dropout, the maximum.
 """
 
 import math
@@ -102,8 +105,8 @@ def add_bias(x, b, y):
             y[i, c] = x[i, c] + b[c]
 
 
-# Of a block of columns the compiler does not know that elements are neighbours, of a part of one row it does: so what
-# works on columns first .. last - 1 takes whole arrays and cuts them row by row.
+# LLVM knows that elements are contiguous in a slice of one row, but not in a block of columns. So functions of columns
+# first .. last - 1 take whole arrays and slice them row by row.
 
 
 @inlined

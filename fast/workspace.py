@@ -1,10 +1,11 @@
-"""The buffers of the sublayers, and what all sublayers ask of parameters and buffers.
+"""The buffers of the sublayers, and what all sublayers need of parameters and buffers.
 
-It computes nothing of the specification. The idea: all that a training step writes lies in one buffer that is laid out
-once, and scratch memory is as small as a core's cache. Order: sizes of blocks, `workspace_layout`, helpers.
+It computes nothing of the specification. Tier 2 allocates each array when it needs it; here, all that a training step
+writes is in one buffer that is laid out once, and what a thread works in is as small as a core's cache. What that gains
+was not measured by itself. Order: sizes of blocks, scratch of a thread, `workspace_layout`, helpers.
 
-Each sublayer of this package is named `..._kernels` after the function of section 3 whose contract it keeps. It
-computes in the buffers of `ops.space`; without them it makes its own.
+Each sublayer of this package is named `..._fast` after the function of section 3 whose contract it keeps. It computes
+in the buffers of `ops.space`; without them it makes its own.
 """
 
 import dataclasses
@@ -20,17 +21,15 @@ from fast.threads import POOL, kernel
 from tinygpt import CACHE_LINE, Tensor, aligned, views
 
 ROW_BLOCK = 16 * TILE_ROWS  # rows of one sequence that a task carries through a sublayer
-SCORE_BLOCK = 64  # queries whose scores stand in a thread's cache
+SCORE_BLOCK = 64  # queries whose scores are in a thread's cache at a time
 HEAD_BLOCK = 64  # rows whose logits a thread computes at a time
 HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more threads
 VOCABULARY_BLOCK = DEPTH // TILE_ROWS * TILE_ROWS  # tokens whose logits are worked on while they are in a cache
 BF16_VOCABULARY_BLOCK = 1024  # the same with bf16 products, where packing takes the time
-LOOP = 64  # elements at a time of the loops that LLVM vectorises: what a row has beyond whole ones is slow
+LOOP = 64  # elements that a vectorised loop does at a time: the remainder of a row is slow
 HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
 PACK_BLOCK = 64  # columns that a task packs for bf16.py; rows and columns of packed matrices are multiples of it
-
-
-NO_DRIVERS = np.zeros((0, 1), np.int64)
+NO_DRIVERS = np.zeros((0, 1), np.int64)  # products are in float32
 
 
 def packed_length(n):
@@ -40,6 +39,7 @@ def packed_length(n):
 
 @inlined
 def blocks(T, size):
+    """Blocks of `size` that hold T."""
     return -(-T // size)
 
 
@@ -278,7 +278,7 @@ def work_of(space):
 
 
 def uses_bf16(work):
-    """True if products with this scratch go through the driver of bf16.py."""
+    """True if products go through the driver of bf16.py."""
     return len(work[1]) > 0
 
 

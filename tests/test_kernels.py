@@ -1,6 +1,7 @@
 """fast/: kernels against the specification at every border of their blocks, bytes that do not depend on
 threads or micro-batches, and the parts that kernels are made of."""
 
+import ast
 import math
 import os
 import platform
@@ -664,6 +665,15 @@ def test_the_softmax_of_the_head_shows_what_is_no_number(bad, dtype):
 
 
 # -- compiling
+
+
+def test_functions_of_fast_have_at_most_twelve_parameters_and_files_at_most_600_lines():
+    for path in Path(fast.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 600 and "# fmt: skip" not in text, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert len(node.args.args) <= 12, (path.name, node.name)
 
 
 @pytest.mark.slow
