@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from fast.jit import inlined
-from fast.products import PACK, TILE_VECTORS, VECTOR_BYTES, copy_rows, dispatch, product, transpose_rows
+from fast.products import TILE_VECTORS, VECTOR_BYTES, copy_rows, dispatch, product, transpose_rows
 from fast.threads import POOL, kernel
 from fast.workspace import (
     HIDDEN_BLOCK,
@@ -38,7 +38,7 @@ def pack_operand(w, transposed, left, out, first, driver):
     row, column = (w.strides[1], w.strides[0]) if transposed else (w.strides[0], w.strides[1])
     K, M = (w.shape[1], w.shape[0]) if transposed else (w.shape[0], w.shape[1])
     place = (out.ctypes.data, out.strides[0], first)
-    return driver != 0 and dispatch(driver, PACK, (w.ctypes.data, row, column, *place, K, M, int(left)))
+    return driver != 0 and dispatch(driver, (w.ctypes.data, row, column, *place, K, M, int(left)))
 
 
 @kernel

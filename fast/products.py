@@ -337,63 +337,87 @@ def provide_product(dtype):
     return compiled  # and kept: machine code lives as long as the object that it belongs to
 
 
-def called_by_symbol(name):
-    """Numba function (operands, zero): call `name` of `provide_product` for the type of zero with some integers."""
-
-    @intrinsic
-    def call(typing_context, operands, zero):
-        def build(context, builder, signature, args):
-            values, label = cgutils.unpack_tuple(builder, args[0]), symbol(name, zero)
-            kind = ir.FunctionType(ir.VoidType(), [I64] * len(values))
-            builder.call(builder.module.globals.get(label) or ir.Function(builder.module, kind, label), values)
-            return context.get_dummy_value()
-
-        return types.void(operands, zero), build
-
-    return call
+def call_symbol(builder, name, dtype, operands):
+    """Call `name` of `provide_product` for a dtype with some integers, in the code that an intrinsic builds."""
+    name, kind = symbol(name, dtype), ir.FunctionType(ir.VoidType(), [I64] * len(operands))
+    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), operands)
 
 
-call_product, call_transpose, call_copy = map(called_by_symbol, ("product", "transpose", "copy"))
+def view_of(context, builder, kind, value):
+    """Address, strides and shape of an array of two axes, in the code that an intrinsic builds."""
+    view = context.make_array(kind)(context, builder, value)
+    strides, shape = (cgutils.unpack_tuple(builder, pair, 2) for pair in (view.strides, view.shape))
+    return builder.ptrtoint(view.data, I64), strides, shape
+
 
 # A driver takes products over, as that of fast/bf16.py does. It is the address of an array of words; the first are
 # addresses of functions that take integers, the driver's address last, and return 1 if they did the work, else 0.
 MULTIPLY, PACK = range(2)
 
 
+def call_driver(builder, driver, function, operands):
+    """Call function number `function` of a driver with (*operands, driver) -> 1 bit, whether it did the work."""
+    address, values = builder.load(word_at(builder, driver, function)), (*operands, driver)
+    kind = ir.FunctionType(I64, [I64] * len(values)).as_pointer()
+    return builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), values), I64(0))
+
+
 @intrinsic
-def dispatch(typing_context, driver, function, operands):
-    """Call function number `function` of a driver with (*operands, driver) -> True if it did the work."""
+def dispatch(typing_context, driver, operands):
+    """Let a driver pack: PACK(*operands, driver) -> True if it did."""
 
     def build(context, builder, signature, args):
-        driver, index, operands = args
-        values = (*cgutils.unpack_tuple(builder, operands), driver)
-        address = builder.load(word_at(builder, builder.add(driver, builder.mul(index, I64(8)))))
-        kind = ir.FunctionType(I64, [I64] * len(values)).as_pointer()
-        return builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), values), I64(0))
+        return call_driver(builder, args[0], PACK, cgutils.unpack_tuple(builder, args[1]))
 
-    return types.boolean(types.intp, types.intp, operands), build
+    return types.boolean(types.intp, operands), build
 
 
-@inlined
-def product(a, b, c, add, panel):
+@intrinsic
+def product(typing_context, a, b, c, add, panel):
     """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps. panel = (buffer,
     driver): BUFFER_SIZE elements to copy b to, and the driver that is asked to multiply first, 0 if there is none."""
-    (buffer, driver), (M, K), N = panel, a.shape, c.shape[1]
-    matrices = (a.ctypes.data, a.strides[0], a.strides[1], b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    operands = (*matrices, M, N, K, int(add))
-    if driver == 0 or not dispatch(driver, MULTIPLY, operands):
-        call_product((*operands, buffer.ctypes.data), c.dtype.type(0))
+
+    def build(context, builder, signature, args):
+        (a_at, a_strides, (M, K)), (b_at, b_strides, _), (c_at, c_strides, (_, N)) = (
+            view_of(context, builder, kind, value) for kind, value in zip((a, b, c), args)
+        )
+        buffer, driver = cgutils.unpack_tuple(builder, args[4], 2)
+        buffer = builder.ptrtoint(context.make_array(panel[0])(context, builder, buffer).data, I64)
+        operands = (a_at, *a_strides, b_at, b_strides[0], c_at, c_strides[0], M, N, K, builder.zext(args[3], I64))
+        # if driver == 0 or not dispatch(driver, MULTIPLY, operands): product(*operands, buffer)
+        done = cgutils.alloca_once_value(builder, ir.IntType(1)(0))
+        with builder.if_then(builder.icmp_signed("!=", driver, I64(0))):
+            builder.store(call_driver(builder, driver, MULTIPLY, operands), done)
+        with builder.if_then(builder.not_(builder.load(done))):
+            call_symbol(builder, "product", c.dtype, (*operands, buffer))
+        return context.get_dummy_value()
+
+    return types.void(a, b, c, types.boolean, panel), build
 
 
-@inlined
-def transpose_rows(x, out):
+@intrinsic
+def transpose_rows(typing_context, x, out):
     """out (M, K') = x (K, M)^T, and zeros in its columns from K on; rows without gaps."""
-    operands = (x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], x.shape[0], x.shape[1], out.shape[1])
-    call_transpose(operands, x.dtype.type(0))
+
+    def build(context, builder, signature, args):
+        (at, strides, shape), (out_at, out_strides, (_, width)) = (
+            view_of(context, builder, kind, value) for kind, value in zip((x, out), args)
+        )
+        call_symbol(builder, "transpose", x.dtype, (at, strides[0], out_at, out_strides[0], *shape, width))
+        return context.get_dummy_value()
+
+    return types.void(x, out), build
 
 
-@inlined
-def copy_rows(x, out):
+@intrinsic
+def copy_rows(typing_context, x, out):
     """out (K, M) = x (K, M); rows without gaps, which may be short."""
-    operands = (x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], x.shape[0], x.shape[1])
-    call_copy(operands, x.dtype.type(0))
+
+    def build(context, builder, signature, args):
+        (at, strides, shape), (out_at, out_strides, _) = (
+            view_of(context, builder, kind, value) for kind, value in zip((x, out), args)
+        )
+        call_symbol(builder, "copy", x.dtype, (at, strides[0], out_at, out_strides[0], *shape))
+        return context.get_dummy_value()
+
+    return types.void(x, out), build
