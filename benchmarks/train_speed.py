@@ -228,19 +228,19 @@ def causal(T):
 
 
 FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of tasks and its arguments
-    "qkv_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, panels, *_: 2 * len(x) * panels.size,
+    "qkv_kernel": lambda tasks, x, norm, linear, *_: 2 * len(x) * linear[0].size,
     "attention_kernel": lambda tasks, qkv, *_: 4 * tasks * qkv.shape[3] * causal(qkv.shape[1]),
-    "linear_residual_kernel": lambda tasks, x, o, panels, *_: 2 * len(x) * panels.size,
-    "mlp_kernel": lambda tasks, x, kind, norm_w, norm_b, eps, activation, up, up_b, down, *_: (
-        2 * len(x) * (up.size + down.size)
-    ),
-    "head_kernel": lambda tasks, earlier, x, *rest: 4 * rows_of_head(tasks, earlier, x, *rest) * rest[4].size,
-    "head_gradient_kernel": lambda tasks, words, earlier, count, T, odds, shares, n, dw, *_: (
-        2 * min(count * odds.shape[2], len(n) - earlier * odds.shape[2]) * dw.size
+    "linear_residual_kernel": lambda tasks, x, o, linear, *_: 2 * len(x) * linear[0].size,
+    "mlp_kernel": lambda tasks, x, norm, mlp, *_: 2 * len(x) * (mlp[1].size + mlp[3].size),
+    "head_kernel": lambda tasks, earlier, x, norm, head, *_: 4 * rows_of_head(tasks, earlier, x) * head[0].size,
+    "head_gradient_kernel": lambda tasks, at_once, earlier, count, T, exp_logits, row_scale, n, dw, *_: (
+        2 * min(count * exp_logits.shape[2], len(n) - earlier * exp_logits.shape[2]) * dw.size
     ),
     "weight_gradient_kernel": lambda tasks, shape, per_task, x_T, T, dy, dw, *_: 2 * len(dy) * dw.size,
     "linear_backward_kernel": lambda tasks, dy, panels, *_: 2 * len(dy) * panels.size,
-    "attention_backward_kernel": lambda tasks, qkv, H, *_: 10 * len(qkv) * H * qkv.shape[3] * causal(qkv.shape[1]),
+    "attention_backward_kernel": lambda tasks, qkv, saved, scores, mask, place, do, *_: (
+        10 * do.size // do.shape[1] * causal(do.shape[1])
+    ),
     "linear_norm_backward_kernel": lambda tasks, dy, dlinear, panels, *_: 2 * len(dy) * panels.size,
     "mlp_backward_kernel": lambda tasks, dy, h, activation, down_T, *_: 2 * len(dy) * down_T.size,
 }
@@ -252,11 +252,20 @@ def rows_of_head(tasks, earlier, x, *_):
     return min(tasks * HEAD_BLOCK, len(x) - earlier * HEAD_BLOCK)
 
 
+def arrays_in(args):
+    """The arrays among the arguments of a kernel, which may be tuples."""
+    for x in args:
+        if isinstance(x, tuple):
+            yield from arrays_in(x)
+        elif isinstance(x, np.ndarray):
+            yield x
+
+
 def bytes_of(name, tasks, args):
     """Of the arrays that a launch gets: what it reads or writes at least once, without the threads' scratch."""
     import fast
 
-    arrays = [x for x in args if isinstance(x, np.ndarray) and not (x.ndim == 2 and len(x) == fast.POOL.threads)]
+    arrays = [x for x in arrays_in(args) if not (x.ndim == 2 and len(x) == fast.POOL.threads)]
     share = rows_of_head(tasks, *args) / len(args[1]) if name == "head_kernel" else 1
     return sum(x.nbytes * (share if name == "head_kernel" and len(x) == len(args[1]) else 1) for x in arrays)
 

@@ -3,10 +3,12 @@
     import tinygpt
     ops = tinygpt.find_ops("fast")              # or ("fast", "bfloat16"), where the processor multiplies bf16 faster
 
-`FLOAT32` and `BFLOAT16` are the tables; each sublayer keeps the contract of the function of section 3 that it replaces.
+`FLOAT32` and `BFLOAT16` are the tables; each sublayer, `..._fast`, keeps the contract of the function of section 3 that
+it replaces.
 
 Blocks of rows travel through a sublayer while they are in a core's cache. A kernel is sequential and does one task of
-many: `kernel(task, slot, ...)` for task 0 .. count - 1, driven by a pool of threads without the interpreter's lock.
+many: `kernel(task, slot, ..., work)` for task 0 .. count - 1, driven by a pool of threads without the interpreter's
+lock; work = (scratch, drivers) is what its threads work in, and who multiplies for them if it is not `product`.
 Every task owns what it writes, and sums run in an order that neither threads nor micro-batches change:
   - an element of a product is one chain of fused multiply-adds in the order of k;
   - a weight gradient continues, row after row, the chain that the rows before it left;
@@ -19,8 +21,9 @@ Read in this order:
     memory     elements and arrays at addresses     attention   | the sublayers, forward and backward
     products   matrix products                      mlp         |
     workspace  the buffers of the sublayers         head       /
-    panels     products with weights, gradients     decode     one token after another, for generating
+    panels     products with weights, gradients     decode     one token after another, and draw, which chooses it
     bf16       products on the matrix unit (AMX), and pack, what it reads
+    words      long texts to ids, and merges, which trains a tokenizer: for bpe.py
 """
 
 import dataclasses
@@ -28,13 +31,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fast import bf16
-from fast.attention import attention_layer_backward_kernels, attention_layer_forward_kernels
+from fast import attention, bf16, panels
+from fast.attention import attention_layer_backward_fast, attention_layer_forward_fast
 from fast.decode import Steps
-from fast.embed import embed_backward_kernels, embed_forward_kernels
-from fast.head import head_kernel, head_logits_kernels, head_loss_kernels
+from fast.embed import embed_backward_fast, embed_forward_fast
+from fast.head import head_kernel, head_logits_fast, head_loss_fast
 from fast.jit import STAMP, remove_old_kernels
-from fast.mlp import mlp_layer_backward_kernels, mlp_layer_forward_kernels
+from fast.mlp import mlp_layer_backward_fast, mlp_layer_forward_fast
 from fast.threads import POOL, kernel, serve
 from fast.workspace import make_workspace, workspace_layout
 from tinygpt import Ops, init_parameters, layout, loss_and_gradients, scaled_down, views, with_buffers, zero_gradients
@@ -53,14 +56,14 @@ __all__ = [
 
 FLOAT32 = Ops(
     "fast",
-    embed_forward=embed_forward_kernels,
-    embed_backward=embed_backward_kernels,
-    attention_layer_forward=attention_layer_forward_kernels,
-    attention_layer_backward=attention_layer_backward_kernels,
-    mlp_layer_forward=mlp_layer_forward_kernels,
-    mlp_layer_backward=mlp_layer_backward_kernels,
-    head_logits=head_logits_kernels,
-    head_loss=head_loss_kernels,
+    embed_forward=embed_forward_fast,
+    embed_backward=embed_backward_fast,
+    attention_layer_forward=attention_layer_forward_fast,
+    attention_layer_backward=attention_layer_backward_fast,
+    mlp_layer_forward=mlp_layer_forward_fast,
+    mlp_layer_backward=mlp_layer_backward_fast,
+    head_logits=head_logits_fast,
+    head_loss=head_loss_fast,
     steps=Steps,
     make_space=make_workspace,
 )
@@ -85,20 +88,26 @@ def is_compiled():
     return any(Path(head_kernel.stats.cache_path).glob(f"*.head_kernel-{STAMP}-*.nbc"))
 
 
-FIRST_HALF = {"qkv", "attention", "attention_backward", "linear_residual", "linear_backward", "linear_norm_backward"}
-FIRST_HALF |= {"weight_gradient", "panels"}
+FIRST_HALF = {  # of the time to compile all kernels that train
+    function.__name__
+    for function in (
+        *(attention.qkv_kernel, attention.attention_kernel, attention.attention_backward_kernel),
+        *(attention.linear_residual_kernel, attention.linear_backward_kernel, attention.linear_norm_backward_kernel),
+        *(panels.weight_gradient_kernel, panels.panels_kernel),
+    )
+}
 
 
 def compile_half(cfg, half):
     """Compile kernels that train such a model in float32 into Numba's cache: those of FIRST_HALF (half 0) or all others
-    (half 1). Two processes take half of the time of one; nothing runs in them, before or after."""
+    (half 1). Two processes take half of the time of one; nothing runs in them: 24 s of one core's time, 45 before."""
     cfg = scaled_down(cfg)
-    POOL.compiles = lambda name: (name.removesuffix("_kernel") in FIRST_HALF) == (half == 0)
+    POOL.compiles = lambda name: (name in FIRST_HALF) == (half == 0)
     p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
     tokens, ops = np.zeros((2, cfg.seq_len), np.int64), with_buffers(FLOAT32, cfg, 2, cfg.seq_len)
     loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, ops)
     if half == 1:
-        serve(POOL.words.ctypes.data, 1, 0, 0)  # for no time
+        serve(POOL.words.ctypes.data, 1, 0, 0)  # which compiles it; without looks, it returns at once
 
 
 remove_old_kernels(serve.stats.cache_path)

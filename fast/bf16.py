@@ -5,6 +5,10 @@
 `train.py --dtype bfloat16` multiplies through this file. Operands are rounded to bf16, 8 bits of mantissa, as they are
 packed; what they add up to is float32.
 
+It replaces `product` of fast/products.py for all but small products; the specification is the float32 product of
+operands that `rounded` has rounded. On a core of an Intel with AMX the first version multiplied at 300-800 GFLOP/s
+where NumPy's float32 BLAS has 135. A weight is packed once for all rows that meet it: fast/panels.py has the times.
+
 Read in order: 1 what this machine has, 3 the innermost block, 4 the driver, 5 how it is called, 6 the buffers of the
 sublayers; 2 packing is in pack.py.
 
@@ -31,7 +35,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import CACHE_LINE, compiles_for, plain_part, stamped
+from fast.jit import CACHE_LINE, compiles_for, jitted, stamped
 from fast.memory import I8, I32, I64, load, multiply_add, peek, poke, splat, store
 from fast.pack import (
     SQUARE,
@@ -45,7 +49,8 @@ from fast.pack import (
     packed_size,
     sizes_of,
 )
-from fast.products import HEADER
+from fast.products import MULTIPLY, PACK
+from fast.threads import POOL
 from fast.workspace import make_workspace
 from tinygpt import aligned
 
@@ -57,14 +62,14 @@ BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed a
 
 
 def ask_linux():
-    """Ask for the tile registers, for all threads of this process: 0, or the number of the error."""
+    """Request the tile registers for all threads of this process -> 0, or errno."""
     # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Linux 5.16
     return ctypes.get_errno() if ctypes.CDLL(None, use_errno=True).syscall(158, 0x1023, 18) else 0
 
 
 @functools.cache
 def product_error(kind):
-    """Of a product with edges on all sides, against float64 of the same rounded operands, relative to the largest."""
+    """Largest error of a product with edges on all sides, against float64 of the same rounded operands, relative."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(shape).astype(dtype_of(kind)) for shape in ((77, 91), (91, 69)))
     c = multiply(a, b, np.ones((77, 69), a.dtype), True, kind)
@@ -200,17 +205,17 @@ unit_cell, plain_cell = cell(unit_block), cell(plain_block)
 
 
 def setting(name):
-    """Numba function of one address that tells the thread's matrix unit something."""
+    """Numba function of one address: an instruction that configures this thread's matrix unit."""
 
     @intrinsic
-    def tell(typing_context, address):
+    def configure(typing_context, address):
         def build(context, builder, signature, args):
             unit(builder, name, *([builder.inttoptr(args[0], I8.as_pointer())] if name == "ldtilecfg" else []))
             return context.get_dummy_value()
 
         return types.void(types.intp), build
 
-    return tell
+    return configure
 
 
 configure_unit, release_unit = setting("ldtilecfg"), setting("tilerelease")
@@ -223,16 +228,21 @@ configure_unit, release_unit = setting("ldtilecfg"), setting("tilerelease")
 # blocks, all is packed before. An element of c is the same chain of steps of 32 wherever it stands: neither the blocks
 # nor its neighbours change a byte of it.
 
-# The words of a thread's header: the driver and what lays a matrix ready for it; where they work, the blocks; what the
-# driver calls at its beginning, for each block of c and at its end (0: nothing; each thread has to tell its core's unit
-# the shapes of tiles); the least columns of a with which it does not leave a product to others (0: any); between which
-# addresses a and b are laid ready.
-DRIVER, LAYER, MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST, FIRST, END = range(11)
+# A thread's driver is END + 1 words of 64 bits:
+#   MULTIPLY, PACK      addresses of `multiply_packed` and `pack_matrix`, compiled for a dtype: what `dispatch` calls
+#   MEMORY              address of the memory that the thread packs into
+#   ROWS, DEPTH         rows of c in SQUAREs and columns of a in STEPs that are packed at a time
+#   ENTER, LEAVE        what is called at the beginning and end of a product, 0: nothing; the matrix unit of each core
+#                       has to be told the shapes of tiles
+#   BLOCK               the innermost block
+#   LEAST               the least columns of a with which a product is worth packing, else it stays in float32; 0: any
+#   FIRST, END          addresses between which operands are packed already
+MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST, FIRST, END = range(PACK + 1, PACK + 10)
 
 
 @intrinsic
-def word(typing_context, header, index):
-    """The 64-bit word `index` of a header."""
+def word(typing_context, driver, index):
+    """Word `index` of a driver."""
 
     def build(context, builder, signature, args):
         return load(builder, builder.add(args[0], builder.mul(args[1], I64(8))), I64, 1)
@@ -259,28 +269,27 @@ def memory_size(blocks, size):
     return 64 + 2 * SQUARE * SQUARE * size + (rows + 1) * depth * SQUARE * STEP * packed_size(size)
 
 
-@plain_part
+@jitted
 def column_size(depth, zero):
     """Bytes of the tiles of b one above the other, or of a side by side."""
     _, packed = sizes_of(zero)
     return (depth + STEP - 1) // STEP * TILE * TILE * 2 * packed
 
 
-@plain_part
-def is_laid(address, header):
-    """Whether what begins at an address has been laid ready."""
-    return word(header, FIRST) <= address < word(header, END)
+@jitted
+def is_packed(address, driver):
+    """True if the operand that begins at an address is packed already."""
+    return word(driver, FIRST) <= address < word(driver, END)
 
 
-@plain_part
-def lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, zero):
-    """x (rows, columns) in any strides, packed into a matrix at `to` whose rows have to_row bytes, with room for whole
+@jitted
+def pack_matrix(x, x_row, x_column, to, to_row, first, rows, columns, left, driver, zero):
+    """Pack x (rows, columns), in any strides, into a matrix at `to` whose rows have to_row bytes, with room for whole
     SQUAREs of rows and columns: if left as an a, else as a b, into columns `first` on there, a multiple of SQUARE.
 
-    What begins at a whole SQUARE of rows of such an a, or at a whole number of blocks of depth from the first row of
-    such a b, is such a matrix too."""
-    size, far = sizes_of(zero)[0], STEP * word(header, DEPTH)
-    edge = word(header, MEMORY) + 64 + SQUARE * SQUARE * size
+    Whole SQUAREs of rows of a packed a, and blocks of DEPTH rows of a packed b, are packed matrices too."""
+    size, far = sizes_of(zero)[0], STEP * word(driver, DEPTH)
+    edge = word(driver, MEMORY) + 64 + SQUARE * SQUARE * size
     if left != 0:
         for r in range(0, rows, SQUARE):
             pack_a(x + r * x_row, x_row, x_column, min(SQUARE, rows - r), columns, to + r * to_row, edge, zero)
@@ -294,37 +303,39 @@ def lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, zero
     return 1
 
 
-@plain_part
-def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
-    """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses and strides in bytes; a in any strides, the elements
-    of a row of b and of c side by side, but for an a or a b that is laid ready. 1; or 0, with nothing done, where tiles
-    do not pay, or one would rather not round: for a single row that lies in one piece (of ones: the gradient of a
-    bias)."""
+@jitted
+def multiply_packed(a, b, c, shape, add, driver, zero):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if add -> 1. Addresses and strides in bytes: a = (address, row, k), b =
+    (address, k), c = (address, row), shape = (M, N, K); of packed operands, `row` and `k` are those of their memory.
+
+    0, with nothing done, where packing costs more than it saves (K < LEAST), or rounding would hurt: a is one row of
+    neighbours, the ones with which the gradient of a bias is summed."""
+    (a, a_row, a_k), (b, b_k), (c, c_row), (M, N, K) = a, b, c, shape
     size, packed = sizes_of(zero)
-    least, laid_a, laid_b = word(header, LEAST), is_laid(a, header), is_laid(b, header)
-    if least > 0 and not laid_a and not laid_b and (K < least or (M == 1 and a_k == size)):
+    least, packed_a, packed_b = word(driver, LEAST), is_packed(a, driver), is_packed(b, driver)
+    if least > 0 and not packed_a and not packed_b and (K < least or (M == 1 and a_k == size)):
         return 0
-    memory, far = word(header, MEMORY), STEP * word(header, DEPTH)
-    height = M if laid_a else SQUARE * word(header, ROWS)
+    memory, far = word(driver, MEMORY), STEP * word(driver, DEPTH)
+    height = M if packed_a else SQUARE * word(driver, ROWS)
     edge_c, edge = memory + 64, memory + 64 + SQUARE * SQUARE * size
     place = edge + SQUARE * SQUARE * size
     left = place + far * SQUARE * packed
-    if word(header, ENTER) != 0:
-        call(word(header, ENTER), (memory,))
+    if word(driver, ENTER) != 0:
+        call(word(driver, ENTER), (memory,))
     for i in range(0, M, height):
         rows = min(height, M - i)
         for k in range(0, K, far):
             depth, more = min(far, K - k), 1 if add != 0 or k > 0 else 0
             steps = (depth + STEP - 1) // STEP
             column = column_size(depth, zero)
-            if laid_a:
+            if packed_a:
                 corner, row, below = a + i * a_row + column_size(k, zero), a_row, column_size(K, zero)
             else:
                 corner, row, below = left, column // TILE, column
                 pack_a(a + i * a_row + k * a_k, a_row, a_k, rows, depth, left, edge, zero)
             for j in range(0, N, SQUARE):
-                wide, right = min(SQUARE, N - j), b + k * b_k + j // TILE * column if laid_b else place
-                if not laid_b:
+                wide, right = min(SQUARE, N - j), b + k * b_k + j // TILE * column if packed_b else place
+                if not packed_b:
                     pack_b(b + k * b_k + j * size, b_k, size, depth, wide, right, edge, zero)
                 for r in range(0, rows, SQUARE):
                     high, top = min(SQUARE, rows - r), corner + r * row
@@ -334,14 +345,14 @@ def drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, zero):
                         if more != 0:
                             copy_padded(at, c_row, size, high, wide, edge_c, SQUARE, SQUARE, zero)
                         at, down = edge_c, SQUARE * size
-                    call(word(header, BLOCK), (top, top + below, right, right + column, at, down, steps, more))
+                    call(word(driver, BLOCK), (top, top + below, right, right + column, at, down, steps, more))
                     if not whole:
                         for line in range(high):
                             from_edge, to_c = edge_c + line * SQUARE * size, c + (i + r + line) * c_row + j * size
                             for n in range(wide):
                                 poke(to_c, n, peek(from_edge, n, zero))
-    if word(header, LEAVE) != 0:
-        call(word(header, LEAVE), (memory,))
+    if word(driver, LEAVE) != 0:
+        call(word(driver, LEAVE), (memory,))
     return 1
 
 
@@ -361,22 +372,22 @@ def addressed(function, count, result=types.void):
 
 
 @functools.cache
-def driver(dtype):
-    """(the driver, what lays a matrix ready for it), compiled for float32 or float64."""
+def compile_driver(dtype):
+    """(`multiply_packed`, `pack_matrix`), compiled for float32 or float64."""
     number = numba.from_dtype(np.dtype(dtype))
 
-    def drive_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header):
-        return drive(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, header, number(0))
+    def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, driver):
+        return multiply_packed((a, a_row, a_k), (b, b_k), (c, c_row), (M, N, K), add, driver, number(0))
 
-    def lay_dtype(x, x_row, x_column, to, to_row, first, rows, columns, left, header):
-        return lay(x, x_row, x_column, to, to_row, first, rows, columns, left, header, number(0))
+    def pack_of_dtype(x, x_row, x_column, to, to_row, first, rows, columns, left, driver):
+        return pack_matrix(x, x_row, x_column, to, to_row, first, rows, columns, left, driver, number(0))
 
-    return addressed(drive_dtype, 12, types.intp), addressed(lay_dtype, 10, types.intp)
+    return addressed(product_of_dtype, 12, types.intp), addressed(pack_of_dtype, 10, types.intp)
 
 
 @functools.cache
 def innermost(kind):
-    """(what enters, the innermost block, what leaves) of a kind, compiled; None where there is nothing to do."""
+    """(ENTER, BLOCK, LEAVE) of a kind, compiled; None where there is nothing to do."""
     number = numba.from_dtype(dtype_of(kind))
 
     def enter(memory):
@@ -397,7 +408,7 @@ def innermost(kind):
 
 
 def shapes_of_tiles():
-    """What the unit is told: of eight tiles, 16 rows of 64 bytes each."""
+    """The configuration that ldtilecfg loads: eight tiles of 16 rows of 64 bytes."""
     shapes = np.zeros(64, np.uint8)
     shapes[0] = 1  # the only palette that there is
     shapes[16:32].view(np.uint16)[:] = 64
@@ -407,7 +418,7 @@ def shapes_of_tiles():
 
 @functools.cache
 def workplaces(threads, size):
-    """Memory (threads, size), each from the beginning of a cache line on."""
+    """Memory (threads, size), each row aligned to a cache line and beginning with the tiles' configuration."""
     size = -(-size // CACHE_LINE) * CACHE_LINE
     places = aligned(threads * size, np.uint8).reshape(threads, size)
     places[:, :64] = shapes_of_tiles()
@@ -415,34 +426,32 @@ def workplaces(threads, size):
 
 
 @functools.cache
-def words_of(threads, kind, blocks):
-    """(threads, END + 1): a header for each thread."""
+def driver_words(threads, kind, blocks):
+    """(threads, END + 1): a driver for each thread, with nothing packed beforehand."""
     places = workplaces(threads, memory_size(blocks, dtype_of(kind).itemsize))
     table = np.zeros((threads, END + 1), np.int64)
     table[:, ROWS], table[:, DEPTH] = blocks
     table[:, MEMORY] = places.ctypes.data + np.arange(threads) * places.strides[0]
-    functions = (*driver(DTYPES[kind]), *innermost(kind))
-    for index, function in zip((DRIVER, LAYER, ENTER, BLOCK, LEAVE), functions):
+    functions = (*compile_driver(DTYPES[kind]), *innermost(kind))
+    for index, function in zip((MULTIPLY, PACK, ENTER, BLOCK, LEAVE), functions):
         table[:, index] = function.address if function else 0
     table[:, LEAST] = 0 if kind == "float64" else LEAST_DEPTH
     return table
 
 
-@functools.cache
-def headers(threads, kind, blocks=BLOCKS):
-    """(threads, END + 1) words for the threads that multiply. The first are the addresses of functions that take what
-    `drive` and `lay` take, `header` being the address of the thread's words; the last, the addresses between which
-    matrices are laid ready, are the caller's to fill. ValueError where there is none of this kind."""
+def make_drivers(threads, kind, blocks=BLOCKS):
+    """A driver for each thread (threads, END + 1); FIRST and END are the caller's to fill. ValueError if this machine
+    cannot run this kind."""
     if kind == "amx" and (reason := why_not()):
         raise ValueError(reason)
-    return words_of(threads, kind, blocks)
+    return driver_words(threads, kind, blocks).copy()
 
 
 def multiply(a, b, c, add=False, kind="amx", blocks=BLOCKS):
     """c = a b, or c += a b if add, through the driver -> c. ValueError where it leaves the product to others."""
-    header = words_of(1, kind, blocks)
+    words = driver_words(1, kind, blocks)
     addresses = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    if not driver(DTYPES[kind])[0].ctypes(*addresses, *c.shape, a.shape[1], int(add), header.ctypes.data):
+    if not compile_driver(DTYPES[kind])[0].ctypes(*addresses, *c.shape, a.shape[1], int(add), words.ctypes.data):
         raise ValueError(f"a {a.shape} is too small for tiles; expected {LEAST_DEPTH} columns or more, and two rows")
     return c
 
@@ -478,25 +487,21 @@ def main():
     try:
         report()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read stdout has enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 # == 6  buffers whose products are in bf16 =============================================================================
 #
-# The kernels are those of float32. A thread finds in the header of its panel the addresses of `drive`, which makes each
-# product but a few small ones, and of `lay`, which packs what is read more than once: it lies between `n_T` and the end
-# of `panels`.
+# The kernels are those of float32. `product` asks the driver of its thread first, which makes all but a few small
+# products; `pack_operand` lets it pack what is read more than once, into the buffers from `n_T` to the end of `panels`.
 
 
 def make_bf16_workspace(cfg, B, T, dtype, recompute=False):
-    """`make_workspace`, with headers that send products to the driver; ValueError where it cannot run."""
-    space = make_workspace(cfg, B, T, dtype, recompute)
-    scratch = space["scratch"]
-    words = headers(len(scratch), KINDS[scratch.dtype.name])
-    header = scratch[:, :HEADER].view(np.int64)[:, : words.shape[1]]
-    header[:] = words
-    header[:, FIRST] = space["n_T"].ctypes.data
-    header[:, END] = space["panels"].ctypes.data + space["panels"].nbytes
+    """`make_workspace`, with drivers; ValueError where this machine has none."""
+    drivers = make_drivers(POOL.threads, KINDS[np.dtype(dtype).name])
+    space = make_workspace(cfg, B, T, dtype, recompute, drivers)
+    drivers[:, FIRST] = space["n_T"].ctypes.data
+    drivers[:, END] = space["panels"].ctypes.data + space["panels"].nbytes
     return space

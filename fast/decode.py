@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 
 from fast.attention import attention_arguments, first_seen, norm_columns, turn_pair
 from fast.draw import add_offsets, draw_token, quantise_head, screen_error
-from fast.jit import COMPILE, part, stamped
+from fast.jit import COMPILE, inlined, stamped
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
 from fast.rows import ACTIVATION, NO_NORM, activation_rows, exp, maximum, norm_rows
@@ -122,7 +122,7 @@ prefetched_panel, int8_panel = (row_tile(1, PANEL_VECTORS, PREFETCH_DISTANCE, na
 rows_together = row_tile(HEADS_TOGETHER, 1)
 
 
-@part
+@inlined
 def multiply_panel(x, K, w, w_row, start, y, width, zero):
     """y = start + x (K,) w for at most a panel of columns in whole vectors: addresses, `w_row` and `width` in bytes."""
     if width == PANEL_VECTORS * VECTOR_BYTES:
@@ -177,7 +177,7 @@ def activate_panels(model, stage, first, last, zero):
 # == 3  attention of one query =========================================================================================
 
 
-@part
+@inlined
 def rotate_heads(x, cos, sin, half):
     """x (heads D,) at one position, in place: `rotate_forward`, section 2.5; cos and sin (D/2,)."""
     pairs = cos.size

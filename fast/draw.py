@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from fast.jit import ordered_part, part
+from fast.jit import inlined, inlined_in_order
 from fast.rows import exp, maximum
 from fast.workspace import blocks
 
@@ -18,7 +18,7 @@ SCREEN_MARGIN = 0.51  # rounding error of an 8-bit weight in units: a half, and 
 # == 1  drawing ========================================================================================================
 
 
-@part
+@inlined
 def add_offsets(logits, offsets):
     """`logits[list(banned)] = -math.inf`, and the head's bias; True if a logit, banned ones apart, is NaN."""
     one, zero, banned = logits.dtype.type(1), logits.dtype.type(0), logits.dtype.type(-math.inf)
@@ -30,16 +30,16 @@ def add_offsets(logits, offsets):
     return nans > zero
 
 
-@ordered_part
+@inlined_in_order
 def exponentiate_logits(logits, top, temperature, exp_logits):
     """`logits = (logits - logits.max()) / temperature; p = np.exp(logits)`; divided by their sum in `draw_token`.
-    An ordered part, to divide as written: 1 / temperature may be infinite."""
+    In order, to divide as written: 1 / temperature may be infinite."""
     for v in range(logits.size):
         e = exp(exp_logits.dtype.type((float(logits[v]) - float(top)) / temperature))
         exp_logits[v] = e if logits[v] > -math.inf else exp_logits.dtype.type(0)
 
 
-@part
+@inlined
 def sum_at_least(exp_logits, least, counted):
     """Sum of the elements that are at least `least`, in float64; if `counted`, their number."""
     total = 0.0
@@ -49,7 +49,7 @@ def sum_at_least(exp_logits, least, counted):
     return total
 
 
-@part
+@inlined
 def keep_likeliest(exp_logits, counted, enough):
     """top-k (`counted`) or top-p of `probabilities`: zero all but the fewest largest, whose number or sum is `enough`.
 
@@ -73,7 +73,7 @@ def keep_likeliest(exp_logits, counted, enough):
             missing -= 1.0 if counted else float(exp_logits[v])
 
 
-@part
+@inlined
 def draw_token(logits, uniform, temperature, top_k, top_p, exp_logits):
     """The token that `uniform`, from 0 to 1, draws from `probabilities(logits)`; -1 if the largest is not finite.
     exp_logits (V,) is scratch memory."""
@@ -115,7 +115,7 @@ def quantise_head(head_w, panel):
     return np.ascontiguousarray(screen.reshape(count, panel, C).swapaxes(1, 2)), units
 
 
-@part
+@inlined
 def screen_error(n):
     """Bound on |logit - screened logit| in units of the row: the rounding of its weights, SCREEN_MARGIN * sum |n_c|,
     and that of two sums of C products."""

@@ -1,7 +1,8 @@
 """The embedding sublayer: `embed_forward` and `embed_backward` of section 3.
 
-The idea: forward a task is a sequence; backward a task owns some columns of the table and adds all rows in order, so
-that repeated tokens need neither atomics nor an order that depends on threads. Order: kernels, then the two sublayers.
+It replaces `embedding_backward_numba` of tinygpt.py, section 8. Forward, a task is a sequence. Backward, a task owns
+some columns of the table and adds all rows in order: repeated tokens need neither atomics nor an order that depends on
+threads. What that gains was not measured. Order: kernels, then the two sublayers.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ from tinygpt import EMBED_SITE
 
 @kernel
 def embed_kernel(task, slot, tokens, w, positions, x):
+    """x (B, T, C) = w[tokens] + positions (T, C), which has no rows if there are none."""
     B, T, C = x.shape
     for t in range(T):
         row = tokens[task, t]
@@ -39,9 +41,9 @@ def embed_backward_kernel(task, slot, tokens, dx, dw, dpositions):
 
 
 @kernel
-def drop_kernel(task, slot, x, T, keys, threshold, keep, y):
+def drop_kernel(task, slot, x, T, mask, y):
     """y (N, C) = x times its mask."""
-    start, stop = block_rows(task, T, ROW_BLOCK)
+    (start, stop), (keys, threshold, keep) = block_rows(task, T, ROW_BLOCK), mask
     for i in range(start, stop):
         row = y[i]
         for c in range(row.size):
@@ -50,14 +52,16 @@ def drop_kernel(task, slot, x, T, keys, threshold, keep, y):
 
 
 @kernel
-def norm_kernel(task, slot, x, kind, w, b, eps, T, stats, y):
-    start, stop = block_rows(task, T, ROW_BLOCK)
+def norm_kernel(task, slot, x, norm, T, stats, y):
+    """y (N, C) = norm(x), stats (2, N) = mean, rstd."""
+    (start, stop), (kind, w, b, eps) = block_rows(task, T, ROW_BLOCK), norm
     norm_rows(kind, x[start:stop], w, b, eps, stats[0, start:stop], stats[1, start:stop], y[start:stop])
 
 
 @kernel
-def norm_backward_kernel(task, slot, dy, x, kind, w, b, T, stats, dx, n, sums):
-    start, stop = block_rows(task, T, ROW_BLOCK)
+def norm_backward_kernel(task, slot, dy, x, norm, T, stats, dx, n, sums):
+    """dx (N, C) = norm_backward(dy), n = norm(x) again, sums (tasks, 2, C) of the gradients of gain and bias."""
+    (start, stop), (kind, w, b, _) = block_rows(task, T, ROW_BLOCK), norm
     for i in range(start, stop):
         for c in range(x.shape[1]):
             dx[i, c] = 0
@@ -66,7 +70,7 @@ def norm_backward_kernel(task, slot, dy, x, kind, w, b, T, stats, dx, n, sums):
     norm_rows_backward(kind, dy[start:stop], x[start:stop], w, b, mean, rstd, *rows)
 
 
-def embed_forward_kernels(tokens, p, cfg, ops, start=0, dropout=None):
+def embed_forward_fast(tokens, p, cfg, ops, start=0, dropout=None):
     (B, T), C, dtype = tokens.shape, cfg.width, p["embed_w"].dtype
     s, count = space_of(ops, cfg, B, T, dtype), B * blocks(T, ROW_BLOCK)
     positions = np.empty((0, C), dtype) if p["position_w"] is None else p["position_w"][start : start + T]
@@ -75,27 +79,26 @@ def embed_forward_kernels(tokens, p, cfg, ops, start=0, dropout=None):
     POOL.run(embed_kernel, B, tokens, p["embed_w"], positions, x)
     if cfg.embedding_norm:
         rows, y = (a.reshape(-1, C) for a in (x, s["embedded"]))
-        POOL.run(norm_kernel, count, rows, *norm_of(p, "embed_norm", cfg), T, s["embedded_norm"].reshape(2, -1), y)
+        POOL.run(norm_kernel, count, rows, norm_of(p, "embed_norm", cfg), T, s["embedded_norm"].reshape(2, -1), y)
     mask = mask_of(dropout, EMBED_SITE, cfg.embed_dropout, B)
     if mask[1]:
         rows = s["embedded"].reshape(-1, C)
-        POOL.run(drop_kernel, count, rows, T, *mask, rows)
+        POOL.run(drop_kernel, count, rows, T, mask, rows)
     return s["embedded"], (tokens, mask, p, s)
 
 
-def embed_backward_kernels(dx, cache, g, cfg, ops):
+def embed_backward_fast(dx, cache, g, cfg, ops):
     tokens, mask, p, s = cache
     (T, C), count = dx.shape[1:], len(tokens) * blocks(tokens.shape[1], ROW_BLOCK)
     dx_NC = np.ascontiguousarray(dx).reshape(-1, C)
     if mask[1]:
         kept = s["kept"].reshape(-1, C)
-        POOL.run(drop_kernel, count, dx_NC, T, *mask, kept)
+        POOL.run(drop_kernel, count, dx_NC, T, mask, kept)
         dx_NC = kept
     if cfg.embedding_norm:
         x, y, n = (a.reshape(-1, C) for a in (s["looked_up"], s["dx"][0], s["n"]))
-        kind, w, b, _ = norm_of(p, "embed_norm", cfg)
         tail = (T, s["embedded_norm"].reshape(2, -1), y, n, s["sums"])
-        POOL.run(norm_backward_kernel, count, dx_NC, x, kind, w, b, *tail)
+        POOL.run(norm_backward_kernel, count, dx_NC, x, norm_of(p, "embed_norm", cfg), *tail)
         add_sums(s["sums"], g["embed_norm_w"], g["embed_norm_b"])
         dx_NC = y
     positions = np.empty((0, C), dx.dtype) if g["position_w"] is None else g["position_w"][:T]

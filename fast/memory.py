@@ -1,7 +1,8 @@
 """Elements, vectors and arrays at addresses: what the intrinsics of this package are built of.
 
-It computes nothing of the specification. A function of many arrays takes Numba long to compile and to call; an address
-is one number. Order: LLVM code for vectors, then what jitted code calls: elements, arrays.
+It computes nothing of the specification, and tier 2 has nothing like it. A function of many arrays takes Numba long to
+compile and to call; an address is one number. How much that gains was not measured by itself. Order: LLVM code for
+vectors, then what jitted code calls: elements, arrays.
 """
 
 from llvmlite import ir
@@ -32,7 +33,7 @@ def splat(kind, value):
 
 
 def broadcast(builder, value, vector):
-    """Vector of a type: one number of a register in all lanes."""
+    """Vector of a type with one value in all lanes."""
     undefined = ir.Constant(vector, ir.Undefined)
     first_lane = splat(ir.VectorType(I32, vector.count), 0)
     return builder.shuffle_vector(builder.insert_element(undefined, value, I32(0)), undefined, first_lane)
@@ -79,6 +80,16 @@ def poke(typing_context, address, index, value):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, value), build
+
+
+@intrinsic
+def size_of(typing_context, zero):
+    """Bytes of an element of the type of zero."""
+
+    def build(context, builder, signature, args):
+        return I64(context.get_abi_sizeof(context.get_value_type(zero)))
+
+    return types.intp(zero), build
 
 
 def array_of(like, axes):

@@ -7,7 +7,7 @@ the token's first byte. A pair keeps its count and a chain of the cells where it
 
 import numpy as np
 
-from fast.words import U, distinct_words, hash_slot, kernel, part
+from fast.words import U, called, distinct_words, hash_slot, kernel
 
 TOKEN, BEFORE, AFTER, WORD = range(4)  # columns of cells, int32 (bytes, 4): its token, its neighbours, its word
 KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of links, their number
@@ -39,7 +39,7 @@ def train(pieces, num_merges, progress=None):
     return [(vocab[left], vocab[right]) for left, right in merges[256:made].tolist()]
 
 
-@part
+@called
 def find_slot(pairs, slots, key):
     """The slot of a pair, or the free slot where it belongs: slots hold rows of pairs, -1 is free."""
     at = hash_slot(U(key), len(slots))
@@ -48,7 +48,7 @@ def find_slot(pairs, slots, key):
     return at
 
 
-@part
+@called
 def count_pair(pairs, slots, links, used, left, right, times, cell):
     """Add `times` to the count of a pair, and this cell to its chain."""
     key = np.int64(left) << 32 | right
@@ -77,7 +77,7 @@ def fill_slots(pairs, slots, used):
         slots[find_slot(pairs, slots, pairs[k, KEY])] = k
 
 
-@part
+@called
 def compare_tokens(raw, tokens, a, b):
     """Compare the bytes of two tokens: above 0 where a is greater, below 0 where it is less, 0 where they are equal."""
     for k in range(min(tokens[a, LENGTH], tokens[b, LENGTH])):
@@ -87,7 +87,7 @@ def compare_tokens(raw, tokens, a, b):
     return tokens[a, LENGTH] - tokens[b, LENGTH]
 
 
-@part
+@called
 def precedes(heap, i, j, raw, tokens, pairs):
     """True if entry i of the heap is merged before entry j: the more frequent pair, of equals the greater."""
     if heap[i, 0] != heap[j, 0]:
@@ -97,13 +97,13 @@ def precedes(heap, i, j, raw, tokens, pairs):
     return order > 0 or (order == 0 and compare_tokens(raw, tokens, one & 0xFFFFFFFF, other & 0xFFFFFFFF) > 0)
 
 
-@part
+@called
 def swap_entries(heap, i, j):
     """Exchange two entries of the heap."""
     heap[i, 0], heap[i, 1], heap[j, 0], heap[j, 1] = heap[j, 0], heap[j, 1], heap[i, 0], heap[i, 1]
 
 
-@part
+@called
 def push_pair(heap, used, pair, raw, tokens, pairs):
     """Insert a pair, with its count, into the heap."""
     i = used[HEAP]
@@ -114,7 +114,7 @@ def push_pair(heap, used, pair, raw, tokens, pairs):
         i = (i - 1) // 2
 
 
-@part
+@called
 def sift_down(heap, used, raw, tokens, pairs):
     """Move the first entry of the heap down to where it belongs."""
     i = 0

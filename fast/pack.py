@@ -1,15 +1,16 @@
 """Packing of matrices into bf16 tiles, for `fast/bf16.py`.
 
-A packed element is float32 rounded to bf16, 8 bits of mantissa; in float64, for finite differences, nothing is
-rounded. The idea: vector instructions round 16 elements at a time and put them into the order of a tile. Read in order:
-loads and stores, rounding, one row of a tile, `pack_a` and `pack_b`.
+A packed element is float32 rounded to bf16, 8 bits of mantissa: `rounded` of fast/bf16.py is the specification. In
+float64, for finite differences, nothing is rounded. Tier 2 has no bf16. Vector instructions round 16 elements at a time
+and put them into the order of a tile; what that gains was not measured by itself. Read in order: loads and stores,
+rounding, one row of a tile, `pack_a` and `pack_b`.
 """
 
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from fast.jit import compiles_for, plain_part
+from fast.jit import compiles_for, jitted
 from fast.memory import I32, I64, load, peek, poke, splat, store, transpose
 
 TILE = 16  # rows of a tile of a and of c, columns of c, pairs in a row of a tile
@@ -144,7 +145,7 @@ def turn_words(typing_context, at, zero):
     return types.void(types.intp, zero), build
 
 
-@plain_part
+@jitted
 def copy_padded(source, row, right, rows, columns, to, height, width, zero):
     """to (height, width), rows without gaps = source (rows, columns), zeros beyond it; strides in bytes."""
     size, _ = sizes_of(zero)
@@ -161,7 +162,7 @@ def copy_padded(source, row, right, rows, columns, to, height, width, zero):
             poke(line, j, zero)
 
 
-@plain_part
+@jitted
 def pack_a(a, a_row, a_k, rows, depth, to, edge, zero):
     """a (rows, depth) -> for every 16 rows, of whole SQUAREs, its tiles from left to right."""
     size, packed = sizes_of(zero)
@@ -188,7 +189,7 @@ def pack_a(a, a_row, a_k, rows, depth, to, edge, zero):
                     pack_row(at + i * line, source + i * down, zero)
 
 
-@plain_part
+@jitted
 def pack_b(b, b_k, b_n, depth, columns, to, edge, zero):
     """b (depth, columns), at most SQUARE columns -> for every 16 columns its tiles from top to bottom."""
     size, packed = sizes_of(zero)

@@ -1,7 +1,17 @@
-"""Matrix products, the two in `linear_forward` and `linear_backward` of section 2.1.
+"""Matrix products: the two in `linear_forward` and `linear_backward` of section 2.1, and all others of the kernels.
 
-The idea: a tile of c stays in registers while all of k passes, and what it reads of b stays in the first-level cache.
-Order: the register tile, `sweep` over the rows of a, `product_at` over panels of b, then how jitted code calls it.
+It replaces `multiply` and `product_kernel` of tinygpt.py, section 6: four rows of c by four of b in plain loops.
+
+- A tile of c stays in registers while all of k passes (`register_tile`): 24 sums, each a chain of fused multiply-adds,
+  so that bytes do not depend on blocks. 85-140 GFLOP/s on a core of an Intel with AMX where NumPy's BLAS has 135, 100
+  on AMD Zen 4 where it has 97-106; the plain loops have 63-107 there.
+- DEPTH rows of a panel of b are copied to where they stay in the first-level cache; then the tile passes over all rows
+  of a (`sweep`). Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication". Not measured alone.
+- Narrow panels take tiles of 12 rows, the last rows go by two: a part of the 1.21 of fast/attention.py.
+- Product, transposition and copy are compiled once for each dtype and called by name: without, they would be most of
+  the machine code of every kernel.
+
+Order: the register tile, `sweep` over the rows of a, `product_at` over panels of b, then how kernels call it.
 """
 
 import functools
@@ -13,28 +23,37 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, part, stamped
-from fast.memory import I8, I32, I64, broadcast, load, multiply_add, peek, poke, splat, store, transpose, word_at
+from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, inlined, stamped
+from fast.memory import (
+    I8,
+    I32,
+    I64,
+    broadcast,
+    load,
+    multiply_add,
+    peek,
+    poke,
+    size_of,
+    splat,
+    store,
+    transpose,
+    word_at,
+)
 from fast.threads import POOL
 
-# Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication": b is copied, DEPTH rows of a panel at a
-# time, to where it stays in the first-level cache; a register tile of c sweeps over the rows of a.
-
 VECTOR_BYTES = 64  # LLVM splits it where registers are narrower
-DEPTH = 128
+DEPTH = 128  # rows of b that are copied at a time
 PACK_ROWS = 32  # with fewer rows of a, copying b costs more than it saves
 TILE_ROWS = 6
 TILE_VECTORS = 4 if compiles_for("avx512f") else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON
-HEADER_BYTES = 2 * CACHE_LINE  # of a panel: zeros, or who makes products instead, in the words of bf16.py
-HEADER = HEADER_BYTES // 4  # in elements of float32; room enough where they are larger
-PANEL_SIZE = HEADER + (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # in elements
+BUFFER_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # elements of float32 that `product` works in
 
 
 def add_products(builder, count, loop, starts, pairs):
     """LLVM code of a tile: sums[i] = start[i] + sum_k x_i[k] w_i[k], each a chain of fused multiply-adds; -> the sums.
 
     starts: (block that branches to `loop`, the sums' values there), one or more; pairs(k) yields (x, w), two vectors,
-    for each sum. The loop runs for k from 0 up to count - 1, at least once, and the builder goes on behind it."""
+    for each sum. The loop runs for k from 0 up to count - 1, at least once; the builder ends up behind it."""
     done = builder.append_basic_block("done")
     builder.position_at_end(loop)
     k, sums = builder.phi(I64), [builder.phi(start.type) for start in starts[0][1]]
@@ -98,7 +117,7 @@ high_two, high_one = (register_tile(2 * TILE_ROWS, vectors) for vectors in (2, 1
 flat_wide, flat_two, flat_one = (register_tile(1, vectors) for vectors in (TILE_VECTORS, 2, 1))
 
 
-@part
+@inlined
 def sweep(a, a_row, a_k, b, b_k, c, c_row, rows, vectors, k, add, zero):
     """A panel of `vectors` vectors of c, all its rows: tall tiles, then the rows that remain by two, then one."""
     if vectors < TILE_VECTORS:  # a narrow tile keeps busy with more rows
@@ -138,7 +157,7 @@ def sweep(a, a_row, a_k, b, b_k, c, c_row, rows, vectors, k, add, zero):
 def row_tile(rows, vectors, ahead=0, narrow=False):
     """Numba function (x, x_next, w, w_next, w_row, start, y, y_next, K, zero): `rows` rows, each with its matrix,
     of `vectors` vectors: y = start + sum_k x[k] w[k], one fused multiply-add after the other as in `register_tile`.
-    Addresses and distances in bytes, K >= 1. It asks for weights `ahead` bytes ahead; w is of 8 bits if narrow."""
+    Addresses and distances in bytes, K >= 1. Prefetches w `ahead` bytes ahead; w has 8 bits if narrow."""
 
     def build(context, builder, signature, args):
         x, x_next, w, w_next, w_row, start, y, y_next, K, _ = args
@@ -178,7 +197,7 @@ def row_tile(rows, vectors, ahead=0, narrow=False):
 
 
 def prefetch(builder, address):
-    """Ask for the cache line at an address, to read it and to keep it near."""
+    """Prefetch the cache line at an address, for reading, into all levels."""
     pointer = I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -203,10 +222,10 @@ def move_vectors(vectors):
 move_wide, move_one = move_vectors(TILE_VECTORS), move_vectors(1)
 
 
-@part
-@stamped
-def copy_at(source, step, to, to_step, rows, width, size, zero):
+@inlined
+def copy_at(source, step, to, to_step, rows, width, zero):
     """`rows` rows of `width` elements from one address and row stride to another."""
+    size = size_of(zero)
     whole = width * size - width * size % VECTOR_BYTES
     for r in range(rows):
         if width * size == TILE_VECTORS * VECTOR_BYTES:
@@ -218,13 +237,13 @@ def copy_at(source, step, to, to_step, rows, width, size, zero):
                 poke(to + r * to_step + at, 0, peek(source + r * step + at, 0, zero))
 
 
-@stamped
-def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero):
-    """c (M, N) = a (M, K) b (K, N), or c += a b if add: addresses, strides and `size` of an element in bytes."""
-    if panel != 0 and elsewhere(panel, (a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel)):
-        return
-    panel += HEADER_BYTES
-    lanes, edge = VECTOR_BYTES // size, panel + DEPTH * TILE_VECTORS * VECTOR_BYTES
+@inlined
+def product_at(a, b, c, shape, add, buffer, zero):
+    """c (M, N) = a (M, K) b (K, N), or c += a b if add. Addresses and strides in bytes: a = (address, row, k),
+    b = (address, k), c = (address, row), shape = (M, N, K); `buffer` has room for BUFFER_SIZE elements."""
+    (a, a_row, a_k), (b, b_k), (c, c_row), (M, N, K) = a, b, c, shape
+    size = size_of(zero)
+    lanes, edge = VECTOR_BYTES // size, buffer + DEPTH * TILE_VECTORS * VECTOR_BYTES
     for k in range(0, K, DEPTH):
         depth, more, a_at, j = min(DEPTH, K - k), 1 if add != 0 or k > 0 else 0, a + k * a_k, 0
         while j < N:
@@ -234,17 +253,17 @@ def product_at(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, panel, size, zero)
             b_at, b_down, c_at = b + k * b_k + j * size, b_k, c + j * size
             if (M >= PACK_ROWS and b_k != vectors * VECTOR_BYTES) or left == 0:
                 b_down = vectors * VECTOR_BYTES
-                copy_at(b_at, b_k, panel, b_down, depth, width, size, zero)
-                b_at = panel
+                copy_at(b_at, b_k, buffer, b_down, depth, width, zero)
+                b_at = buffer
             at_once = M if left > 0 else TILE_ROWS
             for r in range(0, M, at_once):
                 rows, at, down = min(at_once, M - r), c_at + r * c_row, c_row
                 if left == 0:  # less than a vector of c: through a tile of its own, so that nothing beyond c is touched
                     at, down = edge, VECTOR_BYTES
-                    copy_at(c_at + r * c_row, c_row, at, down, rows, width, size, zero)
+                    copy_at(c_at + r * c_row, c_row, at, down, rows, width, zero)
                 sweep(a_at + r * a_row, a_row, a_k, b_at, b_down, at, down, rows, vectors, depth, more, zero)
                 if left == 0:
-                    copy_at(at, down, c_at + r * c_row, c_row, rows, width, size, zero)
+                    copy_at(at, down, c_at + r * c_row, c_row, rows, width, zero)
             j += width
 
 
@@ -266,11 +285,12 @@ def transpose_square(typing_context, source, step, to, to_step, zero):
     return types.void(*[types.intp] * 4, zero), build
 
 
-@stamped
-def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
-    """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses, row strides and `size` in bytes."""
+@inlined
+def transpose_at(x, x_row, out, out_row, K, M, width, zero):
+    """out (M, width) = x (K, M)^T, and zeros in its columns from K on; addresses and row strides in bytes."""
+    size = size_of(zero)
     lanes = VECTOR_BYTES // size
-    for m in range(0, M, lanes):  # what is written lies side by side
+    for m in range(0, M, lanes):  # rows of `out` are written from left to right
         for k in range(0, K, lanes):
             if k + lanes <= K and m + lanes <= M:
                 transpose_square(x + k * x_row + m * size, x_row, out + m * out_row + k * size, out_row, zero)
@@ -283,80 +303,93 @@ def transpose_at(x, x_row, out, out_row, K, M, width, size, zero):
             poke(out + j * out_row + i * size, 0, zero)
 
 
-def ask(builder, place, operands):
-    """Call the function whose address stands at a place: whether there is one and it did what was asked."""
-    address = builder.load(place, align=4)
-    start, there, done = builder.block, builder.append_basic_block("there"), builder.append_basic_block("done")
-    builder.cbranch(builder.icmp_signed("!=", address, I64(0)), there, done)
-    builder.position_at_end(there)
-    kind = ir.FunctionType(I64, [I64] * len(operands)).as_pointer()
-    answer = builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), operands), I64(0))
-    builder.branch(done)
-    builder.position_at_end(done)
-    found = builder.phi(ir.IntType(1))
-    found.add_incoming(ir.IntType(1)(0), start)
-    found.add_incoming(answer, there)
-    return found
+# == calls from kernels ================================================================================================
+#
+# Numba compiles what a function calls once more for each caller. These three functions would be most of the machine
+# code of each kernel; so they are compiled once for each dtype and kernels call them by a symbol that the linker finds.
 
 
-@intrinsic
-def elsewhere(typing_context, panel, arguments):
-    """Ask the driver that a panel's header names to make a product: whether it did."""
-
-    def build(context, builder, signature, args):
-        return ask(builder, word_at(builder, args[0]), cgutils.unpack_tuple(builder, args[1]))
-
-    return types.boolean(types.intp, arguments), build
-
-
-# Numba compiles what a function calls once more for each caller. These three would be most of the machine code of each
-# kernel: they are compiled once for each dtype, given names that the linker finds, and called by name.
-
-
-def symbol(function, dtype):
-    return f"tinygpt_{function.__name__}_{dtype}_{STAMP}"
+def symbol(name, dtype):
+    return f"tinygpt_{name}_{dtype}_{STAMP}"
 
 
 @functools.cache
 def provide_product(dtype):
-    """Compile `product_at` and its like for a dtype; before any kernel that calls them is loaded."""
-    number, compiled = numba.from_dtype(np.dtype(dtype)), []
-    for function, count in ((product_at, 12), (transpose_at, 7), (copy_at, 6)):
-        kind, address = types.void(*[types.intp] * (count + 1), number), 1
-        if POOL.compiles is None or POOL.compiles(function.__name__):
-            compiled.append(numba.cfunc(kind, cache=True, **COMPILE)(function))
-            address = compiled[-1].address
-        binding.add_symbol(symbol(function, number), address)
-    return compiled  # and kept: machine code lives as long as what it belongs to
+    """Compile `product_at` and its like for a dtype; to be called before any kernel that uses them is loaded."""
+    number, compiled = numba.from_dtype(np.dtype(dtype)), {}
+
+    def product_of_dtype(a, a_row, a_k, b, b_k, c, c_row, M, N, K, add, buffer):
+        product_at((a, a_row, a_k), (b, b_k), (c, c_row), (M, N, K), add, buffer, number(0))
+
+    def transpose_of_dtype(x, x_row, out, out_row, K, M, width):
+        transpose_at(x, x_row, out, out_row, K, M, width, number(0))
+
+    def copy_of_dtype(x, x_row, out, out_row, rows, width):
+        copy_at(x, x_row, out, out_row, rows, width, number(0))
+
+    functions = {"product": (product_of_dtype, 12), "transpose": (transpose_of_dtype, 7), "copy": (copy_of_dtype, 6)}
+    for name, (function, count) in functions.items():
+        kind, address = types.void(*[types.intp] * count), 1
+        if POOL.compiles is None or POOL.compiles(name):
+            compiled[name] = numba.cfunc(kind, cache=True, **COMPILE)(stamped(function))
+            address = compiled[name].address
+        binding.add_symbol(symbol(name, number), address)
+    return compiled  # and kept: machine code lives as long as the object that it belongs to
 
 
-def call_symbol(context, builder, function, dtype, arguments):
-    """function(*arguments, size of an element, zero), in the code that an intrinsic builds."""
-    arguments = (*arguments, I64(dtype.bitwidth // 8), context.get_constant(dtype, 0))
-    name = symbol(function, dtype)
-    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), arguments)
+def call_symbol(builder, name, dtype, operands):
+    """Call `name` of `provide_product` for a dtype with some integers, in the code that an intrinsic builds."""
+    name, kind = symbol(name, dtype), ir.FunctionType(ir.VoidType(), [I64] * len(operands))
+    builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), operands)
 
 
-def parts_of(context, builder, kinds, arrays):
-    """Addresses, row strides, element strides and shapes of arrays of two axes."""
-    views = [context.make_array(kind)(context, builder, x) for kind, x in zip(kinds, arrays)]
-    down, right = zip(*(cgutils.unpack_tuple(builder, view.strides, 2) for view in views))
-    at = [builder.ptrtoint(view.data, I64) for view in views]
-    return at, down, right, [cgutils.unpack_tuple(builder, view.shape, 2) for view in views]
+def view_of(context, builder, kind, value):
+    """Address, strides and shape of an array of two axes, in the code that an intrinsic builds."""
+    view = context.make_array(kind)(context, builder, value)
+    strides, shape = (cgutils.unpack_tuple(builder, pair, 2) for pair in (view.strides, view.shape))
+    return builder.ptrtoint(view.data, I64), strides, shape
+
+
+# A driver takes products over, as that of fast/bf16.py does. It is the address of an array of words; the first are
+# addresses of functions that take integers, the driver's address last, and return 1 if they did the work, else 0.
+MULTIPLY, PACK = range(2)
+
+
+def call_driver(builder, driver, function, operands):
+    """Call function number `function` of a driver with (*operands, driver) -> 1 bit, whether it did the work."""
+    address, values = builder.load(word_at(builder, driver, function)), (*operands, driver)
+    kind = ir.FunctionType(I64, [I64] * len(values)).as_pointer()
+    return builder.icmp_signed("!=", builder.call(builder.inttoptr(address, kind), values), I64(0))
+
+
+@intrinsic
+def dispatch(typing_context, driver, operands):
+    """Let a driver pack: PACK(*operands, driver) -> True if it did."""
+
+    def build(context, builder, signature, args):
+        return call_driver(builder, args[0], PACK, cgutils.unpack_tuple(builder, args[1]))
+
+    return types.boolean(types.intp, operands), build
 
 
 @intrinsic
 def product(typing_context, a, b, c, add, panel):
-    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps, panel (PANEL_SIZE,),
-    its HEADER zeros where nobody else is asked first."""
+    """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps. panel = (buffer,
+    driver): BUFFER_SIZE elements to copy b to, and the driver that is asked to multiply first, 0 if there is none."""
 
     def build(context, builder, signature, args):
-        at, down, right, ((M, K), _, (_, N)) = parts_of(context, builder, (a, b, c), args[:3])
-        scratch = builder.ptrtoint(context.make_array(panel)(context, builder, args[4]).data, I64)
-        matrices = (at[0], down[0], right[0], at[1], down[1], at[2], down[2])
-        more = builder.zext(args[3], I64)
-        call_symbol(context, builder, product_at, c.dtype, (*matrices, M, N, K, more, scratch))
+        (a_at, a_strides, (M, K)), (b_at, b_strides, _), (c_at, c_strides, (_, N)) = (
+            view_of(context, builder, kind, value) for kind, value in zip((a, b, c), args)
+        )
+        buffer, driver = cgutils.unpack_tuple(builder, args[4], 2)
+        buffer = builder.ptrtoint(context.make_array(panel[0])(context, builder, buffer).data, I64)
+        operands = (a_at, *a_strides, b_at, b_strides[0], c_at, c_strides[0], M, N, K, builder.zext(args[3], I64))
+        # if driver == 0 or not dispatch(driver, MULTIPLY, operands): product(*operands, buffer)
+        done = cgutils.alloca_once_value(builder, ir.IntType(1)(0))
+        with builder.if_then(builder.icmp_signed("!=", driver, I64(0))):
+            builder.store(call_driver(builder, driver, MULTIPLY, operands), done)
+        with builder.if_then(builder.not_(builder.load(done))):
+            call_symbol(builder, "product", c.dtype, (*operands, buffer))
         return context.get_dummy_value()
 
     return types.void(a, b, c, types.boolean, panel), build
@@ -367,8 +400,10 @@ def transpose_rows(typing_context, x, out):
     """out (M, K') = x (K, M)^T, and zeros in its columns from K on; rows without gaps."""
 
     def build(context, builder, signature, args):
-        at, down, _, ((K, M), (_, width)) = parts_of(context, builder, (x, out), args)
-        call_symbol(context, builder, transpose_at, x.dtype, (at[0], down[0], at[1], down[1], K, M, width))
+        (at, strides, shape), (out_at, out_strides, (_, width)) = (
+            view_of(context, builder, kind, value) for kind, value in zip((x, out), args)
+        )
+        call_symbol(builder, "transpose", x.dtype, (at, strides[0], out_at, out_strides[0], *shape, width))
         return context.get_dummy_value()
 
     return types.void(x, out), build
@@ -379,8 +414,10 @@ def copy_rows(typing_context, x, out):
     """out (K, M) = x (K, M); rows without gaps, which may be short."""
 
     def build(context, builder, signature, args):
-        at, down, _, ((K, M), _) = parts_of(context, builder, (x, out), args)
-        call_symbol(context, builder, copy_at, x.dtype, (at[0], down[0], at[1], down[1], K, M))
+        (at, strides, shape), (out_at, out_strides, _) = (
+            view_of(context, builder, kind, value) for kind, value in zip((x, out), args)
+        )
+        call_symbol(builder, "copy", x.dtype, (at, strides[0], out_at, out_strides[0], *shape))
         return context.get_dummy_value()
 
     return types.void(x, out), build

@@ -1,7 +1,10 @@
 """Functions of rows: exponential, norms, activations, dropout, maximum; sections 2.2, 2.3 and 2.6.
 
-The idea: loops in which the elements of a row are neighbours and every function is arithmetic, so that LLVM turns them
-into vector instructions. Order: exp, the norms, the activations with their backwards, dropout, the maximum.
+It replaces the loops of tinygpt.py, section 8, and `exp` of section 7. Every function is arithmetic on elements that
+are neighbours in memory, so that LLVM makes vector instructions of the loops. `exp` takes 0.2 ns an element, Numba's
+`math.exp` 1.7. The others were not measured by themselves.
+
+Order: exp, the norms, the activations with their backwards, dropout, the maximum.
 """
 
 import math
@@ -11,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from fast.jit import COMPILE, GELU_CUBE, GELU_SCALE, MLPS, part
+from fast.jit import COMPILE, GELU_CUBE, GELU_SCALE, MLPS, inlined
 
 
 @intrinsic
@@ -54,7 +57,7 @@ NO_NORM, RMSNORM, LAYERNORM = range(3)
 KERNEL_NORMS = {"rmsnorm": RMSNORM, "layernorm": LAYERNORM}
 
 
-@part
+@inlined
 def norm_rows(kind, x, w, b, eps, mean, rstd, y):
     """x (rows, C) -> y (rows, C) and the rows' mean and rstd; section 2.2, where RMSNorm's mean is 0."""
     one, C = x.dtype.type(1), x.dtype.type(x.shape[1])
@@ -73,7 +76,7 @@ def norm_rows(kind, x, w, b, eps, mean, rstd, y):
             y[i, c] = (x[i, c] - m) * r * w[c] + b[c]
 
 
-@part
+@inlined
 def norm_rows_backward(kind, dn, x, w, b, mean, rstd, dx, n, sums):
     """dn (rows, C), the gradient of the norm's output -> adds into dx; n = the output again; sums (2, C) = dw, db."""
     zero, C = x.dtype.type(0), x.dtype.type(x.shape[1])
@@ -94,7 +97,7 @@ def norm_rows_backward(kind, dn, x, w, b, mean, rstd, dx, n, sums):
             dx[i, c] += r * (dn[i, c] * w[c] - total - (x[i, c] - m) * r * dot)
 
 
-@part
+@inlined
 def add_bias(x, b, y):
     """y (rows, C) = x + b."""
     for i in range(y.shape[0]):
@@ -102,11 +105,11 @@ def add_bias(x, b, y):
             y[i, c] = x[i, c] + b[c]
 
 
-# Of a block of columns the compiler does not know that elements are neighbours, of a part of one row it does: so what
-# works on columns first .. last - 1 takes whole arrays and cuts them row by row.
+# LLVM knows that elements are contiguous in a slice of one row, but not in a block of columns. So functions of columns
+# first .. last - 1 take whole arrays and slice them row by row.
 
 
-@part
+@inlined
 def set_rows(b, y, start, stop, first, last):
     """Rows start .. stop - 1 of y (N, F), in these columns, = b (F,)."""
     b = b[first:last]
@@ -143,7 +146,7 @@ ACTIVATION = {name: kind for kind, name in enumerate(MLPS)}
 GELU_TANH, GELU, SILU, RELU2, SWIGLU = ACTIVATION.values()
 
 
-@part
+@inlined
 def activation_rows(kind, h, start, first, gated, a):
     """a (rows, columns) = f(h), section 2.3, h (N, F) from row `start`, column `first` on; a gate's values stand
     `gated` columns after it. gelu-tanh: (1 + tanh u) / 2 = 1 / (1 + e^-2u)."""
@@ -171,7 +174,7 @@ def activation_rows(kind, h, start, first, gated, a):
                     a_row[f] *= value_row[f]
 
 
-@part
+@inlined
 def activation_rows_backward(kind, h, da, start, first, gated, a, dh):
     """da (rows, columns) -> a (rows, columns) again, and dh (N, F or 2 F) from row `start` and column `first` on."""
     one, half, zero, last = h.dtype.type(1), h.dtype.type(0.5), h.dtype.type(0), first + da.shape[1]
@@ -214,20 +217,20 @@ def activation_rows_backward(kind, h, da, start, first, gated, a, dh):
                 dh_row[f] = da_row[f] * value * (s + v * s * (one - s))
 
 
-@part
-def mixed(x):
+@inlined
+def mix(x):
     """`mix` of section 2.6."""
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@part
+@inlined
 def drop_row(x, first, key, row, threshold, keep):
     """x (M,) times its mask, section 2.6; its first element is column `first` of row `row`."""
-    key = mixed(np.uint32(key + np.uint32(row)))
+    key = mix(np.uint32(key + np.uint32(row)))
     for c in range(x.size):
-        drawn = mixed(np.uint32(key + np.uint32(first + c)))
+        drawn = mix(np.uint32(key + np.uint32(first + c)))
         x[c] = x[c] * keep if drawn >= threshold else x.dtype.type(0)
 
 

@@ -1,11 +1,20 @@
 """The threads that run kernels: `kernel` compiles a function of (task, slot, ...), `POOL.run` runs all its tasks.
 
-It computes nothing of the specification. The idea: a launch goes from machine code to machine code through one array of
-words, so that it takes a few microseconds instead of the 100 that waking a thread takes. Read `kernel` and `Pool.run`
-first, then what they are made of, from the top.
+It computes nothing of the specification. It replaces `Threads` of tinygpt.py, section 9, which hands shares of the
+tasks to a ThreadPoolExecutor. What happens at a launch, and why:
+
+1. The caller, in machine code, writes what to run into one array of words: function, arguments, number of tasks.
+2. It opens the gate and counts the launch. Helpers look at that count all the time (`serve`) and come in: no thread is
+   woken, which takes 100 us, and nobody takes the interpreter's lock, which takes 70; a launch takes a few us.
+3. All threads draw task numbers from one counter until there are no more: a slow thread does fewer, none waits.
+4. The caller closes the gate and waits for the helpers that are still inside; one that comes later turns back.
+5. A helper that has looked SPINS times without a launch goes to sleep; the next launch wakes it.
+
+Read `kernel` and `Pool.run` first, then what they are made of, from the top.
 """
 
 import threading
+from types import FunctionType
 
 import numpy as np
 from llvmlite import ir
@@ -17,8 +26,7 @@ from fast.jit import COMPILE, stamped
 from fast.memory import word_at
 from tinygpt import THREADS, aligned
 
-# A launch goes through one array of words, from machine code to machine code: waking a thread takes 100 us and the
-# interpreter's lock 70, which is what a task takes. Each word that threads contend for has a cache line of its own.
+# The words of a launch. Each that threads contend for has a cache line of its own.
 
 LAUNCH, GATE, NEXT, TASKS = 0, 8, 16, 24  # launches so far; threads at work, + CLOSED; the next task; their number
 FUNCTION, ARGUMENTS, FAILED, WORDS = 25, 26, 27, 32  # what to call, with what, whether it failed; words in all
@@ -28,7 +36,7 @@ SPINS = 1 << 20  # looks at a word, some 0.5 ms, before a thread goes to sleep
 
 @intrinsic
 def look(typing_context, address):
-    """The 64-bit word at an address, read anew each time."""
+    """The 64-bit word at an address, read from memory each time."""
 
     def build(context, builder, signature, args):
         return builder.load_atomic(word_at(builder, args[0]), "seq_cst", 8)
@@ -38,7 +46,7 @@ def look(typing_context, address):
 
 @intrinsic
 def fetch_add(typing_context, address, value):
-    """Add to the 64-bit word at an address, in one step that no other thread can cut; what it was before."""
+    """Add to the 64-bit word at an address, atomically; returns what it was before."""
 
     def build(context, builder, signature, args):
         return builder.atomic_rmw("add", word_at(builder, args[0]), args[1], "seq_cst")
@@ -48,7 +56,7 @@ def fetch_add(typing_context, address, value):
 
 @intrinsic
 def put(typing_context, address, value):
-    """Store a 64-bit word at an address: whoever sees it also sees what was stored before."""
+    """Store a 64-bit word at an address: a thread that sees it also sees what was stored before."""
 
     def build(context, builder, signature, args):
         builder.store_atomic(args[1], word_at(builder, args[0]), "seq_cst", 8)
@@ -68,8 +76,19 @@ def replace(typing_context, address, old, new):
     return types.boolean(types.intp, types.int64, types.int64), build
 
 
+def compile_into(typing_context, context, body, argument_types):
+    """Compile body(task, slot, *arguments) into the kernel that is being compiled. A library of its own, which is what
+    Numba makes of a called function, would be optimised twice; with inlining, this took a quarter off a cold start."""
+    jitted, flags = body.dispatcher, compiler.Flags()
+    jitted.targetdescr.options.parse_as_flags(flags, jitted.targetoptions)
+    flags.no_compile, kinds = True, (types.int64, types.int64, *argument_types)
+    library = context.active_code_library
+    return compiler.compile_extra(typing_context, context, jitted.py_func, kinds, None, flags, {}, library)
+
+
 def function_of_tasks(context, module, compiled, arguments):
-    """LLVM function (address of the words, slot): body(task, slot, *arguments) for each task that it gets hold of."""
+    """LLVM function (address of the words, slot) that all threads run: while there are tasks, draw the next number and
+    call body(task, slot, *arguments)."""
     i64 = ir.IntType(64)
     name = compiled.fndesc.llvm_func_name + "_tasks"
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64, i64]), name)
@@ -99,11 +118,8 @@ def open_gate(typing_context, words, count, body, args):
     """Describe the launch, open the gate to the helpers, work with them, close it, wait for those still inside."""
 
     def build(context, builder, signature, values):
-        i64, (words, count, _, arguments), flags = ir.IntType(64), values, compiler.Flags()
-        jitted = body.dispatcher  # compiled here, not linked: as a library of its own it would be optimised twice
-        jitted.targetdescr.options.parse_as_flags(flags, jitted.targetoptions)
-        flags.no_compile, kinds, library = True, (types.int64, types.int64, *args.types), context.active_code_library
-        compiled = compiler.compile_extra(typing_context, context, jitted.py_func, kinds, None, flags, {}, library)
+        i64, (words, count, _, arguments) = ir.IntType(64), values
+        compiled = compile_into(typing_context, context, body, args.types)
         arguments = cgutils.alloca_once_value(builder, arguments)
         function = function_of_tasks(context, builder.module, compiled, arguments.type)
         address_of = {FUNCTION: builder.ptrtoint(function, i64), ARGUMENTS: builder.ptrtoint(arguments, i64)}
@@ -141,11 +157,16 @@ def launch(words, count, *args):
 
 
 def kernel(function):
-    """What POOL.run runs: function(task, slot, *args) for each task, on all threads, without the interpreter's lock."""
-    code = launch.__code__.replace(co_name=function.__name__, co_filename=function.__code__.co_filename)
-    code = code.replace(co_firstlineno=function.__code__.co_firstlineno)
+    """What POOL.run runs: function(task, slot, *args) for each task, on all threads, without the interpreter's lock.
+
+    Numba gets a copy of `launch` for each kernel, whose `body` is a global: its cache cannot keep closures over jitted
+    functions. Name, file and line are the function's: by these the cache finds it and notices that its file changed."""
+    place = function.__code__
+    code = launch.__code__.replace(
+        co_name=function.__name__, co_filename=place.co_filename, co_firstlineno=place.co_firstlineno
+    )
     body = njit(**COMPILE, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
-    copy = type(launch)(code, {"open_gate": open_gate, "body": body, "__name__": function.__module__})
+    copy = FunctionType(code, {"open_gate": open_gate, "body": body, "__name__": function.__module__})
     copy.__qualname__ = function.__qualname__
     return njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(stamped(copy))
 
@@ -174,7 +195,7 @@ class Pool:
         self.threads, self.helpers, self.asleep, self.wakes, self.stopping = THREADS.count, [], 0, 0, False
         self.words = aligned(WORDS, np.int64)
         self.words[GATE] = CLOSED
-        self.compiles = None  # name -> whether to compile what has it, where nothing is to run
+        self.compiles = None  # or a function: True for the names of kernels that `run` is to compile, and not to run
 
     def resize(self, threads):
         """Use `threads` threads from now on; they start when there is work."""

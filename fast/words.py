@@ -23,7 +23,7 @@ from tinygpt import count_cores
 
 # Kernels allocate nothing: so Numba need not count who holds an array, which would take longer than the work itself.
 COMPILE = {"error_model": "numpy", "_nrt": False}  # and Numba's own error model checks every division
-part = register_jitable(**COMPILE)  # of kernels: compiled into those that call it; called from Python it is Python
+called = register_jitable(**COMPILE)  # of kernels: compiled into those that call it; called from Python it is Python
 
 
 def kernel(function):
@@ -54,33 +54,33 @@ def character_classes():
     return table
 
 
-@part
+@called
 def read_eight(words, i):
     """Bytes i to i + 7 of the text as one integer, byte i lowest; words is the text as uint64, (bytes / 8,)."""
     shift = U((i & 7) << 3)
     return words[i >> 3] >> shift | words[(i >> 3) + 1] << U1 << (U63 - shift)
 
 
-@part
+@called
 def mark_non_letters(x):
     """Set the high bit of each byte of x that is no ASCII letter; all other bits are 0."""
     y = (x | CASE) & LOW
     return ~((y + FROM_A) & ~(y + PAST_Z) & ~x) & HIGH
 
 
-@part
+@called
 def mask_below(marks):
     """Ones in all bytes below the lowest marked one, zeros from there on."""
     return ((marks & (~marks + U1)) >> U7) - U1
 
 
-@part
+@called
 def mask_first(n):
     """Ones in the first n of eight bytes, zeros in the others; n may be below 0 or above 8."""
     return NONE if n >= 8 else (U1 << U(8 * n)) - U1 if n > 0 else U0
 
 
-@part
+@called
 def classify_character(text, i, stop, classes):
     """(class, bytes) of the character at byte i. A byte that begins no valid UTF-8 is a character of class OTHER."""
     lead = np.int64(text[i])
@@ -100,7 +100,7 @@ def classify_character(text, i, stop, classes):
     return np.int64(classes[code]), size
 
 
-@part
+@called
 def find_pretoken_end(text, i, stop, classes):
     """Return where the pre-token that begins at byte i ends: the alternatives of bpe.PATTERN, in their order."""
     lead, second = text[i], text[i + 1] if i + 1 < stop else 0
@@ -127,7 +127,7 @@ def find_pretoken_end(text, i, stop, classes):
     return end
 
 
-@part
+@called
 def read_word(text, words, i, stop, classes):
     """(bytes of the pre-token that begins at byte i, its first eight bytes as an integer, its next eight).
 
@@ -160,14 +160,14 @@ def read_word(text, words, i, stop, classes):
 ROWS, ARENA = range(2)  # of used, int64 (2,): rows of the table, integers of the arena
 
 
-@part
+@called
 def hash_slot(key, slots):
     """The slot, of a power of two of them, where the search for a key begins."""
     key = (key ^ key >> U32) * GOLDEN
     return np.int64((key ^ key >> U32) & U(slots - 1))
 
 
-@part
+@called
 def find_row(table, arena, words, i, size, first, second):
     """(where the row of the word at byte i begins, or the free row where it belongs; what stands first in it)."""
     if size > 16:
@@ -191,7 +191,7 @@ def find_row(table, arena, words, i, size, first, second):
     return row, first
 
 
-@part
+@called
 def insert_word(table, arena, used, row, words, i, size, first, second):
     """Write the word at byte i into its free row, and into the arena where it is long."""
     table[row], table[row + 1], table[row + 2] = first, second, U(size)
@@ -238,7 +238,7 @@ SHORT = 64  # longest word, in bytes, whose pairs are searched one by one rather
 KEPT = 256  # longest word, in bytes, whose ids are kept
 
 
-@part
+@called
 def find_pair(pairs, left, right):
     """rank << 32 | new id of a pair of ids, NONE where no merge joins it."""
     key = U(left) << U32 | U(right)
@@ -248,7 +248,7 @@ def find_pair(pairs, left, right):
     return pairs[at, 1]
 
 
-@part
+@called
 def merge_short(ids, n, pairs, ranks):
     """bpe.merge_ids of ids[:n], in place, searching for the lowest rank each time; return how many are left."""
     for k in range(n - 1):
@@ -271,7 +271,7 @@ def merge_short(ids, n, pairs, ranks):
     return n
 
 
-@part
+@called
 def push_rank(heap, n, value):
     """Insert a value into the n values of a heap."""
     heap[n] = value
@@ -280,7 +280,7 @@ def push_rank(heap, n, value):
         n = (n - 1) >> 1
 
 
-@part
+@called
 def pop_rank(heap, n):
     """Remove and return the lowest of n values; the others are then heap[: n - 1]."""
     lowest, heap[0], i = heap[0], heap[n - 1], 0
@@ -295,7 +295,7 @@ def pop_rank(heap, n):
     return lowest
 
 
-@part
+@called
 def merge_long(ids, n, pairs, heap, before, after):
     """bpe.merge_ids of ids[:n], in place, as it is there: a heap, of rank << 32 | place, and a linked list."""
     waiting = 0

@@ -1,6 +1,7 @@
 """fast/: kernels against the specification at every border of their blocks, bytes that do not depend on
 threads or micro-batches, and the parts that kernels are made of."""
 
+import ast
 import math
 import os
 import platform
@@ -81,7 +82,11 @@ T_BORDERS = around(
     *(*TILE_COLUMNS, 2 * workspace.ROW_BLOCK),
 )
 V_BORDERS = around(
-    *LANES.values(), *(2 * n for n in LANES.values()), *TILE_COLUMNS, workspace.HEAD_WORDS, 2 * workspace.HEAD_WORDS
+    *LANES.values(),
+    *(2 * n for n in LANES.values()),
+    *TILE_COLUMNS,
+    workspace.VOCABULARY_BLOCK,
+    2 * workspace.VOCABULARY_BLOCK,
 )
 HEAD_BORDERS = around(workspace.HEAD_BLOCK, workspace.HEAD_BLOCKS * workspace.HEAD_BLOCK)
 
@@ -346,6 +351,24 @@ def test_two_callers_at_once_both_get_right_results():
             assert all(results[name].tobytes() == x.tobytes() for name, x in expected[seed].items())
 
 
+# -- scratch
+
+
+def test_a_kernel_that_would_run_past_the_end_of_its_scratch_fails():
+    cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
+    _, p = random_parameters(cfg, dtype=np.float32)
+    layer, x = p["layers"][0], np.zeros((2, 50, 48), np.float32)
+    ops = tinygpt.with_buffers(ops_of("fast"), cfg, 2, 50)
+    short = ops.space["scratch"][
+        :, : products.BUFFER_SIZE + 50 * 48 - 1
+    ].copy()  # one less than `norm_scratch` of 50 rows
+    for space in ops.space["layers"]:
+        space["scratch"] = short
+    for sublayer in (ops.attention_layer_forward, ops.mlp_layer_forward):
+        with pytest.raises(SystemError, match="failed in one of its 2 tasks"):
+            sublayer(x, layer, cfg, ops)
+
+
 # -- matrix products
 
 
@@ -357,7 +380,7 @@ def test_products_of_kernels_stay_theirs_whatever_they_leave_in_their_buffers(dt
     for _ in range(2):
         batch, (_, g) = random_batch(cfg, 2, 50, dtype=dtype), tinygpt.zero_gradients(cfg, dtype)
         tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
-        assert not panels.uses_bf16(ops.space["scratch"])
+        assert not workspace.uses_bf16(workspace.work_of(ops.space))
 
 
 def guarded(rng, rows, columns, dtype, guard):
@@ -369,12 +392,10 @@ def guarded(rng, rows, columns, dtype, guard):
 
 def call_product(a, b, c, add):
     """products.product, compiled once by itself."""
-    panel = np.full(products.PANEL_SIZE, np.nan, c.dtype)
-    panel[: products.HEADER] = 0
+    buffer = np.full(products.BUFFER_SIZE, np.nan, c.dtype)
     strides = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
-    products.provide_product(c.dtype.name)[0].ctypes(
-        *strides, *c.shape, a.shape[1], int(add), panel.ctypes.data, c.itemsize, 0.0
-    )
+    compiled = products.provide_product(c.dtype.name)["product"]
+    compiled.ctypes(*strides, *c.shape, a.shape[1], int(add), buffer.ctypes.data)
 
 
 def check_product(M, K, N, dtype, seed, transposed, add, product=call_product):
@@ -436,11 +457,11 @@ def test_product_as_kernels_call_it_is_the_same(dtype):
     matrix = numba.from_dtype(np.dtype(dtype))[:, :]
 
     @numba.njit([(matrix, matrix, matrix, numba.boolean, matrix)])
-    def jitted(a, b, c, add, panel):
-        products.product(a, b, c, add, panel[0])
+    def jitted(a, b, c, add, buffers):
+        products.product(a, b, c, add, (buffers[0], 0))
 
     def product(a, b, c, add):
-        jitted(a, b, c, add, np.zeros((1, products.PANEL_SIZE), dtype))
+        jitted(a, b, c, add, np.full((1, products.BUFFER_SIZE), np.nan, dtype))
 
     for seed in range(4):
         check_product(13, 130, 75, dtype, seed, seed > 1, seed % 2 == 1, product)
@@ -452,7 +473,8 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
     products.provide_product(np.dtype(dtype).name)
     rng = np.random.default_rng(0)
     x, dy, dw = (rng.standard_normal(shape).astype(dtype) for shape in ((N, K), (N, M), (K, M)))
-    db, scratch = rng.standard_normal(M).astype(dtype), np.zeros((POOL.threads, products.PANEL_SIZE), dtype)
+    db, scratch = rng.standard_normal(M).astype(dtype), np.empty((POOL.threads, products.BUFFER_SIZE), dtype)
+    work = scratch, workspace.NO_DRIVERS
     expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
     in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
 
@@ -464,12 +486,12 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
             block[:, : last - first] = x[first:last].T
         return x_T, T
 
-    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, scratch)
+    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, work)
     limit = 100 * np.finfo(dtype).eps
     assert relative(dw, expected_dw) < limit and relative(db, expected_db) < limit
     for rows in (slice(0, half), slice(half, N)):
         if x[rows].size:
-            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, scratch)
+            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, work)
     assert in_two_dw.tobytes() == dw.tobytes() and in_two_db.tobytes() == db.tobytes()
 
 
@@ -609,7 +631,7 @@ def head_of_scores(scores, targets, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(workspace.HEAD_WORDS), 300))
+@pytest.mark.parametrize("V", (2, 7, 16, 33, *around(workspace.VOCABULARY_BLOCK), 300))
 def test_the_softmax_of_the_head_is_that_of_numpy(V, dtype):
     scores, targets = (4 * np.random.default_rng(V).standard_normal(V)).astype(dtype), [0, V // 2, V - 1]
     odds = np.exp(scores.astype(np.float64))
@@ -643,6 +665,15 @@ def test_the_softmax_of_the_head_shows_what_is_no_number(bad, dtype):
 
 
 # -- compiling
+
+
+def test_functions_of_fast_have_at_most_twelve_parameters_and_files_at_most_600_lines():
+    for path in Path(fast.__file__).parent.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 600 and "# fmt: skip" not in text, path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert len(node.args.args) <= 12, (path.name, node.name)
 
 
 @pytest.mark.slow
@@ -706,7 +737,7 @@ from fast.jit import STAMP
 from fast.rows import RMSNORM
 from fast.threads import POOL
 x, ones, stats = np.full((3, 16), 2.0, np.float32), np.ones(16, np.float32), np.empty((2, 3), np.float32)
-POOL.run(norm_kernel, 1, x, RMSNORM, ones, ones, 0.0, 3, stats, x)
+POOL.run(norm_kernel, 1, x, (RMSNORM, ones, ones, 0.0), 3, stats, x)
 print(x[0, 0], sum(norm_kernel.stats.cache_hits.values()), STAMP)
 """
 

@@ -250,7 +250,7 @@ def test_kernels_draw_the_masks_of_the_spec(dtype):
     for site, rate in ((0, 0.1), (2, 0.5), (3, 0.9)):
         dropout, ones, found = Dropout(4, 9, 6, 2), np.ones((B * T, C), dtype), np.empty((B * T, C), dtype)
         tasks = B * fast.workspace.blocks(T, fast.workspace.ROW_BLOCK)
-        fast.POOL.run(fast.embed.drop_kernel, tasks, ones, T, *fast.workspace.mask_of(dropout, site, rate, B), found)
+        fast.POOL.run(fast.embed.drop_kernel, tasks, ones, T, fast.workspace.mask_of(dropout, site, rate, B), found)
         assert np.array_equal(found.reshape(B, T, C), dropout.keep(site, rate, (B, T, C), dtype))
 
 

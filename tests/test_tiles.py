@@ -21,7 +21,7 @@ from test_kernels import around, bytes_of_any_threads, guarded
 import fast
 import tinygpt
 import train
-from fast import bf16, products, workspace
+from fast import bf16, workspace
 
 HAS_UNIT = bf16.why_not() is None
 KINDS = ["stand-in", "float64", *(["amx"] if HAS_UNIT else [])]
@@ -32,30 +32,30 @@ in_bf16 = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fl
 # -- the driver
 
 
-def multiply_laid(a, b, c, add, kind, blocks, turned, both):
-    """c = a b, or c += a b if add, through the driver: b (if turned from its columns), or both, laid ready in pieces,
-    and asked for in two products: cut between blocks of depth, or between rows of a that is laid ready."""
+def multiply_packed(a, b, c, add, kind, blocks, turned, both):
+    """c = a b, or c += a b if add, through the driver: b (if turned from its columns), or both, packed in pieces,
+    and asked for in two products: cut between blocks of depth, or between rows of a packed a."""
     (M, K), N, b = a.shape, b.shape[1], np.asfortranarray(b) if turned else b
-    (driver, layer), words = bf16.driver(bf16.DTYPES[kind]), bf16.words_of(1, kind, blocks).copy()
+    (driver, layer), words = bf16.compile_driver(bf16.DTYPES[kind]), bf16.driver_words(1, kind, blocks).copy()
     high, deep, wide = (-(-n // 32) * 32 for n in (M, K, N))
     room = tinygpt.aligned(deep * (high + wide), a.dtype)
     room[:] = np.nan
-    laid_b, laid_a = room[: deep * wide].reshape(deep, wide), room[deep * wide :].reshape(high, deep)
+    packed_b, packed_a = room[: deep * wide].reshape(deep, wide), room[deep * wide :].reshape(high, deep)
     words[0, bf16.FIRST], words[0, bf16.END] = room.ctypes.data, room.ctypes.data + room.nbytes
-    header, b_row, piece = words.ctypes.data, laid_b.strides[0], 2 * bf16.SQUARE
+    driver_at, b_row, piece = words.ctypes.data, packed_b.strides[0], 2 * bf16.SQUARE
     for first in range(0, N, piece):
         x = b[:, first : first + piece]
-        assert layer.ctypes(x.ctypes.data, *x.strides, laid_b.ctypes.data, b_row, first, *x.shape, 0, header)
+        assert layer.ctypes(x.ctypes.data, *x.strides, packed_b.ctypes.data, b_row, first, *x.shape, 0, driver_at)
     for first in range(0, M if both else 0, piece):
-        x, to = a[first : first + piece], laid_a[first:]
-        assert layer.ctypes(x.ctypes.data, *x.strides, to.ctypes.data, to.strides[0], 0, *x.shape, 1, header)
+        x, to = a[first : first + piece], packed_a[first:]
+        assert layer.ctypes(x.ctypes.data, *x.strides, to.ctypes.data, to.strides[0], 0, *x.shape, 1, driver_at)
     cut = bf16.SQUARE if both else bf16.STEP * blocks[1]
     for part in (slice(0, cut), slice(cut, None)):
-        left, k, rows = (laid_a[part], 0, part) if both else (a[:, part], part.start, slice(None))
+        left, k, rows = (packed_a[part], 0, part) if both else (a[:, part], part.start, slice(None))
         M, K = c[rows].shape[0], a.shape[1] if both else left.shape[1]
         if M and K:
-            addresses = (left.ctypes.data, *left.strides, laid_b.ctypes.data + k * b_row, b_row)
-            assert driver.ctypes(*addresses, c[rows].ctypes.data, c.strides[0], M, N, K, add or k > 0, header)
+            addresses = (left.ctypes.data, *left.strides, packed_b.ctypes.data + k * b_row, b_row)
+            assert driver.ctypes(*addresses, c[rows].ctypes.data, c.strides[0], M, N, K, add or k > 0, driver_at)
     return c
 
 
@@ -71,7 +71,7 @@ def check_product(M, K, N, kind, seed, transposed, add, blocks):
     if seed % 2:
         bf16.multiply(a, b, c, add, kind, blocks)
     else:
-        multiply_laid(a, b, c, add, kind, blocks, turned=seed % 4 == 0, both=seed % 8 < 4)
+        multiply_packed(a, b, c, add, kind, blocks, turned=seed % 4 == 0, both=seed % 8 < 4)
     wide_a, wide_b = ((x if kind == "float64" else bf16.rounded(x)).astype(np.float64) for x in (a, b))
     expected = wide_a @ wide_b + (old if add else 0)
     bound = (K + 2) * np.finfo(dtype).eps * (np.abs(wide_a) @ np.abs(wide_b) + (np.abs(old) if add else 0))
@@ -241,7 +241,7 @@ def test_cutting_operands_off_instead_of_rounding_is_noticed():
 
 @pytest.fixture(params=[(1, 1), bf16.BLOCKS], ids=["blocks of a tile", "blocks that train"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(bf16, "headers", lambda threads, kind: bf16.words_of(threads, kind, request.param))
+    monkeypatch.setattr(bf16, "make_drivers", lambda *of: bf16.driver_words(*of, request.param).copy())
     return request.param
 
 
@@ -258,7 +258,7 @@ def test_kernels_agree_with_the_spec_at_the_borders_of_tiles(T, blocks):
 
 @pytest.mark.parametrize("mlp", ["gelu-tanh", "swiglu"])
 def test_kernels_agree_with_the_spec_beyond_what_they_work_on_at_a_time(mlp, blocks):
-    more = dict(vocab_size=workspace.TILED_HEAD_WORDS + 33, hidden=workspace.HIDDEN_BLOCK + 38)
+    more = dict(vocab_size=workspace.BF16_VOCABULARY_BLOCK + 33, hidden=workspace.HIDDEN_BLOCK + 38)
     cfg = tiny_config(**more, mlp=mlp, width=24, heads=1, seq_len=41, position_rows=41, layers=1)
     exact, found = (run_model(cfg, table, 2, 41, np.float64, table == "fast-bf16") for table in ("numpy", "fast-bf16"))
     for name in exact:
@@ -271,14 +271,14 @@ def test_gradients_through_the_driver_are_derivatives(shape, blocks):
     assert max(error for _, error in errors) < 1e-6, errors
 
 
-@pytest.mark.parametrize("word, count", [(bf16.DRIVER, 12), (bf16.LAYER, 10)])
-def test_a_driver_that_does_nothing_is_noticed_and_one_that_lays_nothing_ready(monkeypatch, word, count):
+@pytest.mark.parametrize("word, count", [(bf16.MULTIPLY, 12), (bf16.PACK, 10)])
+def test_a_driver_that_does_nothing_is_noticed_and_one_that_packs_nothing(monkeypatch, word, count):
     """In float64 no product is so small that it is left to others."""
     names = ", ".join(f"x{i}" for i in range(count))
     says_that_it_did = numba.cfunc(numba.types.intp(*[numba.types.intp] * count))(eval(f"lambda {names}: 1"))
-    words = bf16.words_of(fast.POOL.threads, "float64", bf16.BLOCKS).copy()
+    words = bf16.driver_words(fast.POOL.threads, "float64", bf16.BLOCKS).copy()
     words[:, word] = says_that_it_did.address
-    monkeypatch.setattr(bf16, "headers", lambda threads, kind: words)
+    monkeypatch.setattr(bf16, "make_drivers", lambda threads, kind: words)
     exact, found = (run_model(tiny_config(), table, 2, 5, np.float64) for table in ("numpy", "fast-bf16"))
     for name in ("qkv_w", "out_w", "up_w", "down_w", "embed_w"):
         assert not relative(found[name], exact[name]) < 0.1, name
@@ -287,7 +287,7 @@ def test_a_driver_that_does_nothing_is_noticed_and_one_that_lays_nothing_ready(m
 def test_buffers_say_who_multiplies_before_and_after_any_op(blocks):
     cfg = tiny_config(width=48, hidden=64, seq_len=50, position_rows=50)
     _, p = random_parameters(cfg, dtype=np.float32)
-    batch, results, headers = random_batch(cfg, 2, 50, dtype=np.float32), [], []
+    batch, results, drivers = random_batch(cfg, 2, 50, dtype=np.float32), [], []
     tables = {name: tinygpt.with_buffers(ops_of(name), cfg, 2, 50) for name in ("fast", "fast-bf16")}
     for name in ("fast", "fast-bf16", "fast", "fast-bf16"):
         ops = tables[name]
@@ -296,9 +296,9 @@ def test_buffers_say_who_multiplies_before_and_after_any_op(blocks):
         results.append(gradient.tobytes())
         with pytest.raises(AttributeError):
             ops.mlp_layer_forward(None, p["layers"][0], cfg, ops)
-        headers.append(ops.space["scratch"][:, : products.HEADER].tobytes())
+        drivers.append(ops.space["drivers"].tobytes())
     assert results[0] == results[2] != results[1] == results[3]
-    assert not any(headers[0]) and headers[0] == headers[2] != headers[1] == headers[3]
+    assert drivers[0] == drivers[2] == b"" != drivers[1] == drivers[3]
 
 
 def test_the_head_that_samples_and_decoding_stay_in_float32():
@@ -476,7 +476,7 @@ def test_bfloat16_runs_learn_as_float32_runs_do(with_tiles, text):
 FEATURES = "64bit avx avx2 avx512f avx512bw avx512dq avx512vl avx512bf16 amx-tile amx-bf16 fma cmov cx8 sse sse2 sse4.2"
 PRINT = """
 from fast import bf16
-for compiled in (*bf16.innermost("amx"), bf16.driver("float32")[0]):
+for compiled in (*bf16.innermost("amx"), bf16.compile_driver("float32")[0]):
     print(compiled._library.get_asm_str(), "#####", sep="\\n")
 """
 
@@ -556,7 +556,7 @@ def test_the_machine_code_of_amx_trains_where_numpy_carries_out_its_instructions
 
 @needs_a_processor_to_pretend
 def test_a_thread_that_does_not_tell_the_unit_its_tiles_is_stopped():
-    code = "words = bf16.words_of(1, 'amx', bf16.BLOCKS); words[:, bf16.ENTER] = 0; bf16.product_error('amx')"
+    code = "words = bf16.driver_words(1, 'amx', bf16.BLOCKS); words[:, bf16.ENTER] = 0; bf16.product_error('amx')"
     printed = pretended("-c", f"import matrix_unit; bf16 = matrix_unit.pretend(); {code}", status=128 + signal.SIGILL)
     assert "a tile in a thread that has not told the unit their shapes" in printed
 
