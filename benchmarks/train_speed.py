@@ -43,7 +43,8 @@ AVX2 = {  # what each side listens to, to take the processor for one without AVX
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
 }
-MODES = ("eager", "compile", "bf16", "compile-bf16")
+MODES = ("eager", "compile", "bf16", "compile-bf16")  # of PyTorch
+TABLES = ("fast", "numba", "numpy")  # of ours
 
 
 def shape_of(size):
@@ -58,15 +59,14 @@ def shape_of(size):
 # == 1  ours ===========================================================================================================
 
 
-def our_step(size, threads, dtype):
-    """A function that takes one step, products in `dtype`, and the number of parameters."""
-    import fast
+def our_step(size, threads, dtype, kernels):
+    """A function that takes one step on this table, products in `dtype`, and the number of parameters."""
     import tinygpt
     import train
 
+    (cfg, batch), ops = shape_of(size), tinygpt.find_ops(kernels, dtype if kernels == "fast" else "float32")
     if threads:
-        fast.POOL.resize(threads)
-    (cfg, batch), ops = shape_of(size), tinygpt.find_ops("fast", dtype)
+        tinygpt.set_threads(threads)
     micro = train.usual_micro_batch(batch, cfg.seq_len)
     s = train.Settings(batch_size=batch, micro_batch_size=micro, lr=1e-3, min_lr=1e-4, steps=10**6, beta2=0.95)
     state = train.State(cfg, tinygpt.init_parameters(cfg, 0))
@@ -138,10 +138,13 @@ def their_step(size, mode, threads):
 # == 3  side by side ===================================================================================================
 
 
-def serve(side, size, threads, dtype):
+def serve(side, size, threads, dtype, kernels):
     """The worker: a line in, `steps` steps, a line out with the seconds of each, the peak memory in MiB and, from ours,
     the machine's GFLOP/s."""
-    step, parameters = our_step(size, threads, dtype) if side == "ours" else their_step(size, side, threads)
+    if side in MODES:
+        step, parameters = their_step(size, side, threads)
+    else:
+        step, parameters = our_step(size, threads, dtype, kernels if side == "ours" else side)
     step()
     print(json.dumps({"parameters": parameters}), flush=True)
     step()
@@ -171,8 +174,9 @@ def peak_memory():
 class Side:
     """One side in a process of its own."""
 
-    def __init__(self, name, size, threads, dtype, environment):
+    def __init__(self, name, size, threads, dtype, kernels, environment):
         words = [sys.executable, __file__, "--serve", name, "--size", size, "--threads", str(threads), "--dtype", dtype]
+        words += ["--kernels", kernels]
         pipes, start = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True), time.perf_counter()
         self.process = subprocess.Popen(words, **pipes, env=os.environ | environment)
         self.times, self.peaks, first = [], [], self.process.stdout.readline()
@@ -194,12 +198,12 @@ class Side:
         self.process.wait()
 
 
-def measure(size, modes, rounds, threads, dtype, environment):
+def measure(size, modes, rounds, threads, dtype, kernels, environment):
     import tinygpt
 
-    (cfg, batch), modes = shape_of(size), modes if size in SHAPES else []
+    (cfg, batch), modes = shape_of(size), [mode for mode in modes if mode in TABLES or size in SHAPES]
     tokens, flops = batch * cfg.seq_len, tinygpt.flops_per_token(cfg)
-    sides = {name: Side(name, size, threads, dtype, environment) for name in ("ours", *modes)}
+    sides = {name: Side(name, size, threads, dtype, kernels, environment) for name in ("ours", *modes)}
     for side in sides.values():
         side.turn(1)
         side.times.clear()
@@ -275,7 +279,7 @@ def profile(size, threads, dtype, steps):
     import fast
     import train
 
-    step, _ = our_step(size, threads, dtype)
+    step, _ = our_step(size, threads, dtype, "fast")
     run, calls, rows = fast.POOL.run, [], []
 
     def timed(kernel, tasks, *args):
@@ -319,13 +323,18 @@ def main():
     parser = argparse.ArgumentParser(description="Tokens per second of a training step, ours beside PyTorch's.")
     parser.add_argument("--size", nargs="+", metavar="SIZE", default=list(SHAPES), help="to measure")
     parser.add_argument(
-        "--modes", nargs="*", choices=MODES, default=["eager"], help="ways to run PyTorch; none: ours alone"
+        "--modes",
+        nargs="*",
+        choices=MODES + TABLES,
+        default=["eager"],
+        help="what ours is compared with: ways to run PyTorch, other tables of ours; none: ours alone",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of each side; 0 is all cores (default)")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of our products, as train.py has it"
     )
+    parser.add_argument("--kernels", choices=TABLES, default="fast", help="our table (default %(default)s)")
     parser.add_argument("--avx2", action="store_true", help="both sides without AVX-512")
     parser.add_argument(
         "--cold", action="store_true", help="empty compile caches: the first step then says what they save"
@@ -336,7 +345,7 @@ def main():
     if unknown := [size for size in args.size if size not in SHAPES and size not in tinygpt.SIZES]:
         parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.SIZES])}")
     if args.serve:
-        return serve(args.serve, args.size[0], args.threads, args.dtype)
+        return serve(args.serve, args.size[0], args.threads, args.dtype, args.kernels)
     reason = "--avx2" if args.avx2 else fast.why_no_bf16()
     if args.dtype == "bfloat16" and reason:
         parser.error(f"--dtype bfloat16: {reason}")
@@ -344,7 +353,7 @@ def main():
         args.dtype = "float32" if reason else "bfloat16"
     if args.profile and args.avx2 and os.environ.get("NUMBA_CPU_NAME") != AVX2["NUMBA_CPU_NAME"]:
         return subprocess.run([sys.executable, *sys.argv], env=os.environ | AVX2).returncode  # read at the start only
-    print(f"our products are {args.dtype}", flush=True)
+    print(f"{args.kernels} kernels, products in {args.dtype if args.kernels == 'fast' else 'float32'}", flush=True)
     if args.profile:
         for size in args.size:
             profile(size, args.threads, args.dtype, 4 * args.rounds)
@@ -356,7 +365,9 @@ def main():
         with tempfile.TemporaryDirectory() as empty:
             caches = {"NUMBA_CACHE_DIR": empty, "TORCHINDUCTOR_CACHE_DIR": empty} if args.cold else {}
             environment = (AVX2 if args.avx2 else {}) | caches
-            print(measure(size, args.modes, args.rounds, args.threads, args.dtype, environment), flush=True)
+            print(
+                measure(size, args.modes, args.rounds, args.threads, args.dtype, args.kernels, environment), flush=True
+            )
     return None
 
 

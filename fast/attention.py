@@ -421,10 +421,10 @@ def linear_norm_backward_kernel(task, slot, dy, dlinear, panels, x, norm, stats,
 # == 3  the sublayers ==================================================================================================
 
 
-def attention_arguments(cfg, index, mask, dtype):
-    """(scale, slopes, window) of a layer, then `mask`."""
+def attention_arguments(cfg, index, dtype):
+    """(scale, slopes, window) of a layer."""
     slopes = (alibi_slopes(cfg.heads) if cfg.positions == "alibi" else np.zeros(cfg.heads)).astype(dtype)
-    return 1 / math.sqrt(cfg.head_width) if cfg.attention_scale else 1.0, slopes, layer_window(cfg, index), *mask
+    return 1 / math.sqrt(cfg.head_width) if cfg.attention_scale else 1.0, slopes, layer_window(cfg, index)
 
 
 @functools.cache
@@ -456,7 +456,7 @@ def attention_layer_forward_fast(x, p, cfg, ops, index=0, past=None, dropout=Non
         past[0][:, start : start + T] = qkv[:, :, H:].reshape(B, T, 2, G, D)
         source = (past[0].reshape(B, -1, 2 * G, D), 0, G, start + T)
     mask = mask_of(dropout, ATTENTION_SITE, cfg.attention_dropout, B)
-    scores = attention_arguments(cfg, index, (), qkv.dtype)
+    scores = attention_arguments(cfg, index, qkv.dtype)
     POOL.run(attention_kernel, B * H, qkv, source, scores, mask, o, s["o_T"], s["lse"], work)
     out_mask = mask_of(dropout, OUT_SITE, cfg.out_dropout, B)
     linear = (panels_of(p["out_w"], s), biases(p, "out_b", C))

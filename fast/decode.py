@@ -495,7 +495,7 @@ class Steps:
     def list_parameters(self, p):
         """name -> array, of the parameters and tables that are read as they are; sets the fields that go with them."""
         cfg, dtype = self.cfg, self.kv.dtype
-        scale, slopes, _ = attention_arguments(cfg, 0, (), dtype)
+        scale, slopes, _ = attention_arguments(cfg, 0, dtype)
         self.set_fields(scale=scale, rope_half=cfg.positions == "rope-half")
         arrays = dict(embed_w=p["embed_w"], head_w=p["embed_w" if cfg.tied else "head_w"], slopes=slopes)
         if cfg.positions == "learned":
