@@ -904,9 +904,8 @@ def exp(x):
 
 @overload(exp, jit_options=JIT | {"fastmath": {"contract"}})  # reassociated, r would lose the low part of ln 2
 def exp_by_type(x):
-    f, i = np.float32, np.int32  # types
-
     def exp32(x):  # held at the ends of -87 .. 88; NaN stays NaN
+        f, i = np.float32, np.int32
         x = f(-87) if x < f(-87) else f(88) if x > f(88) else x
         k = np.rint(x * f(1.4426950408889634))  # x = k ln 2 + r, ln 2 in two parts: k times the first is exact
         r = x - k * f(0.693359375) - k * f(-2.12194440e-4)
@@ -945,8 +944,7 @@ def attention_kernel(first, last, inputs, o, lse):
     q, k, v, scale, slopes, window, keys, rate = inputs
     (_, H, T, D), (_, G, S, _) = q.shape, k.shape
     for task in range(first, last):
-        b, h = task // H, task % H
-        g = h // (H // G)
+        b, h, g = task // H, task % H, task % H // (H // G)
         for t0 in range(0, T, QUERIES):
             t1 = min(t0 + QUERIES, T)
             query, end = S - T + t0, S - T + t1  # position of the first query; of the last one + 1
@@ -1317,7 +1315,7 @@ def find_ops(kernels=None, dtype="float32"):
     if kernels not in KERNELS or dtype not in ("float32", "bfloat16"):
         raise ValueError(f"kernels={kernels}, dtype={dtype}: expected {' or '.join(KERNELS)}, float32 or bfloat16")
     if kernels != "fast" and dtype != "float32":
-        raise ValueError(f"dtype={dtype} is of --kernels fast; leave it out with --kernels {kernels}")
+        raise ValueError(f"--dtype {dtype} is about the products of --kernels fast; leave it out with {kernels}")
     if kernels != "fast":
         return OPS[kernels]
     try:

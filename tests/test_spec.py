@@ -994,7 +994,7 @@ def test_the_check_command_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
 
 def test_a_table_that_is_not_here_is_named_in_one_line(monkeypatch):
     assert tinygpt.find_ops("numpy") is OPS["numpy"] and tinygpt.find_ops() is tinygpt.find_ops("fast")
-    with pytest.raises(ValueError, match="dtype=bfloat16 is of --kernels fast"):
+    with pytest.raises(ValueError, match="--dtype bfloat16 is about the products of --kernels fast"):
         tinygpt.find_ops("numpy", "bfloat16")
     for kernels, dtype in (("numba2", "float32"), ("fast", "float16")):
         with pytest.raises(ValueError, match="expected fast or numba or numpy, float32 or bfloat16"):

@@ -400,7 +400,7 @@ def test_the_table_says_why_it_cannot_multiply(monkeypatch):
 
 def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(place, text):
     message = refusal(train.main, "train.py", "--data", text, "--kernels", "numpy", "--dtype", "bfloat16")
-    assert message.startswith("--dtype bfloat16 is about the products of kernels")
+    assert message.startswith("--dtype bfloat16 is about the products of --kernels fast")
     _, err = trained("--data", text, *STEPS, "--kernels", "numpy")
     assert "precision float32\n" in err
 
