@@ -22,9 +22,9 @@ def describe(cfg, s, data, folder, processes=1):
     begun = f"begun with {s.init_from}: " if s.init_from else ""
     held_out = "" if s.files[1] else f" ({describe_held_out(data)})"
     tokens = s.steps * s.batch_size * cfg.seq_len
-    micro_batch_size = math.gcd(s.batch_size // processes, s.micro_batch_size)
-    needed = plan.memory_needed(cfg, micro_batch_size, s.recompute) / 2**20
-    memory = f", about {needed:,.0f} MiB of memory" if s.kernels != "numpy" else ""
+    micro_batch_size, memory = math.gcd(s.batch_size // processes, s.micro_batch_size), ""
+    if s.kernels == "fast":
+        memory = f", about {plan.memory_needed(cfg, micro_batch_size, s.recompute) / 2**20:,.0f} MiB of memory"
     of_ranks = f" of each of {processes} ranks" if processes > 1 else ""
     bpe.note(
         f"model     {s.size}: {total:,} parameters ({inner:,} without embeddings), "

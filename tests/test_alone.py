@@ -1,5 +1,5 @@
-"""The four files and fast/, whose kernels train.py takes its own from: what they do in an empty folder, and what
-importing them must not do."""
+"""The four files alone, without fast/ and extras/: what they do in an empty folder, and what importing them must not
+do."""
 
 import os
 import shutil
@@ -21,7 +21,6 @@ def alone(tmp_path_factory):
     for name in FILES:
         shutil.copy2(ROOT / name, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    shutil.copytree(ROOT / "fast", folder / "fast", ignore=shutil.ignore_patterns("*.pyc"))
     (folder / "__pycache__").mkdir()
     for path in (ROOT / "__pycache__").glob("*.nb[ci]"):
         shutil.copy2(path, folder / "__pycache__")

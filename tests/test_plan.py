@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from helpers import TINY, Clock, invoke, losses, model_bytes, read_log, refusal, trained
+from tiers import needs_fast
 
 import tinygpt
 import train
@@ -126,6 +127,7 @@ def chosen(words, cfg):
     return s.micro_batch_size, s.recompute
 
 
+@needs_fast
 def test_max_memory_takes_fewer_sequences_before_it_recomputes():
     cfg = tinygpt.SIZES["8m"]
     needed = {(again, n): plan.memory_needed(cfg, n, again) for again in (False, True) for n in (1, 2, 4)}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import needs_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +39,12 @@ def test_a_norm_is_added_in_three_edits_and_proved(tmp_path):
     done = check(tmp_path, "numpy", "numba")
     assert done.returncode == 0 and "passed" in done.stdout, done.stderr
     assert done.stdout.splitlines()[1].split() == ["tensor", "numpy", "numba"]
+
+
+@needs_fast
+def test_a_norm_without_a_kernel_is_refused_by_fast_in_one_line(tmp_path):
+    source = (ROOT / "tinygpt.py").read_text(encoding="utf-8")
+    (tmp_path / "tinygpt.py").write_text(edited(source), encoding="utf-8")
     shutil.copytree(ROOT / "fast", tmp_path / "fast", ignore=shutil.ignore_patterns("__pycache__"))
     refused = check(tmp_path, "fast")
     assert refused.returncode == 2 and "has no kernel" in refused.stderr and "Traceback" not in refused.stderr
