@@ -851,8 +851,20 @@ BUSY = "another process writes the run"  # extras/sweep.py looks for it
 
 def lock_log(folder):
     """The log of a run, open for appending; locked until it is closed. ValueError if another process has it."""
-    path, locks = folder / "log.jsonl", import_extra("locks", optional=True)
-    return locks.open_locked(path, f"{BUSY} in {folder}") if locks else open(path, "a", encoding="utf-8", newline="\n")
+    return open_locked(folder / "log.jsonl", f"{BUSY} in {folder}")
+
+
+def open_locked(path, busy):
+    """`path`, open for appending and locked until it is closed or its process ends. ValueError, with the words of
+    `busy`, if another process has locked it."""
+    file = open(path, "a", encoding="utf-8", newline="\n")
+    try:
+        if not tinygpt.lock_file(file):
+            file.close()
+            raise ValueError(f"{busy}; wait for its end or name another --out")
+    except OSError as error:  # some network file systems have no locks
+        note(f"{path.parent} cannot be locked ({error.strerror}): see to it that no second run writes there")
+    return file
 
 
 @contextlib.contextmanager
@@ -1142,7 +1154,7 @@ def run_command(parser, args, ranks, started):
             if summary := import_extra("summary", optional=True):
                 summary.describe(cfg, s, run.data, run.folder, ranks.count)
             else:
-                note("extras/ is not here: the folder of the run is not locked, its settings are shown as they are")
+                note("extras/ is not here: the settings are shown as they are")
                 note(f"{cfg}\n{s}\nprecision {s.dtype}")
             note("first update; a kernel that is used for the first time on this machine is compiled ...")
         run.peak = measure_peak() * (ranks.count * THREADS.count / count_cores() if ranks.count > 1 else 1)

@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import locks
 import report
 
 import bpe
@@ -357,7 +356,7 @@ def claim(folder, trials):
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no sweep; name another --out or leave it out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = locks.open_locked(path, f"another process is running the sweep in {folder}")
+    lock = train.open_locked(path, f"another process is running the sweep in {folder}")
     found = path.read_text(encoding="utf-8", errors="replace")
     if found not in ("", text):
         lock.close()

@@ -146,7 +146,7 @@ INJECT = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import bpe, tinygpt, train
-from extras import curve, locks, plan, summary
+from extras import curve, plan, summary
 what, stride, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 sys.modules["matplotlib"] = None
 train.measure_peak = lambda: 1e11
@@ -185,7 +185,7 @@ def patched_open(path, mode="r", **more):
     f = open(path, mode, **more)
     return f if mode in ("r", "rb") else File(f)
 
-for module in (bpe, tinygpt, train, locks):
+for module in (bpe, tinygpt, train):
     module.open = patched_open
 for name in ("fsync", "replace", "mkdir", "remove"):
     real = getattr(os, name)
