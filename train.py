@@ -49,8 +49,8 @@ from tinygpt import KERNELS, SIZES, THREADS, count_cores, kernel
 def window(tokens, first, stop, T, end):
     """The targets tokens[first:stop], at most T -> inputs and targets (T,) int64, weights (T,) float32.
 
-    These targets have weight 1. A window that would reach beyond the text starts earlier, and its other targets have
-    weight 0: they count elsewhere.
+    A window has T targets wherever the text has so many. Those outside first .. stop - 1 have weight 0: they count in
+    another window. A window that would reach beyond the text starts earlier.
     """
     start = max(0, min(first, len(tokens) - T))
     targets = np.asarray(tokens[start : start + T], np.int64)
@@ -60,16 +60,17 @@ def window(tokens, first, stop, T, end):
 
 
 class Batches:
-    """The windows of all epochs, numbered. Any of them follows from (seed, number) alone, so a run resumes anywhere."""
+    """The windows of all epochs, numbered. For a text and a T, any of them follows from (seed, number): there is no
+    random state to save, and a run resumes anywhere."""
 
     def __init__(self, tokens, T, end, seed):
         self.tokens, self.T, self.end, self.seed = tokens, T, end, seed
-        self.per_epoch = -(-len(tokens) // T) + 1  # the first and the last are partial; a last one may be empty
+        self.per_epoch = -(-len(tokens) // T) + 1  # of the text, the first and last may be shorter, or empty
         self.epoch = None
 
     def begin_epoch(self, epoch):
         """Draw where the windows of an epoch are cut, and their order."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, (1 << 32) + epoch]))
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, (1 << 32) + epoch]))  # 0: weights, 1: sampling
         self.epoch, self.offset = epoch, int(rng.integers(1, self.T + 1))  # the first window ends at the offset
         self.order = rng.permutation(self.per_epoch)
 
@@ -81,15 +82,16 @@ class Batches:
             if epoch != self.epoch:
                 self.begin_epoch(epoch)
             stop = self.offset + int(self.order[position]) * self.T
-            stop, start = min(stop, len(self.tokens)), max(0, stop - self.T)
-            rows.append(window(self.tokens, start, stop, self.T, self.end))
+            first = max(0, stop - self.T)
+            rows.append(window(self.tokens, first, min(stop, len(self.tokens)), self.T, self.end))
         return tuple(np.stack(column) for column in zip(*rows))
 
 
 # == 2  AdamW ==========================================================================================================
 #
 # Loshchilov & Hutter 2019, arXiv:1711.05101. Parameters, gradient and both moments are flat buffers of one layout, in
-# which the matrices come first: p[:decayed]. They decay, gains and biases do not.
+# which the matrices, embeddings among them, come first: p[:decayed]. They decay, by lr * decay as in PyTorch; gains and
+# biases do not. `adamw_spec` is what the kernel is tested against.
 
 
 def adamw_spec(p, g, m, v, decayed, scale, lr, decay, beta1, beta2, t):
@@ -112,6 +114,7 @@ def adamw_kernel(first, last, p, g, m, v, decayed, rates):
     """`adamw_spec` for the elements first .. last - 1; rates: those of `State.adamw`, in its order."""
     (scale, lr, decay, beta1, beta2, fix1, fix2, eps), number = rates, p.dtype.type
     b1, b2, c1, c2 = number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
+    # of these elements, those that decay and those that do not; either may be none
     for start, stop, keep in ((first, min(last, decayed), 1 - lr * decay), (max(first, decayed), last, 1.0)):
         for i in range(start, stop):
             gradient = g[i] * number(scale)
@@ -150,7 +153,7 @@ class State:
     def adamw(self, lr, scale, s):
         """Apply AdamW to gradient * scale; the gradient is zero afterwards."""
         self.step += 1
-        fix1, fix2 = 1 / (1 - s.beta1**self.step), 1 / (1 - s.beta2**self.step)  # the moments begin at 0
+        fix1, fix2 = 1 / (1 - s.beta1**self.step), 1 / (1 - s.beta2**self.step)  # bias correction
         rates = (float(scale), lr, float(s.weight_decay), s.beta1, s.beta2, fix1, fix2, ADAM_EPS)
         buffers = (self.parameters, self.gradient, self.m, self.v)
         THREADS.run(adamw_kernel, self.parameters.size, *buffers, self.decayed, rates)
@@ -164,11 +167,12 @@ RESTARTS = 4  # cosines, one after the other; Loshchilov & Hutter 2017, arXiv:16
 
 
 def learning_rate(step, s):
-    """The rate of update `step`, from 0: it rises in a straight line from lr / warmup_steps at the first update to lr,
-    then falls by s.schedule to min_lr at the last one, step = s.steps - 1. wsd falls late, constant never."""
+    """The rate of update `step`, from 0. Warm-up is a straight line from lr / warmup_steps at step 0 to lr at step
+    warmup_steps - 1. Then the schedule goes from lr to min_lr at step s.steps - 1: `wsd` stays at lr until the last
+    fifth of all updates, `restarts` begins again at lr three times, `constant` never falls."""
     if step < s.warmup_steps:
         return s.lr * (step + 1) / s.warmup_steps
-    share = min(1, (step - s.warmup_steps) / max(1, s.steps - 1 - s.warmup_steps))  # of the way, 0 to 1
+    share = min(1, (step - s.warmup_steps) / max(1, s.steps - 1 - s.warmup_steps))  # of the updates after warm-up
     if s.schedule == "constant":
         return s.lr
     if s.schedule == "wsd":
@@ -218,12 +222,14 @@ ALONE = OneProcess()
 def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
     """Make one update from inputs, targets, weights (rows, T) -> loss (nats per target), gradient norm, learning rate.
 
-    Gradient accumulation: micro-batches add the gradients of their targets, as sums, into one buffer, which is divided
-    once, by the number of targets of all micro-batches and ranks. So how rows are cut only changes the memory.
-    FloatingPointError, before anything changes, if loss or norm is not finite. None if `stopped()` on any rank.
+    Gradient accumulation: each micro-batch adds the gradient of its loss, a sum over targets, into one buffer. Once an
+    update, norm and gradient are divided by the number of targets of all micro-batches and ranks; the gradient inside
+    AdamW, by its scale. So how rows are cut into micro-batches changes rounding at most (with fast/ not even that).
+    FloatingPointError if loss or norm is not finite, None if `stopped()` before a micro-batch of any rank: parameters,
+    moments and step are as before, the gradient buffer is not.
     """
     rows = len(batch[0])
-    micro = math.gcd(rows, s.micro_batch_size)  # a rank may have fewer rows
+    micro = math.gcd(rows, s.micro_batch_size)  # divides rows; one of several ranks may have fewer than asked
     sums = np.array([batch[2].sum(), 0, 0], np.float64)  # targets, their nats, requests to stop
     for first in range(0, rows, micro):
         sums[2] = stopped()
@@ -237,13 +243,13 @@ def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
     targets, nats, halted = ranks.sum(sums).tolist()
     if halted:
         return None
-    tinygpt.add_lookup_gradient(state.grads)
+    tinygpt.add_lookup_gradient(state.grads)  # embed_w's second gradient, kept apart until all micro-batches are in
     ranks.sum(state.gradient)
-    targets = max(1, targets)
+    targets = max(1, targets)  # all windows may be empty
     loss, norm, lr = nats / targets, state.norm() / targets, learning_rate(state.step, s)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss is {loss:.4g} at step {state.step + 1} (lr {lr:.1e}, grad norm {norm:.4g})")
-    clip = min(1.0, s.grad_clip / norm) if s.grad_clip and norm else 1.0  # the norm of the mean gradient, all tensors
+    clip = min(1.0, s.grad_clip / norm) if s.grad_clip and norm else 1.0  # one norm for all tensors
     state.adamw(lr, clip / targets, s)
     return loss, norm, lr
 
@@ -254,7 +260,8 @@ def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
 def train(run, batches, ops, ranks=ALONE, stopped=lambda: False):
     """Update until s.steps. Returns True if it got there, False if it was stopped. Both leave a checkpoint.
 
-    A run may have been stopped or killed anywhere, so what follows an update stands before the next one.
+    Evaluation and saving that are due after an update happen at the top of the next turn: a run that was stopped or
+    killed in between resumes with them.
     """
     s, state = run.settings, run.state
     rows = ranks.rows(s.batch_size)
@@ -281,15 +288,15 @@ def train(run, batches, ops, ranks=ALONE, stopped=lambda: False):
 
 # == 6  evaluation =====================================================================================================
 
-TOKENS_AT_ONCE = 2048  # in a forward; twice as many are up to 3% faster in training and keep twice as much for backward
+TOKENS_AT_ONCE = 2048  # in a forward here, and in a usual micro-batch: twice as many are at most 3% faster there
 
 
 def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
     """tokens (M,) -> nats of each, (M,) float64, given those before it in a window of T = cfg.seq_len.
 
-    A window stands `stride` tokens after the one before it and scores what that has not: windows end to end by default;
-    with less, every token beyond the first window sees at least T - stride before it, and more is computed. `at_once`
-    windows are scored together: memory only, same result.
+    A window ends `stride` tokens after the one before it and scores the tokens in between. By default windows stand end
+    to end; with a smaller stride each token beyond the first window sees at least T - stride before it, at more cost.
+    `at_once` windows are scored together: memory only, same result.
     """
     M, T = len(tokens), min(cfg.seq_len, len(tokens))
     stride, at_once = min(stride or T, T), at_once or max(1, TOKENS_AT_ONCE // T)
@@ -298,6 +305,7 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
     for number in range(0, len(stops), at_once):
         part = stops[number : number + at_once]
         starts = [first, *part[:-1]]
+        # the text cut at `stop`: so the window ends there, and what it has scored already has weight 0
         rows = [window(tokens[:stop], start, stop, T, end) for start, stop in zip(starts, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
         if len(rows) not in ops_of_size:
