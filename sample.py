@@ -127,7 +127,7 @@ def make_parser():
     add("--max-new-tokens", type=int, default=400, metavar="N", help="longest story, in tokens (default %(default)s)")
     add("--num-samples", type=int, default=1, metavar="N", help="number of stories (default %(default)s)")
     add("--seed", type=int, default=0, help="of the first story; each next one has the next (default %(default)s)")
-    add("--kernels", choices=tinygpt.KERNELS, default="fast", help="numpy is the specification (default %(default)s)")
+    add("--kernels", choices=tinygpt.KERNELS, help="table of ops (default the fastest that is here)")
     add("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
     return parser
 

@@ -95,7 +95,7 @@ def make_parser():
     add("--stride", type=train.COUNT, metavar="N", help="between windows: each token sees T - N before it (default T)")
     add("--batch-size", type=train.SEQUENCES, metavar="N", help="windows at a time: memory only, same result")
     add("--seed", type=bpe.in_range(int, 0, 2**63 - 1), default=0, help="of the intervals (default %(default)s)")
-    add("--kernels", choices=train.KERNELS, default="fast", help="numpy is the specification (default %(default)s)")
+    add("--kernels", choices=train.KERNELS, help="table of ops (default the fastest that is here)")
     add("--threads", type=bpe.in_range(int, 1, 1024), metavar="N", help="threads to compute with (default all cores)")
     return parser
 
