@@ -251,7 +251,8 @@ def gpt2_json(**model):
 def by_kernels(tokenizer, texts):
     """The ids of each text, all of them in one call of the kernel."""
     segments = [(bpe.bytes_of(text), tokenizer.end) for text in texts]
-    ids = tokenizer.compiled(bpe.LONG).encode(fast.words.Batch(segments)).tolist()
+    batch = fast.words.Batch(segments)
+    ids = tokenizer.compiled(bpe.LONG).encode(batch).tolist()
     found, start = [], 0
     for _ in texts:  # the specials are text here, so that END only ends
         stop = ids.index(tokenizer.end, start)

@@ -117,7 +117,7 @@ def test_every_size_says_what_it_is_before_it_trains(place):
     data = SimpleNamespace(name="stories", train=[0], valid=[0])
     for size, cfg in tinygpt.SIZES.items():
         with contextlib.redirect_stderr(io.StringIO()) as told:
-            s = train.Settings(size=size, files=[["t"], ["v"]], batch_size=1, micro_batch_size=1)
+            s = train.Settings(size=size, files=[["t"], ["v"]], batch_size=1, micro_batch_size=1, kernels="numba")
             summary.describe(cfg, s, data, "nowhere")
         assert f"{tinygpt.count_parameters(cfg)[0]:,} parameters" in told.getvalue()
         assert ("head_width" in told.getvalue()) == (cfg.heads * cfg.head_width != cfg.width), size

@@ -38,7 +38,7 @@ from helpers import (
     trained,
     write_stories,
 )
-from tiers import fast
+from tiers import fast, needs_fast
 
 import bpe
 import tinygpt
@@ -627,6 +627,7 @@ def test_how_often_is_validated_and_saved_changes_no_byte(place, text, finished)
     assert model_bytes()[:3] == model_bytes(finished.folder)[:3]
 
 
+@needs_fast
 def test_micro_batches_change_no_byte_of_a_run(place, text, finished):
     trained("--data", text, *LONG, "--micro-batch-size", 1)
     assert model_bytes() == model_bytes(finished.folder)

@@ -19,6 +19,7 @@ from helpers import (
     write_llama2c,
     write_stories,
 )
+from tiers import needs_fast
 
 import bpe
 import sample
@@ -131,7 +132,7 @@ def test_a_model_of_llama2c_is_tuned_with_its_tokenizer(place, other):
     assert invoke(evaluate.main, f"{TUNED}/best.safetensors", "--data", other)[0] == 0
 
 
-@pytest.mark.parametrize("kernels", ["fast", "numpy"])
+@pytest.mark.parametrize("kernels", ["numba", pytest.param("fast", marks=needs_fast), "numpy"])
 @pytest.mark.parametrize("more", [1, 40])
 def test_rows_of_the_model_beyond_its_tokenizer_are_never_told(place, learnt, other, more, kernels):
     """All logits are 0 but those of the surplus rows and of the reserved tokens, which are 9 and would win."""
