@@ -1198,4 +1198,6 @@ def run_command(parser, args, ranks, started):
 if __name__ == "__main__":
     from train import main  # as the module that extras/ import, not a second copy of it
 
-    sys.exit(main())
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is saved: a Ctrl-C from here on ends Python without a traceback
+    sys.exit(status)
