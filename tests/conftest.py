@@ -3,13 +3,14 @@
 import functools
 import inspect
 import itertools
+import json
 import math
 import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import LONG, trained, workshop, write_stories
+from helpers import LONG, gpt2_json, trained, workshop, write_stories
 from tiers import WITHOUT_FAST, fast
 
 import bpe
@@ -224,6 +225,11 @@ def finished(text, tmp_path_factory):
     with workshop(tmp_path_factory.mktemp("finished")) as folder:
         out, err = trained("--data", text, *LONG)
     return SimpleNamespace(folder=folder / "runs" / "tiny", out=out, err=err)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import base64
 import bz2
 import gzip
 import io
-import json
 import lzma
 import random
 import shutil
@@ -15,7 +14,7 @@ import zipfile
 from functools import cache
 
 import pytest
-from helpers import STORIES, TOK512, by_kernels, gpt2_json, random_texts, run_main, shuffled, with_specials, write
+from helpers import STORIES, TOK512, by_kernels, random_texts, run_main, shuffled, with_specials, write
 
 import bpe
 from extras import formats
@@ -31,11 +30,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def bare():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120), reserve=0)
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
 
 
 @pytest.fixture(scope="module")

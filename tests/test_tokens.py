@@ -1,9 +1,7 @@
 """extras/tokens.py: what `python bpe.py stats` and `python bpe.py explain` print."""
 
-import json
-
 import pytest
-from helpers import STORIES, TOK512, gpt2_json, run_main, write
+from helpers import STORIES, TOK512, run_main, write
 
 import bpe
 from extras.tokens import merge_steps
@@ -14,11 +12,6 @@ END = bpe.END
 @pytest.fixture(scope="module")
 def tokenizer():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """fast/words.py and fast/merges.py: what Numba makes of long texts against SPLIT, count_pretokens, Tokenizer.encode."""
 
-import json
 import os
 import random
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import GOLDEN, PIECES, STORIES, by_kernels, gpt2_json, random_texts, train_compiled, with_specials
+from helpers import GOLDEN, PIECES, STORIES, by_kernels, random_texts, train_compiled, with_specials
 
 import bpe
 from fast import words
@@ -40,11 +39,6 @@ BROKEN += [b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xff", b"\xe2\x82", b"\xf
 @pytest.fixture(scope="module")
 def tokenizer():
     return bpe.Tokenizer.from_merges(bpe.train(STORIES, 120))
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    return bpe.Tokenizer.from_json(json.dumps(gpt2_json()))
 
 
 def counted(text):
