@@ -671,7 +671,7 @@ class Run:
         self.saved, self.saved_at, self.save_seconds = None, -math.inf, 0.0
         self.started = self.shown = time.monotonic()
         self.first, self.pace, self.speed = state.step, 0.0, 0.0  # step; seconds of an update; tokens a second
-        self.peak = math.inf  # FLOP/s of the machine
+        self.peak = math.inf  # FLOP/s of NumPy's BLAS, see measure_peak
 
     def write(self, **entry):
         """Append a line to the log."""
@@ -693,10 +693,10 @@ class Run:
         self.write(step=step, loss=loss, lr=lr, norm=norm, tokens=step * per_update, seconds=seconds)
         if self.log and (now - self.shown > 2 or step in (self.first + 1, s.steps)):
             self.shown, left = now, clock(seconds_left(s.steps - step, self.pace))
-            of_peak = self.speed * tinygpt.flops_per_token(cfg) / self.peak
+            of_blas = self.speed * tinygpt.flops_per_token(cfg) / self.peak
             note(
                 f"step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {self.speed:,.0f} tok/s | "
-                f"{of_peak:.0%} of peak" + (f" | {left} left" if step > self.first + 1 else "")
+                f"{of_blas:.0%} of NumPy's BLAS" + (f" | {left} left" if step > self.first + 1 else "")
             )
 
     def evaluation_is_due(self):
