@@ -4,24 +4,25 @@
     python train.py --size 1m --data stories.txt --minutes 5
 
 Part I is the algorithm: 1 batches, 2 AdamW, 3 learning rate, 4 the update, 5 the training loop, 6 evaluation.
-Part II is the run: 7 settings, 8 text to token files, 9 the run folder, 10 begin and resume, 11 command line.
+Part II is the run: 7 settings, 8 data, 9 the run folder, 10 begin and resume, 11 command line. What extras/ adds is
+found when it is used: data.py keeps encoded text, plan.py plans by the clock, locks.py and resume.py guard a run.
+
 It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--resume` continues from it),
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
 """
 
 import argparse
 import contextlib
-import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
-import zlib
-from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +31,9 @@ import numpy as np
 
 import bpe
 import tinygpt
-from bpe import Parser, Progress, clock, error_line, in_range, note, say
+from bpe import Parser, Progress, error_line, in_range, note, say
 from sample import generate_story, load_model, newest_run
-from tinygpt import KERNELS, SIZES, THREADS, count_cores, kernel
+from tinygpt import KERNELS, SIZES, THREADS, kernel
 
 # ######################################################################################################################
 # Part I: the algorithm
@@ -386,21 +387,30 @@ class Settings:
     flags: dict = field(default_factory=dict)  # `flags_given`
 
 
-def read_settings(text):
-    """JSON -> Settings. ValueError or TypeError if a field is unknown, of another type or out of range."""
-    s = Settings(**json.loads(text))
-    for f in fields(Settings):
-        x = getattr(s, f.name)
-        of_type = type(x) is f.type or (f.type, type(x)) == (float, int)
-        if not of_type or (f.type in (int, float) and not 0 <= x < 2**63):
-            raise ValueError(f"{f.name} is {x!r:.20}")
-    known = s.kernels in KERNELS and s.dtype in DTYPES and s.schedule in SCHEDULES and len(s.files) == 2
-    fits = 0 < s.batch_size <= 2**16 and s.micro_batch_size > 0 and s.batch_size % s.micro_batch_size == 0
-    counted = min(s.steps, s.eval_every, s.eval_tokens, s.train_tokens) > 0 and max(s.beta1, s.beta2) < 1
-    texts = [*s.prompts, *s.files[0], *s.files[-1], *(crc32 or "" for crc32, *_ in s.checksums.values())]
-    if not (known and fits and counted and all(type(text) is str for text in texts)):
-        raise ValueError("a setting is out of range")
-    return s
+EVALUATED = 0.05  # tokens of an evaluation for each token trained since the one before: 1/3 of the work
+
+
+def choose_settings(args, cfg, steps=1):
+    """`Settings` of a run of so many updates, without those of its data. ValueError if flags contradict each other."""
+    given = {f.name: x for f in fields(Settings) if f.metadata and (x := getattr(args, f.name)) is not None}
+    chosen = {"batch_size": Settings.batch_size} | own_recipe(args, cfg) | given | {"steps": steps}
+    warmup = chosen.get("warmup_steps", min(100, steps // 10))
+    chosen["warmup_steps"] = int(warmup if warmup >= 1 else warmup * steps)
+    if chosen.setdefault("min_lr", chosen["lr"] / 10) > chosen["lr"]:
+        raise ValueError(f"--min-lr {chosen['min_lr']} is above --lr {chosen['lr']}")
+    batch_size = chosen["batch_size"]
+    micro = chosen.setdefault("micro_batch_size", usual_micro_batch(batch_size, cfg.seq_len))
+    if batch_size % micro:
+        options = " or ".join(str(n) for n in divisors(batch_size) if micro / 3 < n < 3 * micro) or batch_size
+        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
+    kernels = tinygpt.find_ops(args.kernels).name
+    if args.dtype == "bfloat16" and kernels != "fast":
+        tinygpt.find_ops(kernels, args.dtype)  # which says why there is none
+    dtype = "bfloat16" if args.dtype != "float32" and not why_float32(kernels) else "float32"
+    every = chosen.setdefault("eval_every", max(1, steps // 10))
+    eval_tokens = max(4 * cfg.seq_len, int(EVALUATED * (every * batch_size * cfg.seq_len)))
+    chosen |= {"kernels": kernels, "dtype": dtype, "eval_tokens": eval_tokens, "flags": flags_given(args)}
+    return Settings(**chosen, prompts=args.prompt or [], size=size_of(args), init_from=args.init_from or "")
 
 
 def size_of(args):
@@ -411,9 +421,7 @@ def own_recipe(args, cfg):
     """The settings of a size that no flag gives: ours, for minutes on a laptop, or those of --recipe published."""
     if args.recipe:
         return import_extra("recipes").published_recipe(size_of(args), cfg)
-    return {
-        "lr": own_rate(cfg) / 10 if args.init_from else own_rate(cfg)
-    }  # a trained model loses less of what it knows
+    return {"lr": own_rate(cfg) / (10 if args.init_from else 1)}  # a trained model loses less of what it knows
 
 
 def own_rate(cfg):
@@ -428,40 +436,24 @@ def usual_micro_batch(batch_size, T):
     return max(n for n in divisors(batch_size) if n == 1 or n * T <= TOKENS_AT_ONCE)
 
 
-EVALUATED = 0.05  # tokens of an evaluation for each token trained since the one before: 1/3 of the work
+def flags_given(args):
+    """{name: value} of the flags that decide what a run is: --resume takes no others than those it began with."""
+    default, free = make_parser().get_default, ("out", "resume", "threads")
+    return {name: value for name, value in vars(args).items() if name not in free and value != default(name)}
 
 
-def choose_settings(args, cfg, steps=1):
-    """`Settings` of a run of so many updates, without those of its data. ValueError if flags contradict each other."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.metadata}
-    chosen = own_recipe(args, cfg) | {name: x for name, x in given.items() if x is not None} | {"steps": steps}
-    warmup = chosen.get("warmup_steps", min(100, steps // 10))
-    chosen["warmup_steps"] = int(warmup if warmup >= 1 else warmup * steps)
-    if chosen.setdefault("min_lr", chosen["lr"] / 10) > chosen["lr"]:
-        raise ValueError(f"--min-lr {chosen['min_lr']} is above --lr {chosen['lr']}")
-    batch_size = chosen.setdefault("batch_size", Settings.batch_size)
-    micro = chosen.setdefault("micro_batch_size", usual_micro_batch(batch_size, cfg.seq_len))
-    if micro not in (fitting := divisors(batch_size)):
-        near = {max(n for n in fitting if n < micro), min([n for n in fitting if n > micro], default=1)}
-        options = " or ".join(map(str, sorted(near)))
-        raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
-    kernels = tinygpt.find_ops(args.kernels).name
-    if kernels != "fast" and args.max_memory:
-        raise ValueError(f"--max-memory is about the buffers of --kernels fast; leave it out with --kernels {kernels}")
-    if args.dtype == "bfloat16" and kernels != "fast":
-        tinygpt.find_ops(kernels, "bfloat16")  # which says why there is none
-    in_bf16 = args.dtype != "float32" and not why_float32(kernels)
-    every = chosen.setdefault("eval_every", max(1, steps // 10))
-    eval_tokens = max(4 * cfg.seq_len, int(EVALUATED * (every * batch_size * cfg.seq_len)))
-    chosen |= {"kernels": kernels, "dtype": "bfloat16" if in_bf16 else "float32", "eval_tokens": eval_tokens}
-    chosen["flags"] = flags_given(args)
-    return Settings(**chosen, prompts=args.prompt or [], size=size_of(args), init_from=args.init_from or "")
+def why_float32(kernels):
+    """None where products of this table can be bf16, else why they are float32, in a sentence."""
+    if kernels != "fast":
+        return f"--kernels {kernels} has no others"
+    from fast import why_no_bf16
+
+    return why_no_bf16()
 
 
-# == 8  text to token files ============================================================================================
+# == 8  data ===========================================================================================================
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
-TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
 
 
 class Data(NamedTuple):
@@ -470,43 +462,47 @@ class Data(NamedTuple):
     valid: np.ndarray
     name: str
     files: list  # token files of the two, each a list of paths; none for validation: held out
-    checksums: dict  # path of a token file -> [crc32, file_state of it, file_state of its JSON]
+    checksums: dict  # path of a token file -> what extras/data.py knows it by
 
 
-def prepare_data(args, cfg, batch_size, steps=None, tokenizer=None):
-    """Text or token files -> `Data`, with `tokenizer` if there is one already. Text is encoded once and kept in
-    data/tokens, under a key of what it depends on.
+def prepare_data(args, draft, cfg, steps, tokenizer, folder):
+    """What the command line names -> `Data`. ValueError or OSError if it is missing, no text, or too short.
 
-    ValueError or OSError if something is missing, is not text, is of another tokenizer, or is too short.
+    extras/data.py does it for any sources, once: it keeps tokenizers and token files. Alone, this file takes text,
+    and makes both anew, in the folder of the run.
     """
-    vocab_size = args.vocab_size or cfg.vocab_size
-    key = (args.tokenizer, vocab_size) if tokenizer is None else (None, tokenizer.hash)
-    if tokenizer is None and args.tokenizer:
-        tokenizer = bpe.Tokenizer.load(args.tokenizer)
-    if args.tokenizer and args.vocab_size:
-        raise ValueError("--tokenizer brings its own vocabulary; leave out --vocab-size")
-    sources, valid_sources, name = args.data, args.val_data or [], " ".join(args.data or ())
-    if not sources:
-        sources, valid_sources, name = find_stories(args, cfg, batch_size, steps)
-    folder = Path("data", "tokens", cache_key(sources, *key))
-    if tokenizer is None:
-        if are_token_files(sources):
-            raise ValueError("--data names a token file; say which tokenizer made it with --tokenizer FILE")
-        tokenizer = train_tokenizer(sources, folder, vocab_size, must_fit=args.vocab_size is not None)
-    files = [encode(sources, tokenizer, folder / "train.bin"), []]
-    if valid_sources:
-        key = cache_key(valid_sources, None, tokenizer.hash)
-        files[1] = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
-    return read_data(tokenizer, files, name, cfg.seq_len)
+    if extra := import_extra("data", optional=True):
+        return extra.prepare_data(args, draft, cfg, steps, tokenizer)
+    if not args.data or args.val_data or args.tokenizer:
+        raise ValueError("extras/data.py is not here: name a text with --data FILE, and no --val-data or --tokenizer")
+    path = folder / "tokens.bin"
+    tokenizer = tokenizer or train_tokenizer(bpe.pieces(args.data), args.vocab_size or cfg.vocab_size)
+    bpe.write_tokens(bpe.pieces(args.data), tokenizer, path)
+    return read_data(tokenizer, [[str(path)], []], " ".join(args.data), cfg.seq_len)
+
+
+def train_tokenizer(pieces, vocab_size):
+    """A tokenizer of vocab_size entries, or fewer where the text gives fewer. ValueError if they are too few."""
+    fixed = 256 + 1 + RESERVED
+    if vocab_size < fixed:
+        parts = f"256 bytes, the end of a story and {RESERVED} reserved tokens"
+        raise ValueError(f"--vocab-size {vocab_size} is below {fixed}: {parts}")
+    note("learning the tokenizer of this text and encoding it, once; the first time, kernels are compiled ...")
+    return bpe.Tokenizer.from_merges(bpe.train(pieces, vocab_size - fixed), RESERVED)
 
 
 def read_data(tokenizer, files, name, seq_len, checksums=None):
-    """`Data` of token files. ValueError or OSError if one is missing, damaged, of another tokenizer, too short, or no
-    longer has its checksum."""
-    checksums = dict(checksums or {})
-    train, valid = (read_token_files(paths, tokenizer, checksums) if paths else None for paths in files)
-    if valid is None:
-        train, valid = hold_out(train, tokenizer)
+    """`Data` of token files. ValueError or OSError if one is missing, damaged, of another tokenizer or too short, or if
+    extras/data.py finds that it no longer has its checksum."""
+    extra, checksums = import_extra("data", optional=True), dict(checksums or {})
+
+    def read(path):
+        return extra.read_known(path, tokenizer, checksums) if extra else bpe.read_tokens(path, tokenizer)[0]
+
+    parts = [[read(path) for path in paths] for paths in files]
+    train, valid = (part[0] if len(part) == 1 else part and np.concatenate(part) for part in parts)
+    if not files[1]:
+        train, valid = hold_out(train, tokenizer.end)
     for what, tokens, least in (("training", train, seq_len), ("validation", valid, 2)):
         if len(tokens) < least:
             found = f"the {what} text has {len(tokens)} tokens, less than one window of T={seq_len}"
@@ -515,141 +511,19 @@ def read_data(tokenizer, files, name, seq_len, checksums=None):
     return Data(tokenizer, train, valid, name, files, checksums)
 
 
-def find_stories(args, cfg, batch_size, steps):
-    """Training and validation files, and their name, where the command line names no data."""
-    try:
-        from extras import stories
-    except ImportError:
-        raise ValueError("extras/stories.py is missing, so name your text: --data FILE") from None
-    if steps:
-        tokens = steps * batch_size * cfg.seq_len
-    else:  # as many as fit the time at 60% of the machine's peak: fewer are read
-        seconds = 60 * (args.minutes or 5) if not args.epochs else 300
-        tokens = 0.6 * seconds * measure_peak() / tinygpt.flops_per_token(cfg)
-    size = 2**24 * math.ceil(4.2 * tokens / 2**24)  # some 4 bytes a token; in steps, so that it seldom changes
-    source = stories.get(Path("data"), size)
-    return [str(source.train)], [str(source.valid)], source.name
+HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 0.02, 0.01, 0.05  # shares of the text
 
 
-def train_tokenizer(sources, folder, vocab_size, must_fit):
-    """The tokenizer of these texts, kept in `folder`: vocab_size entries, or fewer where the text gives fewer and that
-    need not be an error."""
-    path, fixed = folder / "tokenizer.json", 256 + 1 + RESERVED
-    if vocab_size < fixed:
-        parts = f"256 bytes, the end of a story and {RESERVED} reserved tokens"
-        raise ValueError(f"--vocab-size {vocab_size} is below {fixed}: {parts}")
-    try:
-        tokenizer = bpe.Tokenizer.load(path)
-    except (OSError, ValueError):
-        folder.mkdir(parents=True, exist_ok=True)
-        note("learning the tokenizer of this text and encoding it, once; the first time, kernels are compiled ...")
-        with Progress("learning the tokenizer", min(total_bytes(sources), TOKENIZER_BYTES)) as progress:
-            pieces = first_bytes(bpe.pieces(sources, progress), TOKENIZER_BYTES)
-            bpe.Tokenizer.from_merges(bpe.train(pieces, vocab_size - fixed), RESERVED).save(path)
-        tokenizer = bpe.Tokenizer.load(path)
-    if tokenizer.vocab_size < vocab_size:
-        line = f"the text gives {tokenizer.vocab_size} tokens, fewer than {vocab_size}"
-        if must_fit:
-            raise ValueError(f"--vocab-size {vocab_size}: {line}; try --vocab-size {tokenizer.vocab_size}")
-        note(f"{line}: the vocabulary has {tokenizer.vocab_size}")
-    return tokenizer
-
-
-def first_bytes(pieces, limit):
-    for text, ends in pieces:
-        if limit <= 0:
-            return
-        limit -= len(text)
-        yield text, ends
-
-
-def total_bytes(sources):
-    return sum(path.stat().st_size for path in bpe.text_files(sources))
-
-
-def are_token_files(paths):
-    """True if all are token files. ValueError for a mixture with text."""
-    bins = [str(path).endswith(".bin") for path in paths]
-    if any(bins) and not all(bins):
-        text = paths[bins.index(False)]
-        raise ValueError(f"{text} is text beside token files; encode it first: python bpe.py encode")
-    return all(bins)
-
-
-def encode(sources, tokenizer, path):
-    """The token files of these sources: themselves, or one made of their text if it is not there or not whole."""
-    if are_token_files(sources):
-        return [str(source) for source in sources]
-    try:
-        bpe.read_tokens(path, tokenizer)
-    except (OSError, ValueError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with Progress("encoding", total_bytes(sources)) as progress:
-            bpe.write_tokens(bpe.pieces(sources, progress), tokenizer, path)
-    return [str(path)]
-
-
-def read_token_files(paths, tokenizer, checksums):
-    """The ids of all files, (M,). Updates `checksums`, those of `Data`: a content is read only if its file's state has
-    changed. ValueError if a file no longer has its checksum."""
-    parts = []
-    for path in paths:
-        expected, *seen = checksums.get(path, [None])
-        state = [file_state(name) for name in (path, f"{path}.json") if os.path.exists(name)]
-        ids, info = bpe.read_tokens(path, tokenizer, check=state != seen)
-        if expected not in (None, info["crc32"]):
-            found = f"its checksum is {info['crc32']!r}, expected {expected!r:.20}"
-            raise ValueError(f"{path} has changed since the run began: {found}; restore it or start another run")
-        checksums[path] = [info["crc32"], *state]
-        parts.append(ids)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def cache_key(sources, tokenizer_path, detail):
-    """A name for what is made of these files: changes when one of them does."""
-    parts = [bpe.PATTERN, bpe.LAYOUTS, RESERVED, detail]
-    for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
-        parts += [str(path.resolve()), *file_state(path)]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-CTIME_IS_CREATION = os.name == "nt"
-
-
-def file_state(path):
-    """[size, mtime, ctime]: equal only if the file has not been written or replaced in between.
-
-    cp -p, tar and rsync restore mtime, but nothing can set ctime, the time of the last change to the inode. Windows has
-    the time of creation in its place: there it is the CRC-32 of the content.
-    """
-    status = os.stat(path)
-    changed = zlib.crc32(Path(path).read_bytes()) if CTIME_IS_CREATION else status.st_ctime_ns
-    return [status.st_size, status.st_mtime_ns, changed]
-
-
-HELD_OUT = 0.02  # share of the stories, or of their bytes, that is validation text where there is no other
-LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # of the bytes: what a cut between two stories may leave for validation
-
-
-def hold_out(tokens, tokenizer):
-    """tokens -> (training, validation): the last 2% of the stories if they are 1% to 5% of the bytes. Otherwise cut
-    where the story nearest to 98% of the bytes ends, within these limits; inside a story if none ends there."""
-    sizes = tokenizer.byte_lengths().astype(np.int16)[tokens]  # (M,), small: a text may have 10^9 tokens
-    stops = np.flatnonzero(tokens == tokenizer.end) + 1  # of each story, the token after it
-    starts, total = np.concatenate([[0], stops]), int(sizes.sum(dtype=np.int64))
-    inside = sizes[: starts[-1]]  # what stands before the last end
-    read = np.cumsum(np.add.reduceat(inside, starts[:-1], dtype=np.int64))  # bytes up to the end of each story
-    held, target = total - read, (1 - HELD_OUT) * total
-    fair = np.flatnonzero((LEAST_HELD_OUT * total <= held) & (held <= MOST_HELD_OUT * total))
+def hold_out(tokens, end):
+    """tokens (M,) -> (training, validation): the last 2% of the stories if they are 1% to 5% of the tokens. Otherwise
+    cut where the story nearest to 98% of the tokens ends, within these limits; inside a story if none ends there."""
+    stops = np.flatnonzero(tokens == end) + 1  # of each story, the token after it
+    M, held = len(tokens), len(tokens) - stops  # tokens that a cut there holds out
+    fair = np.flatnonzero((LEAST_HELD_OUT * M <= held) & (held <= MOST_HELD_OUT * M))
     usual = len(stops) - 1 - max(1, round(HELD_OUT * len(stops)))
+    cut = round((1 - HELD_OUT) * M)
     if len(fair):
-        nearest = fair[np.abs(held[fair] - HELD_OUT * total).argmin()]
-        cut = int(stops[usual if usual in fair else nearest])
-    else:
-        whole = int(np.searchsorted(read, target))  # stories before the one to cut
-        start, before = (int(stops[whole - 1]), int(read[whole - 1])) if whole else (0, 0)
-        rest = sizes[start:]
-        cut = start + bisect_left(range(len(rest)), target - before, key=lambda i: rest[: i + 1].sum(dtype=np.int64))
+        cut = stops[usual if usual in fair else fair[np.abs(held[fair] - HELD_OUT * M).argmin()]]
     return tokens[:cut], tokens[cut:]
 
 
@@ -667,37 +541,40 @@ class Run:
     def __init__(self, folder, settings, state, data, log, processes=1):
         self.folder, self.settings, self.state, self.data, self.log = folder, settings, state, data, log
         self.processes, self.tokenizer_json = processes, data.tokenizer.to_json()
+        self.ops = tinygpt.find_ops(settings.kernels, settings.dtype)  # without the buffers of training
         self.best, self.evaluated = math.inf, 0  # bits per byte; step of the last evaluation
         self.saved, self.saved_at, self.save_seconds = None, -math.inf, 0.0
         self.started = self.shown = time.monotonic()
-        self.first, self.pace, self.speed = state.step, 0.0, 0.0  # step; seconds of an update; tokens a second
-        self.peak = math.inf  # FLOP/s of NumPy's BLAS, see measure_peak
+        self.first, self.pace = state.step, 0.0  # step; seconds of an update
+        self.summary = import_extra("summary", optional=True)  # what the terminal shows besides
+
+    def describe(self):
+        """Show what will be trained, on what, how."""
+        if self.summary:
+            self.summary.describe(self)
+        else:
+            note("extras/ is not here: no lock on the run, no plan by the clock, no loss curve")
+            note(f"{self.state.cfg}\n{self.settings}\nprecision {self.settings.dtype}")
 
     def write(self, **entry):
-        """Append a line to the log."""
-        if self.log:
-            try:
-                self.log.write(json.dumps(entry) + "\n")
-                self.log.flush()
-            except OSError as error:
-                error.filename = error.filename or self.log.name
-                raise
+        """Append a line to the log. OSError names it."""
+        try:
+            if self.log:
+                print(json.dumps(entry), file=self.log, flush=True)
+        except OSError as error:
+            error.filename = self.log.name
+            raise
 
     def record_update(self, loss, norm, lr, seconds):
         """Log an update that took so long; every two seconds, show it."""
-        s, cfg, step, now = self.settings, self.state.cfg, self.state.step, time.monotonic()
-        per_update = s.batch_size * cfg.seq_len
-        self.pace = recent_pace(self.pace, seconds, step - self.first)
-        self.speed = per_update / self.pace  # of the first update it says how long compiling took
-        seconds = round(now - self.started, 3)
-        self.write(step=step, loss=loss, lr=lr, norm=norm, tokens=step * per_update, seconds=seconds)
-        if self.log and (now - self.shown > 2 or step in (self.first + 1, s.steps)):
-            self.shown, left = now, clock(seconds_left(s.steps - step, self.pace))
-            of_blas = self.speed * tinygpt.flops_per_token(cfg) / self.peak
-            note(
-                f"step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {self.speed:,.0f} tok/s | "
-                f"{of_blas:.0%} of NumPy's BLAS" + (f" | {left} left" if step > self.first + 1 else "")
-            )
+        s, step, now = self.settings, self.state.step, time.monotonic()
+        tokens, count = s.batch_size * self.state.cfg.seq_len, step - self.first
+        self.pace = recent_pace(self.pace, seconds, count)
+        self.write(step=step, loss=loss, lr=lr, norm=norm, tokens=step * tokens, seconds=round(now - self.started, 3))
+        if self.log and (now - self.shown > 2 or count == 1 or step == s.steps):
+            self.shown, speed = now, f"{tokens / self.pace:,.0f} tok/s"
+            more = self.summary.share_and_time_left(self, count) if self.summary else ""
+            note(f"step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed}{more}")
 
     def evaluation_is_due(self):
         step, s = self.state.step, self.settings
@@ -710,13 +587,16 @@ class Run:
             if stopped():
                 raise Stopped
 
-        tokens, tokenizer = self.data.valid[: self.settings.eval_tokens], self.data.tokenizer
-        ops = table_of(self.settings)
         try:
-            nats = evaluate(self.state.p, self.state.cfg, tokens, tokenizer.end, ops, progress=look)
+            return self.score(self.data.valid[: self.settings.eval_tokens], look)
         except Stopped:
             return None
-        return self.check_finite(nats), bits_per_byte(nats, tokens, tokenizer)
+
+    def score(self, tokens, progress):
+        """tokens (M,) -> (nats per token, bits per byte)."""
+        state, tokenizer, ops = self.state, self.data.tokenizer, self.ops
+        nats = self.check_finite(evaluate(state.p, state.cfg, tokens, tokenizer.end, ops, progress=progress))
+        return nats, bits_per_byte(nats, tokens, tokenizer)
 
     def generate_stories(self, stopped):
         """A story for each --prompt; None if `stopped()`."""
@@ -752,12 +632,13 @@ class Run:
     def save_is_due(self):
         """True at a milestone, at the last update, and every `save_every` seconds: sooner in the beginning, so that a
         run that is stopped early has a story; later if more than 5% of the time went into saving."""
-        if not self.log or (self.state.step, self.evaluated) == self.saved:
-            return bool(self.log and self.missing_milestone())
+        if not self.log or self.missing_milestone():
+            return bool(self.log)
+        if (self.state.step, self.evaluated) == self.saved:
+            return False
         now = time.monotonic()
         pause = max(min(self.settings.save_every, max(5, now - self.started)), 20 * self.save_seconds)
-        at_end = self.state.step == self.settings.steps
-        return at_end or bool(self.missing_milestone()) or now - self.saved_at > pause
+        return self.state.step == self.settings.steps or now - self.saved_at > pause
 
     def save(self):
         """Write last.safetensors, to resume from, and a milestone of --keep if one is due."""
@@ -797,82 +678,145 @@ class Run:
             return f"no checkpoint is in {self.folder} yet"
 
     def finish(self):
-        """Score all validation tokens, draw the loss curve, say what to type next."""
-        valid, tokenizer, state = self.data.valid, self.data.tokenizer, self.state
-        speed = self.speed / self.processes
-        about = f", about {clock(scoring_seconds(len(valid), speed))}" if speed else ""
-        note(f"scoring all {len(valid):,} validation tokens{about} ...")
-        ops = table_of(self.settings)
+        """Score all validation tokens, draw the loss curve."""
+        valid, of_time = self.data.valid, self.summary.scoring_time(self) if self.summary else ""
+        note(f"scoring all {len(valid):,} validation tokens{of_time} ...")
         with Progress("validation", len(valid)) as progress:
-            nats = self.check_finite(evaluate(state.p, state.cfg, valid, tokenizer.end, ops, progress=progress))
-        bits = bits_per_byte(nats, valid, tokenizer)
-        self.write(step=state.step, final_val_nats=nats, final_val_bits_per_byte=bits, tokens=len(valid))
+            nats, bits = self.score(valid, progress)
+        self.write(step=self.state.step, final_val_nats=nats, final_val_bits_per_byte=bits, tokens=len(valid))
         note(f"validation, every token: {nats:.4f} nats/token, {bits:.4f} bits/byte")
         if curve := import_extra("curve", optional=True):
             curve.draw_curve(self.folder)
-        else:
-            note("no loss curve: extras/curve.py is not here")
-        path = self.folder / "last.safetensors"
-        note(f"a story:   {command('sample.py', '--checkpoint', path, '--prompt', 'Lily found')}")
+
+
+def recent_pace(pace, seconds, count):
+    """Seconds of an update lately: `pace` after the last one of this process, number `count` from 1, took `seconds`. Of
+    some 20 updates; the first, which may compile kernels, counts for itself alone."""
+    return seconds if count <= 2 else 0.95 * pace + 0.05 * seconds
+
+
+# == 10  begin and resume ==============================================================================================
 
 
 @contextlib.contextmanager
 def new_folder(args):
     """Yield the folder of a fresh run and its locked, empty log; if the run cannot begin, remove what was made.
     ValueError if a run or a model is there, OSError if the folder cannot be written."""
-    folder, made = args.out, bool(args.out and not args.out.exists())
-    if folder is None:
-        Path("runs").mkdir(exist_ok=True)
-        for number in range(1, 10**6):
-            folder = Path("runs", size_of(args) if number == 1 else f"{size_of(args)}-{number}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                made = True
-                break
-    holds_a_run = f"{folder} holds a run; go on with --resume, or name another --out"
-    if (folder / "log.jsonl").exists() and not args.resume:
-        raise ValueError(holds_a_run)
+    folder, name = args.out, size_of(args)
+    made = not (folder and folder.exists())
+    for number in itertools.count(1) if folder is None else ():
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    fresh = not (folder / "log.jsonl").exists()
+    if not fresh and not args.resume:
+        raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    log, fresh = None, False
+    log = open_log(folder)
     try:
-        log = lock_log(folder)
-        fresh = os.path.getsize(log.name) == 0
-        if not fresh and not args.resume:  # it began while this process looked
-            raise ValueError(holds_a_run)
         if found := sorted(folder.glob("*.safetensors")):
             raise ValueError(f"{found[0]} would be overwritten; name another --out")
         log.truncate(0)
         yield folder, log
     except BaseException:
-        with contextlib.suppress(OSError):
-            if log:
-                log.close()
-            if fresh:
-                (folder / "log.jsonl").unlink()
-            if made:
-                folder.rmdir()
+        log.close()
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif fresh:
+            (folder / "log.jsonl").unlink(missing_ok=True)
         raise
 
 
-BUSY = "another process writes the run"  # extras/sweep.py looks for it
-
-
-def lock_log(folder):
+def open_log(folder):
     """The log of a run, open for appending; locked until it is closed. ValueError if another process has it."""
-    return open_locked(folder / "log.jsonl", f"{BUSY} in {folder}")
+    if locks := import_extra("locks", optional=True):
+        return locks.lock_log(folder)
+    return open(folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
 
 
-def open_locked(path, busy):
-    """`path`, open for appending and locked until it is closed or its process ends. ValueError, with the words of
-    `busy`, if another process has locked it."""
-    file = open(path, "a", encoding="utf-8", newline="\n")
+def begin_run(args, ranks, started):
+    """A fresh run. ValueError or OSError if it cannot begin; then it leaves no folder."""
+    with new_folder(args) as (folder, log):
+        tokenizer = parameters = None
+        if args.init_from:
+            cfg, tokenizer, parameters = import_extra("tune").load_initial_model(args)
+        else:
+            cfg = SIZES[size_of(args)].changed(**tinygpt.overrides(args.set or []))
+            cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
+        draft = choose_settings(args, cfg)  # flags that contradict each other are refused before text is read
+        ranks.rows(draft.batch_size)
+        if draft.dropout:
+            cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
+        steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
+        plan = None if args.epochs else import_extra("plan", optional=not args.minutes)  # refused now if it is missing
+        data = prepare_data(args, draft, cfg, steps, tokenizer, folder)
+        for prompt in draft.prompts:
+            data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
+        cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
+        if args.max_memory:
+            draft = import_extra("plan").fit_memory(args.max_memory, draft, cfg)
+        batches = batches_of(data, cfg, draft.seed)
+        if plan and not steps:
+            steps = plan.plan_steps(args.minutes or 5, draft, cfg, len(data.valid), batches, ranks, started)
+        steps = steps or math.ceil((args.epochs or 1) * batches.per_epoch / draft.batch_size)
+        known = {name: getattr(draft, name) for name in ("micro_batch_size", "recompute")}
+        known |= {"data": data.name, "files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
+        s = replace(choose_settings(args, cfg, steps), **known)
+        parameters = tinygpt.init_parameters(cfg, s.seed) if parameters is None else parameters
+        run = Run(folder, s, State(cfg, parameters), data, log, ranks.count)
+        summary = import_extra("summary", optional=True)
+        words = summary.repeat_command(args, s, cfg, ranks.count) if summary else ""
+        run.write(settings=asdict(s), config=asdict(cfg), command=words)
+        return run
+
+
+def resume_run(args, ranks):
+    """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
+    continue."""
+    folder = args.out or newest_run()
+    if not folder or not (folder / "last.safetensors").exists():
+        note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
+        return None
+    log = open_log(folder)
     try:
-        if not tinygpt.lock_file(file):
-            file.close()
-            raise ValueError(f"{busy}; wait for its end or name another --out")
-    except OSError as error:  # some network file systems have no locks
-        note(f"{path.parent} cannot be locked ({error.strerror}): see to it that no second run writes there")
-    return file
+        run = read_run(folder, log, flags_given(args), ranks.count)
+        ranks.rows(run.settings.batch_size)
+        return run
+    except BaseException:
+        log.close()
+        raise
+
+
+def read_run(folder, log, flags=None, processes=1):
+    """The run in `folder` at its last checkpoint; cuts the log there. extras/resume.py refuses what cannot go on, or
+    not to the same bytes."""
+    checkpoint, tokenizer = load_model(folder / "last.safetensors")
+    cfg, place, extra = checkpoint.cfg, checkpoint.metadata, import_extra("resume", optional=True)
+    if extra:
+        extra.check(folder, checkpoint, flags or {})
+    s = Settings(**json.loads(place["settings"]))
+    data = read_data(tokenizer, s.files, s.data, cfg.seq_len, s.checksums)
+    if extra:
+        extra.check_tokens(folder, s, data)
+    state = State(cfg, checkpoint.parameters)
+    state.step, state.m[:], state.v[:] = int(place["step"]), checkpoint.extra["moment1"], checkpoint.extra["moment2"]
+    run = Run(folder, replace(s, checksums=data.checksums), state, data, log, processes)
+    run.best, run.evaluated = float(place["best"]), int(place["evaluated"])
+    run.saved, run.saved_at = (state.step, run.evaluated), time.monotonic()
+    log.truncate(min(int(place["log_bytes"]), os.path.getsize(log.name)))  # behind it: updates that are made again
+    log.seek(0, os.SEEK_END)
+    return run
+
+
+def batches_of(data, cfg, seed):
+    return Batches(data.train, cfg.seq_len, data.tokenizer.end, seed)
+
+
+def make_ops(s, cfg, ranks):
+    """The table of ops that trains, with buffers for a micro-batch."""
+    micro = math.gcd(ranks.rows(s.batch_size), s.micro_batch_size)
+    return tinygpt.with_buffers(tinygpt.find_ops(s.kernels, s.dtype), cfg, micro, cfg.seq_len, np.float32, s.recompute)
 
 
 @contextlib.contextmanager
@@ -893,176 +837,6 @@ def stop_signals():
     finally:
         for name, handler in old.items():
             signal.signal(name, handler)
-
-
-# == 10  begin and resume ==============================================================================================
-
-
-def begin_run(args, ranks, started):
-    """A fresh run. ValueError or OSError if it cannot begin; then it leaves no folder."""
-    with new_folder(args) as (folder, log):
-        tokenizer = parameters = None
-        if args.init_from:
-            cfg, tokenizer, parameters = import_extra("tune").load_initial_model(args)
-        else:
-            cfg = SIZES[size_of(args)].changed(**tinygpt.overrides(args.set or []))
-            cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
-        draft = choose_settings(args, cfg)  # flags that contradict each other are refused before text is read
-        ranks.rows(draft.batch_size)
-        if draft.dropout:
-            cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
-        steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
-        warmup = import_extra("warmup", optional=True)
-        compilers = warmup.compile_ahead(cfg, draft.kernels) if warmup else []
-        data = prepare_data(args, cfg, draft.batch_size, steps, tokenizer)
-        for prompt in draft.prompts:
-            data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
-        cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
-        for process in compilers:
-            process.wait()
-        if args.max_memory:
-            draft = import_extra("plan").fit_memory(args.max_memory, draft, cfg)
-        batches = batches_of(data, cfg, draft.seed)
-        steps = steps or count_steps(args, draft, cfg, data, batches, ranks, started)
-        known = {"micro_batch_size": draft.micro_batch_size, "recompute": draft.recompute, "data": data.name}
-        known |= {"files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
-        s = replace(choose_settings(args, cfg, steps), **known)
-        parameters = tinygpt.init_parameters(cfg, s.seed) if parameters is None else parameters
-        run = Run(folder, s, State(cfg, parameters), data, log, ranks.count)
-        summary = import_extra("summary", optional=True)
-        words = summary.repeat_command(args, s, cfg, ranks.count) if summary else ""
-        run.write(settings=asdict(s), config=asdict(cfg), command=words)
-        return run
-
-
-def count_steps(args, s, cfg, data, batches, ranks, started):
-    """The number of updates that make --epochs, or fit --minutes, counted from `started`."""
-    plan = None if args.epochs else import_extra("plan", optional=not args.minutes)
-    if plan:
-        return plan.plan_steps(args.minutes or 5, s, cfg, len(data.valid), batches, ranks, started)
-    if not args.epochs:
-        note("extras/plan.py is not here, which plans by the clock: the text is read once")
-    return math.ceil((args.epochs or 1) * batches.per_epoch / s.batch_size)
-
-
-def resume_run(args, ranks):
-    """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
-    continue."""
-    folder = args.out or newest_run()
-    if not folder or not (folder / "last.safetensors").exists():
-        note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
-        return None
-    log = lock_log(folder)
-    try:
-        run = read_run(folder, log, flags_given(args), ranks.count)
-        ranks.rows(run.settings.batch_size)
-        return run
-    except BaseException:
-        log.close()
-        raise
-
-
-def read_run(folder, log, flags=(), processes=1):
-    """The run in `folder` at its last checkpoint; cuts the log there. ValueError for flags other than its own."""
-    path = folder / "last.safetensors"
-    checkpoint, tokenizer = load_model(path)
-    cfg, parameters, place = checkpoint.cfg, checkpoint.parameters, checkpoint.metadata
-    try:
-        s = read_settings(place["settings"])
-        step, position, evaluated = (int(place[name]) for name in ("step", "log_bytes", "evaluated"))
-        best, moments = float(place["best"]), [checkpoint.extra[name] for name in ("moment1", "moment2")]
-        if any(x.dtype != np.float32 or x.shape != parameters.shape for x in (parameters, *moments)):
-            raise TypeError("its tensors are not float32 or not all of one length")
-        if not 0 <= step <= s.steps or not 0 <= position < 2**48:
-            raise ValueError(f"step {step} of {s.steps}")
-    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} holds a model but no run to go on with ({error!s:.80})") from None
-    lines = (folder / "log.jsonl").read_text("utf-8", "replace")[position:].splitlines(keepends=True)
-    if step == s.steps and any("final_val_nats" in line and line.endswith("\n") for line in lines):
-        more = f"to train its model further, begin another run with it: --init-from {path}"
-        raise ValueError(f"the run in {folder} is finished: {step} of {s.steps} updates; {more}")
-    for name in flags:
-        if name not in s.flags or flags[name] != s.flags[name]:
-            flag, other = name.replace("_", "-"), f"begin another run with this one's model: --init-from {path}"
-            raise ValueError(f"--resume goes on under the run's own settings; leave out --{flag}, or {other}")
-    data = read_data(tokenizer, s.files, s.data, cfg.seq_len, s.checksums)
-    if len(data.train) != s.train_tokens:
-        found = f"its files now give {len(data.train):,} training tokens, expected {s.train_tokens:,}"
-        raise ValueError(f"the data of {folder} have changed since it began: {found}; start another run")
-    check_precision(s, folder)
-    state = State(cfg, parameters)
-    state.step, state.m[:], state.v[:] = step, *moments
-    run = Run(folder, replace(s, checksums=data.checksums), state, data, log, processes)
-    run.best, run.evaluated, run.saved, run.saved_at = best, evaluated, (step, evaluated), time.monotonic()
-    log.truncate(min(position, os.path.getsize(log.name)))  # behind it are updates that will be made again
-    log.seek(0, os.SEEK_END)
-    return run
-
-
-def flags_given(args):
-    """{name: value} of the flags that decide what a run is: --resume takes no others than those it began with."""
-    default, free = make_parser().get_default, ("out", "resume", "threads")
-    return {name: value for name, value in vars(args).items() if name not in free and value != default(name)}
-
-
-def check_precision(s, folder):
-    """ValueError if this machine lacks the products that a run began with: its bytes would differ."""
-    if s.dtype == "bfloat16" and (reason := why_float32(s.kernels)):
-        other = f"resume it where it began, or begin another run: --init-from {folder / 'last.safetensors'}"
-        raise ValueError(f"the run in {folder} multiplies in bfloat16, but {reason}; {other}")
-
-
-def why_float32(kernels):
-    """None where products of this table can be bf16, else why they are float32, in a sentence."""
-    if kernels != "fast":
-        return f"--kernels {kernels} has no others"
-    from fast import why_no_bf16
-
-    return why_no_bf16()
-
-
-def batches_of(data, cfg, seed):
-    return Batches(data.train, cfg.seq_len, data.tokenizer.end, seed)
-
-
-def table_of(s):
-    return tinygpt.find_ops(s.kernels, s.dtype)
-
-
-def make_ops(s, cfg, ranks):
-    """The table of ops that trains, with buffers for a micro-batch."""
-    micro = math.gcd(ranks.rows(s.batch_size), s.micro_batch_size)
-    return tinygpt.with_buffers(table_of(s), cfg, micro, cfg.seq_len, np.float32, s.recompute)
-
-
-OVERHEAD = 0.03  # share of a timed run that evaluations, stories and checkpoints may take
-
-
-def recent_pace(pace, seconds, count):
-    """Seconds of an update lately: `pace` after the last one of this process, number `count` from 1, took `seconds`. Of
-    some 20 updates; the first, which may compile kernels, counts for itself alone."""
-    return seconds if count <= 2 else 0.95 * pace + 0.05 * seconds
-
-
-def seconds_left(updates, pace):
-    """Seconds until these updates are made, with what stands between them."""
-    return updates * pace / (1 - OVERHEAD)
-
-
-def scoring_seconds(tokens, speed):
-    """Seconds to score so many tokens in a process that trains `speed` tokens a second: there is no backward, which
-    takes about 2/3 of an update."""
-    return tokens / (2.5 * speed)
-
-
-def measure_peak():
-    """The machine's float32 product in FLOP/s: NumPy's BLAS, the best of ten products of 1024 x 1024."""
-    a, best = np.ones((1024, 1024), np.float32), math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
 
 
 # == 11  command line ==================================================================================================
@@ -1159,13 +933,8 @@ def run_command(parser, args, ranks, started):
         if run.saved is None:
             run.save()  # a run that is killed before its next checkpoint is resumed from here
         if ranks.rank == 0:
-            if summary := import_extra("summary", optional=True):
-                summary.describe(cfg, s, run.data, run.folder, ranks.count)
-            else:
-                note("extras/ is not here: the settings are shown as they are")
-                note(f"{cfg}\n{s}\nprecision {s.dtype}")
+            run.describe()
             note("first update; a kernel that is used for the first time on this machine is compiled ...")
-        run.peak = measure_peak() * (ranks.count * THREADS.count / count_cores() if ranks.count > 1 else 1)
         with stop_signals() as stopped:
             done = train(run, batches_of(run.data, cfg, s.seed), make_ops(s, cfg, ranks), ranks, stopped)
         if ranks.rank == 0 and done:
@@ -1173,7 +942,9 @@ def run_command(parser, args, ranks, started):
         elif ranks.rank == 0:
             note(f"stopped at update {run.state.step} of {s.steps}, saved")
             note(f"to go on:  {command('train.py', '--resume', '--out', run.folder)}")
-            note(f"a story:   {command('sample.py', '--checkpoint', run.folder / 'last.safetensors')}")
+        if ranks.rank == 0:
+            path = run.folder / "last.safetensors"
+            note(f"a story:   {command('sample.py', '--checkpoint', path, '--prompt', 'Lily found')}")
         return 0 if done else 130
     except FloatingPointError as error:
         if ranks.rank:  # all have found it; rank 0 says so and ends the others

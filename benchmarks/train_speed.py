@@ -156,9 +156,9 @@ def serve(side, size, threads, dtype, kernels):
             times.append(time.perf_counter() - start)
         answer = {"times": times, "memory": peak_memory()}
         if side == "ours":
-            import train
+            from extras import plan
 
-            answer["peak"] = train.measure_peak() / 1e9
+            answer["peak"] = plan.measure_peak() / 1e9
         print(json.dumps(answer), flush=True)
 
 
@@ -277,7 +277,7 @@ def bytes_of(name, tasks, args):
 def profile(size, threads, dtype, steps):
     """Print what each kernel of a training step takes: medians of the sums over a step."""
     import fast
-    import train
+    from extras import plan
 
     step, _ = our_step(size, threads, dtype, "fast")
     run, calls, rows = fast.POOL.run, [], []
@@ -298,7 +298,7 @@ def profile(size, threads, dtype, steps):
             cells = (seconds, 1, FLOPS.get(name, lambda *_: 0)(tasks, *args), bytes_of(name, tasks, args))
             sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 4), cells)]
         rows.append(sums)
-    fast.POOL.run, peak = run, train.measure_peak() / 1e9
+    fast.POOL.run, peak = run, plan.measure_peak() / 1e9
     whole = statistics.median(row["all"][0] for row in rows)
     print(f"{size}: {whole * 1e3:.1f} ms a step; peak of a product of {peak:.0f} GFLOP/s, measured now")
     print(f"{'kernel':30s} | calls |      ms | share | GFLOP/s | of peak | GB/s")

@@ -17,6 +17,7 @@ import bpe
 import sample
 import tinygpt
 import train
+from extras import data
 from extras.tune import check_vocabulary, with_seq_len
 
 # == 1  intervals ======================================================================================================
@@ -66,8 +67,10 @@ def evaluate_file(args):
     if stride > T:
         raise ValueError(f"--stride {stride} is above the window of T={T}: tokens between would not be scored")
     check_vocabulary(args.data, tokenizer, args.checkpoint)
-    folder = Path("data", "tokens", train.cache_key(args.data, None, tokenizer.hash))
-    tokens = train.read_token_files(train.encode(args.data, tokenizer, folder / "text.bin"), tokenizer, {})
+    folder = Path("data", "tokens", data.cache_key(args.data, None, tokenizer.hash))
+    files = data.encode(args.data, tokenizer, folder / "text.bin")
+    parts = [bpe.read_tokens(path, tokenizer)[0] for path in files]
+    tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
     p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
     with bpe.Progress("scoring", len(tokens)) as progress:
         ops = tinygpt.find_ops(args.kernels)

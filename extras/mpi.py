@@ -14,6 +14,7 @@ import numpy as np
 import bpe
 import tinygpt
 import train
+from extras import resume
 
 
 class Ranks:
@@ -77,7 +78,7 @@ class Ranks:
 
         s, cfg, step, evaluated, folder, tokenizer = self.on_rank_0(open_on_rank_0)
         if self.rank:
-            train.check_precision(s, folder)
+            resume.check_precision(s, folder)
             data = train.read_data(bpe.Tokenizer.from_json(tokenizer), s.files, s.data, cfg.seq_len, s.checksums)
             state = train.State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
             state.step = step

@@ -5,6 +5,8 @@ import re
 import time
 from dataclasses import replace
 
+import numpy as np
+
 import bpe
 import tinygpt
 import train
@@ -37,8 +39,10 @@ def size_in_bytes(text):
 
 
 def fit_memory(max_memory, s, cfg):
-    """Settings that stay below max_memory, bytes of the process: fewer sequences at a time, then recomputed layers.
+    """Settings whose process stays below max_memory, in bytes: fewer sequences at a time, then recomputed layers.
     ValueError if one sequence is too much."""
+    if s.kernels != "fast":
+        raise ValueError(f"--max-memory is about the buffers of --kernels fast; leave it out with {s.kernels}")
     fits = [n for n in train.divisors(s.batch_size) if n <= s.micro_batch_size]
     needed = {(again, n): memory_needed(cfg, n, again) for again in {s.recompute, True} for n in fits}
     within = [choice for choice in needed if needed[choice] <= max_memory]
@@ -53,6 +57,7 @@ def fit_memory(max_memory, s, cfg):
 
 # == 2  time ===========================================================================================================
 
+OVERHEAD = 0.03  # share of a timed run that evaluations, stories and checkpoints may take
 MEASURED, MEASURED_MOST = 0.03, 30.0  # share of --minutes in which updates are timed; seconds of it at most
 
 
@@ -67,10 +72,10 @@ def plan_steps(minutes, s, cfg, valid_tokens, batches, ranks, started):
 
     pace = measure_pace(run_update, 60 * minutes)
     passed = time.monotonic() - started
-    steps = max(1, int((60 * minutes - passed) * (1 - train.OVERHEAD) / pace))
-    scoring = train.scoring_seconds(valid_tokens, s.batch_size * cfg.seq_len / pace / ranks.count)
+    steps = max(1, int((60 * minutes - passed) * (1 - OVERHEAD) / pace))
+    scoring = scoring_seconds(valid_tokens, s.batch_size * cfg.seq_len / pace / ranks.count)
     bpe.note(
-        f"planned: {steps:,} updates, training ends {bpe.clock(passed + train.seconds_left(steps, pace))} after the "
+        f"planned: {steps:,} updates, training ends {bpe.clock(passed + seconds_left(steps, pace))} after the "
         f"start; then all {valid_tokens:,} validation tokens are scored, about {bpe.clock(scoring)} more"
     )
     return steps
@@ -90,3 +95,24 @@ def measure_pace(run_update, seconds):
     middle = len(ends) // 2
     halves = ends[: middle + 1], ends[middle:]
     return max((half[-1] - half[0]) / (len(half) - 1) for half in halves)
+
+
+def seconds_left(updates, pace):
+    """Seconds until these updates are made, with what stands between them."""
+    return updates * pace / (1 - OVERHEAD)
+
+
+def scoring_seconds(tokens, speed):
+    """Seconds to score so many tokens in a process that trains `speed` tokens a second: there is no backward, which
+    takes about 2/3 of an update."""
+    return tokens / (2.5 * speed)
+
+
+def measure_peak():
+    """The machine's float32 product in FLOP/s: NumPy's BLAS, the best of ten products of 1024 x 1024."""
+    a, best = np.ones((1024, 1024), np.float32), math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

@@ -11,8 +11,9 @@ import train
 from extras import plan
 
 
-def describe(cfg, s, data, folder, processes=1):
-    """Print the first lines: what will be trained, on what, how."""
+def describe(run):
+    """Print the first lines: what will be trained, on what, how. Measures `run.peak`."""
+    cfg, s, data, folder, processes = run.state.cfg, run.settings, run.data, run.folder, run.processes
     total, _, inner = tinygpt.count_parameters(cfg)
     basic = ["vocab_size", "seq_len", "width", "layers", "heads", "hidden"]
     basic += ["head_width"] if cfg.heads * cfg.head_width != cfg.width else []
@@ -41,6 +42,25 @@ def describe(cfg, s, data, folder, processes=1):
         f"precision {describe_precision(s)}\n"
         f"run       {folder}"
     )
+    cores = processes * tinygpt.THREADS.count / tinygpt.count_cores() if processes > 1 else 1
+    run.peak = plan.measure_peak() * cores
+
+
+def share_and_time_left(run, count):
+    """The end of the line of an update, number `count` of this process: the first one's time is that of compiling."""
+    s, cfg = run.settings, run.state.cfg
+    speed = s.batch_size * cfg.seq_len / run.pace
+    line = f" | {speed * tinygpt.flops_per_token(cfg) / run.peak:.0%} of NumPy's BLAS"
+    left = bpe.clock(plan.seconds_left(s.steps - run.state.step, run.pace))
+    return line + (f" | {left} left" if count > 1 else "")
+
+
+def scoring_time(run):
+    """How long scoring all validation tokens will take; empty for a process that has made no update."""
+    if not run.pace:
+        return ""
+    speed = run.settings.batch_size * run.state.cfg.seq_len / run.pace / run.processes
+    return f", about {bpe.clock(plan.scoring_seconds(len(run.data.valid), speed))}"
 
 
 def describe_precision(s):

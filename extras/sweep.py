@@ -35,6 +35,7 @@ import report
 import bpe
 import tinygpt
 import train
+from extras import locks
 
 # == 1  the trials =====================================================================================================
 
@@ -222,7 +223,7 @@ def lock_trial(folder, stop, head):
     waiting = False
     while not stop.asked:
         try:
-            return train.lock_log(folder)
+            return locks.lock_log(folder)
         except ValueError as error:
             if not waiting:
                 bpe.note(f"{head}: {str(error).partition(';')[0]}; waiting until it ends ...")
@@ -256,7 +257,7 @@ def run_trial(trial, folder, stop, head):
             bits = report.score(report.read_log(folder / "log.jsonl", trial.name))
             bpe.note(f"{head}: {bits:.4f} bits/byte in {bpe.clock(time.monotonic() - begun)}")
             return ""
-        if train.BUSY not in last:  # otherwise another process locked the log first: wait for it
+        if locks.BUSY not in last:  # otherwise another process locked the log first: wait for it
             killed = status < 0 or not last
             return f"train.py ended with status {status}" if killed else last.removeprefix("train.py: error: ")
     return None
@@ -356,7 +357,7 @@ def claim(folder, trials):
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no sweep; name another --out or leave it out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = train.open_locked(path, f"another process is running the sweep in {folder}")
+    lock = locks.open_locked(path, f"another process is running the sweep in {folder}")
     found = path.read_text(encoding="utf-8", errors="replace")
     if found not in ("", text):
         lock.close()

@@ -7,7 +7,7 @@ import numpy as np
 import bpe
 import sample
 import tinygpt
-import train
+from extras import data
 
 DROPOUTS = ("embed_dropout", "attention_dropout", "out_dropout", "mlp_dropout")
 
@@ -46,7 +46,7 @@ def with_seq_len(cfg, seq_len):
 
 def check_vocabulary(paths, tokenizer, model):
     """ValueError for token files that are not of this model's tokenizer."""
-    for path in paths if train.are_token_files(paths) else ():
+    for path in paths if data.are_token_files(paths) else ():
         if bpe.read_tokens(path)[1].get("tokenizer_hash") != tokenizer.hash:
             other = f"{path} was written with another vocabulary than that of {model}"
             raise ValueError(f"{other}; name the text itself, which is then encoded with the model's")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import write_stories
 
+from tinygpt import load_checkpoint
+
 FILES = ("bpe.py", "tinygpt.py", "train.py", "sample.py")
 ROOT = Path(__file__).parent.parent
 
@@ -54,17 +56,43 @@ def test_without_extras_a_line_says_what_is_lost_and_training_goes_on(alone, tmp
     status, _, err = python(alone, *words, "--set", "layers=1", "width=16", "heads=2", "--out", tmp_path / "run")
     assert status == 0, err
     missing = [line for line in err.splitlines() if "is not here" in line and not line.startswith("precision")]
-    assert [line.split()[0] for line in missing] == ["extras/plan.py", "extras/", "no"]
+    assert missing == ["extras/ is not here: no lock on the run, no plan by the clock, no loss curve"]
     for flags in (["--minutes", 1], ["--max-memory", "2G"], ["--recipe", "published"], ["--list-sizes"]):
         status, _, err = python(alone, *words, *flags)
         assert status == 2 and len(err.splitlines()) == 1 and err.startswith("train.py: error: "), err
+
+
+def test_the_four_files_alone_resume_a_run_to_the_same_bytes(alone, tmp_path):
+    text = write_stories(tmp_path / "stories.txt")
+    shape = ["--size", "700k", "--seq-len", 32, "--vocab-size", 300, "--batch-size", 2, "--kernels", "numpy"]
+    status, _, err = python(alone, "train.py", *shape, "--data", text, "--steps", 4, "--keep", 2, "--out", "whole")
+    assert status == 0, err
+    half = alone / "half"
+    half.mkdir()
+    shutil.copy(alone / "whole" / "step-000002.safetensors", half / "last.safetensors")
+    shutil.copy(alone / "whole" / "log.jsonl", half)
+    status, _, err = python(alone, "train.py", "--resume", "--out", "half")
+    assert status == 0, err
+    assert "step 3 | loss " in err and "step 2 | loss " not in err
+    whole, resumed = (load_checkpoint(alone / name / "last.safetensors") for name in ("whole", "half"))
+    assert whole.parameters.tobytes() == resumed.parameters.tobytes()
+    assert all(whole.extra[name].tobytes() == resumed.extra[name].tobytes() for name in whole.extra)
+
+
+def test_a_start_that_fails_alone_leaves_no_folder(alone, tmp_path):
+    (tmp_path / "short.txt").write_text("One day, a cat.", encoding="utf-8")
+    words = ["--data", tmp_path / "short.txt", "--kernels", "numpy", "--vocab-size", 270, "--steps", 1]
+    status, _, err = python(alone, "train.py", *words, "--out", tmp_path / "run")
+    assert status == 2 and "window of T=256" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_data_one_line_says_that_stories_are_missing(alone):
     runs = sorted(alone.glob("runs/*"))
     status, out, err = python(alone, "train.py", "--steps", 1)
     assert status == 2 and not out
-    assert err == "train.py: error: extras/stories.py is missing, so name your text: --data FILE\n"
+    needed = "name a text with --data FILE, and no --val-data or --tokenizer"
+    assert err == f"train.py: error: extras/data.py is not here: {needed}\n"
     assert sorted(alone.glob("runs/*")) == runs
 
 

@@ -18,7 +18,7 @@ from helpers import invoke, write_stories
 import bpe
 import tinygpt
 import train
-from extras import summary
+from extras import plan, summary
 
 STEPS = 300
 SHAPE = ["width=32", "layers=2", "heads=4", "hidden=88"]
@@ -46,7 +46,7 @@ def place(tmp_path_factory):
         folder = tmp_path_factory.mktemp("families")
         patch.chdir(folder)
         patch.setitem(sys.modules, "matplotlib", None)
-        patch.setattr(train, "measure_peak", lambda: 1e11)
+        patch.setattr(plan, "measure_peak", lambda: 1e11)
         write_stories(folder / "stories.txt", count=600)
         yield folder
 
@@ -114,10 +114,11 @@ def test_a_family_does_not_learn_at_a_rate_of_zero(place, family, monkeypatch):
 
 def test_every_size_says_what_it_is_before_it_trains(place):
     """Some have heads whose width times their number is not the model's."""
-    data = SimpleNamespace(name="stories", train=[0], valid=[0])
+    run = SimpleNamespace(data=SimpleNamespace(name="stories", train=[0], valid=[0]), folder="nowhere", processes=1)
     for size, cfg in tinygpt.SIZES.items():
         with contextlib.redirect_stderr(io.StringIO()) as told:
-            s = train.Settings(size=size, files=[["t"], ["v"]], batch_size=1, micro_batch_size=1, kernels="numba")
-            summary.describe(cfg, s, data, "nowhere")
+            files, run.state = [["t"], ["v"]], SimpleNamespace(cfg=cfg)
+            run.settings = train.Settings(size=size, files=files, batch_size=1, micro_batch_size=1, kernels="numba")
+            summary.describe(run)
         assert f"{tinygpt.count_parameters(cfg)[0]:,} parameters" in told.getvalue()
         assert ("head_width" in told.getvalue()) == (cfg.heads * cfg.head_width != cfg.width), size

@@ -17,6 +17,7 @@ from helpers import invoke, read_log, refusal, write_stories
 
 import tinygpt
 import train
+from extras import locks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
 
@@ -376,9 +377,9 @@ def test_a_trial_that_another_process_locks_first_is_no_failure(place, monkeypat
             return real(trial, folder, stop, show)
         if ends == "finished":
             real(trial, folder, stop, show)
-        with train.lock_log(folder):
+        with locks.lock_log(folder):
             with pytest.raises(ValueError) as error:
-                train.lock_log(folder)
+                locks.lock_log(folder)
         return 2, f"train.py: error: {error.value}"
 
     monkeypatch.setattr(sweep, "run_process", slower)
@@ -392,7 +393,7 @@ def test_a_sweep_that_waits_for_another_process_is_stopped_at_once(place, monkey
     run, stop = claimed(["seed=1", *SHORT]) / "seed=1", sweep.Stop()
     run.mkdir()
     monkeypatch.setattr(time, "sleep", lambda seconds: stop())
-    with train.lock_log(run):
+    with locks.lock_log(run):
         assert sweep.run_trial(sweep.Trial("seed=1", []), run, stop, "1/1") is None
 
 

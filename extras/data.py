@@ -1,0 +1,151 @@
+"""Text, token files or nothing -> the tokenizer and the token files that train.py trains on.
+
+    python train.py --data stories.txt more.jsonl --val-data valid.txt
+
+Text is encoded once and kept in data/tokens, under a key of what it depends on; a run that goes on finds its tokens as
+they were. train.py finds this file when it is there; alone, it encodes a text anew for each run.
+"""
+
+import hashlib
+import math
+import os
+import zlib
+from pathlib import Path
+
+import bpe
+import tinygpt
+import train
+from extras import plan, stories, warmup
+
+TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
+
+
+def prepare_data(args, draft, cfg, steps, tokenizer=None):
+    """`train.Data` of what the command line names, with `tokenizer` if there is one already; `draft`: the settings so
+    far. Compiles kernels meanwhile. ValueError or OSError if something is missing, no text, too short, or of another
+    tokenizer."""
+    if args.tokenizer and args.vocab_size:
+        raise ValueError("--tokenizer brings its own vocabulary; leave out --vocab-size")
+    compilers = warmup.compile_ahead(cfg, draft.kernels)
+    vocab_size = args.vocab_size or cfg.vocab_size
+    key = (args.tokenizer, vocab_size) if tokenizer is None else (None, tokenizer.hash)
+    if tokenizer is None and args.tokenizer:
+        tokenizer = bpe.Tokenizer.load(args.tokenizer)
+    sources, valid_sources, name = args.data, args.val_data or [], " ".join(args.data or ())
+    if not sources:
+        sources, valid_sources, name = find_stories(args, cfg, draft.batch_size, steps)
+    folder = Path("data", "tokens", cache_key(sources, *key))
+    if tokenizer is None:
+        if are_token_files(sources):
+            raise ValueError("--data names a token file; say which tokenizer made it with --tokenizer FILE")
+        tokenizer = find_tokenizer(sources, folder, vocab_size, must_fit=args.vocab_size is not None)
+    files = [encode(sources, tokenizer, folder / "train.bin"), []]
+    if valid_sources:
+        key = cache_key(valid_sources, None, tokenizer.hash)
+        files[1] = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
+    data = train.read_data(tokenizer, files, name, cfg.seq_len)
+    for process in compilers:
+        process.wait()
+    return data
+
+
+def find_stories(args, cfg, batch_size, steps):
+    """Training and validation files, and their name, where the command line names no data."""
+    if steps:
+        tokens = steps * batch_size * cfg.seq_len
+    else:  # as many as fit the time at 60% of the machine's peak: fewer are read
+        seconds = 60 * (args.minutes or 5) if not args.epochs else 300
+        tokens = 0.6 * seconds * plan.measure_peak() / tinygpt.flops_per_token(cfg)
+    size = 2**24 * math.ceil(4.2 * tokens / 2**24)  # some 4 bytes a token; in steps, so that it seldom changes
+    source = stories.get(Path("data"), size)
+    return [str(source.train)], [str(source.valid)], source.name
+
+
+def find_tokenizer(sources, folder, vocab_size, must_fit):
+    """The tokenizer of these texts, kept in `folder`: vocab_size entries, or fewer where the text gives fewer and that
+    need not be an error."""
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = bpe.Tokenizer.load(path)
+    except (OSError, ValueError):
+        with bpe.Progress("learning the tokenizer", min(total_bytes(sources), TOKENIZER_BYTES)) as progress:
+            pieces = first_bytes(bpe.pieces(sources, progress), TOKENIZER_BYTES)
+            tokenizer = train.train_tokenizer(pieces, vocab_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+    if tokenizer.vocab_size < vocab_size:
+        line = f"the text gives {tokenizer.vocab_size} tokens, fewer than {vocab_size}"
+        if must_fit:
+            raise ValueError(f"--vocab-size {vocab_size}: {line}; try --vocab-size {tokenizer.vocab_size}")
+        bpe.note(f"{line}: the vocabulary has {tokenizer.vocab_size}")
+    return tokenizer
+
+
+def first_bytes(pieces, limit):
+    for text, ends in pieces:
+        if limit <= 0:
+            return
+        limit -= len(text)
+        yield text, ends
+
+
+def total_bytes(sources):
+    return sum(path.stat().st_size for path in bpe.text_files(sources))
+
+
+def are_token_files(paths):
+    """True if all are token files. ValueError for a mixture with text."""
+    bins = [str(path).endswith(".bin") for path in paths]
+    if any(bins) and not all(bins):
+        text = paths[bins.index(False)]
+        raise ValueError(f"{text} is text beside token files; encode it first: python bpe.py encode")
+    return all(bins)
+
+
+def encode(sources, tokenizer, path):
+    """The token files of these sources: themselves, or one made of their text if it is not there or not whole."""
+    if are_token_files(sources):
+        return [str(source) for source in sources]
+    try:
+        bpe.read_tokens(path, tokenizer)
+    except (OSError, ValueError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with bpe.Progress("encoding", total_bytes(sources)) as progress:
+            bpe.write_tokens(bpe.pieces(sources, progress), tokenizer, path)
+    return [str(path)]
+
+
+def cache_key(sources, tokenizer_path, detail):
+    """A name for what is made of these files: changes when one of them does."""
+    parts = [bpe.PATTERN, bpe.LAYOUTS, train.RESERVED, detail]
+    for path in [*bpe.text_files(sources), *([Path(tokenizer_path)] if tokenizer_path else [])]:
+        parts += [str(path.resolve()), *file_state(path)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+CTIME_IS_CREATION = os.name == "nt"
+
+
+def file_state(path):
+    """[size, mtime, ctime]: equal only if the file has not been written or replaced in between.
+
+    cp -p, tar and rsync restore mtime, but nothing can set ctime, the time of the last change to the inode. Windows has
+    the time of creation in its place: there it is the CRC-32 of the content.
+    """
+    status = os.stat(path)
+    changed = zlib.crc32(Path(path).read_bytes()) if CTIME_IS_CREATION else status.st_ctime_ns
+    return [status.st_size, status.st_mtime_ns, changed]
+
+
+def read_known(path, tokenizer, checksums):
+    """The ids of a token file, (M,). Updates `checksums`, those of `train.Data`: path -> [crc32, file_state of it,
+    file_state of its JSON]. The content is read only if a state has changed. ValueError if it no longer has its crc32.
+    """
+    expected, *seen = checksums.get(path, [None])
+    state = [file_state(name) for name in (path, f"{path}.json") if os.path.exists(name)]
+    ids, info = bpe.read_tokens(path, tokenizer, check=state != seen)
+    if expected not in (None, info["crc32"]):
+        found = f"its checksum is {info['crc32']!r}, expected {expected!r:.20}"
+        raise ValueError(f"{path} has changed since the run began: {found}; restore it or start another run")
+    checksums[path] = [info["crc32"], *state]
+    return ids
