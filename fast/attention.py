@@ -24,7 +24,7 @@ from fast.embed import drop_kernel
 from fast.jit import inlined, inlined_in_order
 from fast.panels import pack_transposed, panels_of, product_of_panels, weight_gradient
 from fast.products import copy_rows, product, transpose_rows
-from fast.rows import add_bias, drop_row, exp, mix, norm_rows, norm_rows_backward, set_rows
+from fast.rows import drop_row, exp, mix, norm_rows, norm_rows_backward, set_rows
 from fast.threads import POOL, kernel
 from fast.workspace import (
     LOOP,
@@ -376,21 +376,19 @@ def linear_residual_kernel(task, slot, x, o, linear, T, mask, y, work):
     """y (N, M) = x + mask * (o w + b); linear = (w by panels, b)."""
     (panels, b), (keys, threshold, keep), (panel, _) = linear, mask, thread_scratch(work, slot)
     start, stop = block_rows(task, T, ROW_BLOCK)
-    if threshold == 0:
-        add_bias(x[start:stop], b, y[start:stop])
-        product_of_panels(o[start:stop], panels, y[start:stop], True, panel)
-    else:
-        set_rows(b, y, start, stop, 0, y.shape[1])
-        product_of_panels(o[start:stop], panels, y[start:stop], True, panel)
-        drop_and_add(x, y, start, stop, T, keys, threshold, keep)
+    set_rows(b, y, start, stop, 0, y.shape[1])
+    product_of_panels(o[start:stop], panels, y[start:stop], True, panel)
+    drop_and_add(x, y, start, stop, T, keys, threshold, keep)
 
 
 @inlined
 def drop_and_add(x, y, start, stop, T, keys, threshold, keep):
-    """Rows start .. stop - 1 of y = x + mask * y."""
+    """Rows start .. stop - 1 of y = x + mask * y. x comes last: added first, it would round each term of the sums to
+    its own last place, and y would err 6 times as much where the MLP adds little."""
     for i in range(start, stop):
         x_row, row = x[i], y[i]
-        drop_row(row, 0, keys[i // T], i % T, threshold, row.dtype.type(keep))
+        if threshold > 0:
+            drop_row(row, 0, keys[i // T], i % T, threshold, row.dtype.type(keep))
         for c in range(row.size):
             row[c] += x_row[c]
 

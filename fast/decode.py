@@ -136,22 +136,21 @@ def multiply_panel(x, K, w, w_row, start, y, width, zero):
 
 
 @inlined_by_numba
-def multiply_panels(model, stage, source, first, last, zero):
+def multiply_panels(model, stage, source, first, last, scratch, zero):
     """Panels first .. last - 1 of y = source w + b, or y += source w + b: `linear_forward`, section 2.1."""
     size = model.itemsize
     for low in range(first * model.panel, min(last * model.panel, stage.columns), model.panel):
-        width, y = min(model.panel, stage.columns - low), stage.y + low * size
+        width, y = min(model.panel, stage.columns - low), scratch if stage.adds else stage.y + low * size
         start = stage.bias + low * size if stage.bias != 0 else model.zeros
-        if stage.adds:
-            row, b = vector(y, width, zero), vector(start, width, zero)
-            for c in range(width):
-                row[c] += b[c]
-            start = y
         w = stage.weights + low * stage.K * size
         if model.prefetches and width == model.panel:
             prefetched_panel(source, 0, w, 0, width * size, start, y, 0, stage.K, zero)
         else:
             multiply_panel(source, stage.K, w, width * size, start, y, width * size, zero)
+        if stage.adds:
+            row, added = vector(stage.y + low * size, width, zero), vector(y, width, zero)
+            for c in range(width):
+                row[c] += added[c]
 
 
 @inlined_by_numba
@@ -390,7 +389,7 @@ def compile_stage(dtype):
                 screen_logits(model, n, first, last, zero)
             else:
                 wide = 1 + model.gated if stage.kind == HIDDEN else 1
-                multiply_panels(model, stage, source, first * wide, last * wide, zero)
+                multiply_panels(model, stage, source, first * wide, last * wide, scratch, zero)
             if stage.kind == HIDDEN:
                 activate_panels(model, stage, first, last, zero)
         return ended

@@ -15,7 +15,7 @@ import numpy as np
 
 from fast.attention import drop_and_add, linear_norm_backward, masked
 from fast.panels import pack_transposed, panels_of, product_of_panels, weight_gradient
-from fast.rows import ACTIVATION, SWIGLU, activation_rows, activation_rows_backward, add_bias, norm_rows, set_rows
+from fast.rows import ACTIVATION, SWIGLU, activation_rows, activation_rows_backward, norm_rows, set_rows
 from fast.threads import POOL, kernel
 from fast.workspace import (
     HIDDEN_BLOCK,
@@ -47,10 +47,7 @@ def mlp_kernel(task, slot, x, norm, mlp, T, mask, stats, h, y, work):
     panel, room = thread_scratch(work, slot)
     n, left = carve(room, mlp_scratch(rows, C, 0)[0])
     norm_rows(kind, x[start:stop], norm_w, norm_b, eps, stats[0, start:stop], stats[1, start:stop], n)
-    if threshold == 0:
-        add_bias(x[start:stop], down_b, y[start:stop])
-    else:
-        set_rows(down_b, y, start, stop, 0, C)
+    set_rows(down_b, y, start, stop, 0, C)
     for f in range(0, F, HIDDEN_BLOCK):
         width = min(HIDDEN_BLOCK, F - f)
         a, _ = carve(left, mlp_scratch(rows, C, width)[1])
@@ -61,8 +58,7 @@ def mlp_kernel(task, slot, x, norm, mlp, T, mask, stats, h, y, work):
             product_of_panels(n, panels, h[start:stop, first : first + width], True, panel)
         activation_rows(activation, h, start, f, F, a)
         product_of_panels(a, down[:, f : f + width], y[start:stop], True, panel)
-    if threshold > 0:
-        drop_and_add(x, y, start, stop, T, keys, threshold, keep)
+    drop_and_add(x, y, start, stop, T, keys, threshold, keep)
 
 
 @kernel

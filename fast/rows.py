@@ -97,14 +97,6 @@ def norm_rows_backward(kind, dn, x, w, b, mean, rstd, dx, n, sums):
             dx[i, c] += r * (dn[i, c] * w[c] - total - (x[i, c] - m) * r * dot)
 
 
-@inlined
-def add_bias(x, b, y):
-    """y (rows, C) = x + b."""
-    for i in range(y.shape[0]):
-        for c in range(y.shape[1]):
-            y[i, c] = x[i, c] + b[c]
-
-
 # LLVM knows that elements are contiguous in a slice of one row, but not in a block of columns. So functions of columns
 # first .. last - 1 take whole arrays and slice them row by row.
 
@@ -120,7 +112,7 @@ def set_rows(b, y, start, stop, first, last):
 
 
 def erf_of(x):
-    """The error function; in float32 within 6e-7, by arithmetic that vectorises."""
+    """The error function; in float32 within 1.2e-7, by arithmetic that vectorises."""
     return math.erf(x)
 
 
@@ -128,15 +120,17 @@ def erf_of(x):
 def erf_of_by_type(x):
     f = np.float32
 
-    def erf32(x):  # Abramowitz & Stegun 1964, 7.1.26
-        size = abs(x)
-        t = f(1) / (f(1) + f(0.3275911) * size)
-        p = f(1.061405429)
-        p = p * t + f(-1.453152027)
-        p = p * t + f(1.421413741)
-        p = p * t + f(-0.284496736)
-        p = p * t + f(0.254829592)
-        y = f(1) - p * t * exp(-size * size)
+    def erf32(x):  # 1 - e^(-x Q(x)) for x of 0 .. 4, where it becomes 1; Q: a minimax fit, within 1.6e-8
+        size = f(4) if abs(x) > f(4) else abs(x)
+        q = f(3.144018797e-5)
+        q = q * size + f(-3.088024124e-4)
+        q = q * size + f(1.032402455e-3)
+        q = q * size + f(5.369319846e-4)
+        q = q * size + f(-1.958395899e-2)
+        q = q * size + f(1.029196126e-1)
+        q = q * size + f(6.365977336e-1)
+        q = q * size + f(1.128380251)
+        y = f(1) - exp(-q * size)
         return y if x > f(0) else -y
 
     return erf32 if x == types.float32 else lambda x: math.erf(x)

@@ -74,6 +74,33 @@ def test_kernels_in_float32_err_at_most_four_times_as_much_as_the_spec(shape):
     assert_float32_errs_at_most_four_times_as_much_as_the_spec(cfg, 2, cfg.seq_len, seeds=6)
 
 
+def run_sublayer(cfg, table, dtype, name, flat, x, dy):
+    """What the first `name` layer adds to x, what its backward adds to dy, and the gradients of its matrices."""
+    p, (_, g) = tinygpt.views(tinygpt.layout(cfg), flat.astype(dtype), cfg.layers), tinygpt.zero_gradients(cfg, dtype)
+    ops = tinygpt.with_buffers(ops_of(table), cfg, *x.shape[:2], np.dtype(dtype))
+    forward, backward = (getattr(ops, f"{name}_layer_{way}") for way in ("forward", "backward"))
+    p, g, x, dy = p["layers"][0], g["layers"][0], x.astype(dtype), dy.astype(dtype)
+    y, cache = forward(x, p, cfg, ops)
+    added = {"y": y - x, "dx": backward(dy, cache, p, g, cfg, ops) - dy}
+    return added | {key: g[key].copy() for key in g if g[key] is not None and g[key].any()}
+
+
+@pytest.mark.parametrize("scale", [1, 4])  # of the initial matrices: those of trained models have grown
+@pytest.mark.parametrize("name, mlp", [("attention", "gelu-tanh"), *(("mlp", mlp) for mlp in tinygpt.CHOICES["mlp"])])
+def test_sublayers_in_float32_err_at_most_twice_as_much_as_the_spec(name, mlp, scale):
+    """Root mean squares, at the width of size 1m, where x is larger than what is added to it."""
+    cfg = tinygpt.SIZES["1m"].changed(mlp=mlp, vocab_size=11, seq_len=128, layers=1)
+    flat, rng = scale * tinygpt.init_parameters(cfg, 0, np.float32), np.random.default_rng(0)
+    x, dy = (rng.normal(0, size, (2, cfg.seq_len, cfg.width)).astype(np.float32) for size in (2, 1))
+    exact, spec, found = (
+        run_sublayer(cfg, table, dtype, name, flat, x, dy)
+        for table, dtype in (("numpy", np.float64), ("numpy", np.float32), ("fast", np.float32))
+    )
+    for key in exact:
+        ratio = np.linalg.norm(found[key] - exact[key]) / np.linalg.norm(spec[key] - exact[key])
+        assert ratio <= 2, (key, ratio)
+
+
 TILE_COLUMNS = tuple(products.TILE_VECTORS * lanes for lanes in LANES.values())
 C_BORDERS = around(32, *(size for shape in panels.GRADIENT_BLOCKS for size in shape if size < 200), products.DEPTH)
 F_BORDERS = around(products.DEPTH, workspace.HIDDEN_BLOCK)
