@@ -6,15 +6,78 @@ Reads one checkpoint, which holds the model and its tokenizer, and prints the st
 this order: temperature, top-k, top-p. Text goes to stdout, everything else to stderr.
 """
 
+import math
 import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 import bpe
 import tinygpt
 
-# == 1  the model ======================================================================================================
+# == 1  from logits to a token =========================================================================================
+
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
+    """logits (V,) -> what to draw the next token from, (V,) float64: temperature, then top-k, then top-p.
+
+    temperature 0 is all on the likeliest; top_k 0 and top_p 1 are off. `banned` ids are never drawn.
+    FloatingPointError if a logit is NaN or the largest infinite.
+    """
+    logits = logits.astype(np.float64)
+    logits[list(banned)] = -math.inf
+    if not math.isfinite(logits.max()):
+        raise FloatingPointError("logits are not finite")
+    if temperature == 0:
+        return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf is right
+        logits = (logits - logits.max()) / temperature
+    if top_k and top_k < len(logits):
+        logits[np.argsort(-logits, kind="stable")[top_k:]] = -math.inf
+    p = np.exp(logits)
+    p /= p.sum()
+    if top_p < 1:  # the fewest likeliest tokens that together have top_p: at least one
+        order = np.argsort(-p, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        p[order[1:][before[1:] >= top_p]] = 0
+    return p / p.sum()
+
+
+TURN = 0.01  # seconds of drawing, about, before what is drawn is shown
+
+
+def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
+    """Yield ids that follow `ids` (at least one), until `stop` (not yielded) or max_new_tokens; `filters` as above.
+
+    Tokens come in turns of about TURN seconds from a `decoding` that has steps: it may be ahead of what was yielded.
+    ValueError if the forward overflows: finite weights may still be too large.
+    """
+    rng, count, uniforms = np.random.Generator(np.random.Philox(key=[seed, 1])), 1, np.empty(0)
+    steps, yielded = getattr(decoding, "steps", None), 0
+    while yielded < max_new_tokens:
+        start, count = time.perf_counter(), min(count, max_new_tokens - yielded) if steps else 1
+        uniforms = np.append(uniforms, rng.random(max(0, count - len(uniforms))))
+        try:
+            if steps:
+                drawn = decoding.draw(ids, uniforms[:count], stop, **filters)
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):  # told below
+                    cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
+                drawn = [int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right"))]
+        except FloatingPointError as error:
+            advice = "the model's weights overflow; take an earlier checkpoint, or train again"
+            raise ValueError(f"{error} at token {yielded} after the prompt: {advice}") from None
+        count = 2 * count if time.perf_counter() - start < TURN / 2 else max(1, count // 2)
+        for token in drawn:
+            if token == stop:
+                return
+            yield token
+        ids, uniforms, yielded = drawn[-1:], uniforms[len(drawn) :], yielded + len(drawn)
+
+
+# == 2  the model ======================================================================================================
 
 
 def newest_run(folder=Path("runs")):
@@ -62,19 +125,19 @@ def never_drawn(cfg, tokenizer):
     return [*reserved, *range(tokenizer.vocab_size, cfg.vocab_size)]
 
 
-# == 2  the story ======================================================================================================
+# == 3  the story ======================================================================================================
 
 
 def generate_story(p, cfg, tokenizer, ops, prompt, seed, max_new_tokens, **filters):
     """Yield the text that each new token adds to the prompt, held back until its characters are whole; then the rest.
 
     The model reads the end of a story and then the prompt; of a prompt longer than its window the end. The filters are
-    those of `tinygpt.probabilities`. ValueError if the prompt is no text.
+    those of `probabilities`. ValueError if the prompt is no text.
     """
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-cfg.seq_len :]
     decoding, decoder = tinygpt.Decoding(p, cfg, ops), bpe.Decoder(tokenizer, ids[-1])
     filters["banned"] = never_drawn(cfg, tokenizer)
-    for token in tinygpt.generate(decoding, ids, seed, tokenizer.end, max_new_tokens, **filters):
+    for token in generate(decoding, ids, seed, tokenizer.end, max_new_tokens, **filters):
         yield decoder.push(token)
     yield decoder.finish()
 
@@ -96,7 +159,7 @@ def note(line):
     print(line, file=sys.stderr, flush=True)
 
 
-# == 3  command line ===================================================================================================
+# == 4  command line ===================================================================================================
 
 
 def make_parser():

@@ -36,7 +36,6 @@ import math
 import os
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -1486,63 +1485,6 @@ class Decoding:
         drawn = self.steps.draw(self.window[-1], x, last, uniforms[: self.cfg.seq_len - last], stop, **filters)
         self.window += drawn[:-1]
         return drawn
-
-
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
-    """logits (V,) -> what to draw the next token from, (V,) float64: temperature, then top-k, then top-p.
-
-    temperature 0 is all on the likeliest; top_k 0 and top_p 1 are off. `banned` ids are never drawn.
-    FloatingPointError if a logit is NaN or the largest infinite.
-    """
-    logits = logits.astype(np.float64)
-    logits[list(banned)] = -math.inf
-    if not math.isfinite(logits.max()):
-        raise FloatingPointError("logits are not finite")
-    if temperature == 0:
-        return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf is right
-        logits = (logits - logits.max()) / temperature
-    if top_k and top_k < len(logits):
-        logits[np.argsort(-logits, kind="stable")[top_k:]] = -math.inf
-    p = np.exp(logits)
-    p /= p.sum()
-    if top_p < 1:  # the fewest likeliest tokens that together have top_p: at least one
-        order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        p[order[1:][before[1:] >= top_p]] = 0
-    return p / p.sum()
-
-
-TURN = 0.01  # seconds of drawing, about, before what is drawn is shown
-
-
-def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
-    """Yield ids that follow `ids` (at least one), until `stop` (not yielded) or max_new_tokens; `filters` as above.
-
-    Tokens come in turns of about TURN seconds from a `decoding` that has steps: it may be ahead of what was yielded.
-    ValueError if the forward overflows: finite weights may still be too large.
-    """
-    rng, count, uniforms = np.random.Generator(np.random.Philox(key=[seed, 1])), 1, np.empty(0)
-    steps, yielded = getattr(decoding, "steps", None), 0
-    while yielded < max_new_tokens:
-        start, count = time.perf_counter(), min(count, max_new_tokens - yielded) if steps else 1
-        uniforms = np.append(uniforms, rng.random(max(0, count - len(uniforms))))
-        try:
-            if steps:
-                drawn = decoding.draw(ids, uniforms[:count], stop, **filters)
-            else:
-                with np.errstate(over="ignore", invalid="ignore"):  # told below
-                    cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
-                drawn = [int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right"))]
-        except FloatingPointError as error:
-            advice = "the model's weights overflow; take an earlier checkpoint, or train again"
-            raise ValueError(f"{error} at token {yielded} after the prompt: {advice}") from None
-        count = 2 * count if time.perf_counter() - start < TURN / 2 else max(1, count // 2)
-        for token in drawn:
-            if token == stop:
-                return
-            yield token
-        ids, uniforms, yielded = drawn[-1:], uniforms[len(drawn) :], yielded + len(drawn)
 
 
 # == 12  checkpoints ===================================================================================================

@@ -67,7 +67,7 @@ def our_turn(decoding, first, stop, steps):
     """(tokens a second, ids) of a greedy text that begins with the token `first` and ends at `stop`."""
     decoding.window = []
     start = time.perf_counter()
-    ids = list(tinygpt.generate(decoding, [first], 0, stop, steps, temperature=0))
+    ids = list(sample.generate(decoding, [first], 0, stop, steps, temperature=0))
     return len(ids) / (time.perf_counter() - start), ids
 
 

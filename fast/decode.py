@@ -1,7 +1,7 @@
 """Decoding: the next tokens of one text, in one launch.
 
-Specification: `forward` with a cache, then `head_logits`, then `probabilities` and the draw in `generate`, all of
-tinygpt.py. Replaces a Python loop that calls every sublayer for every token. Tokens and bytes stay the same: sums run
+Specification: `forward` with a cache and `head_logits` of tinygpt.py, then `probabilities` and the draw in `generate`
+of sample.py. Replaces a Python loop that calls every sublayer for every token. Tokens and bytes stay the same: sums run
 in the order of the sublayers' kernels, so a text has the same bytes whether it was read in blocks or token by token.
 
 The idea: a token meets every weight once, so its time is that of reading the weights. What each trick gained, where

@@ -1,4 +1,4 @@
-"""From logits to a token: `probabilities` of tinygpt.py and the draw in `generate`; decode.py calls it for each token.
+"""From logits to a token: `probabilities` and the draw in `generate`, of sample.py; decode.py calls it for each token.
 
 The idea: no sort. Top-k and top-p of float32 logits take 35 and 140 us at V=32,000, NumPy's stable argsort, which the
 specification calls, 2,040 (AMD Zen 4, shared machine, in turns, k=40, p=0.9). Greedy decoding does not even compute all

@@ -8,8 +8,10 @@ import pytest
 from conftest import FAMILIES, TABLES, ops_of, random_parameters, relative, tiny_config
 from tiers import fast
 
+import sample
 import tinygpt
-from tinygpt import OPS, Decoding, generate, probabilities
+from sample import generate, probabilities
+from tinygpt import OPS, Decoding
 
 every_table = pytest.mark.parametrize("table", TABLES)
 CFG = tiny_config(seq_len=23, position_rows=24)  # its newer half: 11
@@ -174,7 +176,7 @@ def test_turns_of_any_length_tell_one_text(monkeypatch):
     _, p = random_parameters(CFG, dtype=np.float32)
     texts = []
     for turn in (0.0, 1e9):  # one token at a time; as many as the window takes
-        monkeypatch.setattr(tinygpt, "TURN", turn)
+        monkeypatch.setattr(sample, "TURN", turn)
         texts.append(text_of(Decoding(p, CFG, ops_of("fast")), TEXT[:3], 80, temperature=0.9))
     assert texts[0] == texts[1]
 

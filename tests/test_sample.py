@@ -87,7 +87,7 @@ def test_what_is_printed_is_the_prompt_and_the_decoded_ids(place, model, prompt)
     ids = [model.tokenizer.end, *model.tokenizer.encode(prompt)]
     decoding = tinygpt.Decoding(model.p, model.cfg, ops_of("fast"))
     banned = [i for name, i in model.tokenizer.specials.items() if name != bpe.END]
-    new = list(tinygpt.generate(decoding, ids, 7, model.tokenizer.end, 50, banned=banned, **FILTERS))
+    new = list(sample.generate(decoding, ids, 7, model.tokenizer.end, 50, banned=banned, **FILTERS))
     out, err = told(model, "--prompt", prompt, "--seed", 7, "--max-new-tokens", 50)  # past the context of 32
     assert out == prompt + model.tokenizer.decode(new) + "\n"
     assert f"[{len(new)} tokens" in err
@@ -112,7 +112,7 @@ def test_a_story_is_printed_while_it_is_told(place, model, monkeypatch):
 def test_a_character_of_several_tokens_is_never_printed_by_halves(place, model, monkeypatch):
     ids = model.tokenizer.encode("\u65e5\U0001f600")
     assert len(ids) > 2
-    monkeypatch.setattr(tinygpt, "generate", lambda *_, **__: iter(ids))
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: iter(ids))
     assert story(model) == "\u65e5\U0001f600\n"
 
 
@@ -143,13 +143,13 @@ def test_a_story_stops_at_its_end(place, model):
 def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(place, model, monkeypatch):
     prompt = " ".join(f"{number} cats" for number in range(100))
     ids, read = [model.tokenizer.end, *model.tokenizer.encode(prompt)], []
-    real = tinygpt.generate
+    real = sample.generate
 
     def spy(decoding, ids, *rest, **filters):
         read.append(ids)
         return real(decoding, ids, *rest, **filters)
 
-    monkeypatch.setattr(tinygpt, "generate", spy)
+    monkeypatch.setattr(sample, "generate", spy)
     out, err = told(model, "--prompt", prompt, "--max-new-tokens", 20)
     assert out.startswith(prompt) and len(out) > len(prompt) + 1
     assert read == [ids[-model.cfg.seq_len :]]
