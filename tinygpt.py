@@ -1362,55 +1362,34 @@ def recomputed(ops):
 
 # == 10  sizes =========================================================================================================
 
-LLAMA = dict(norm="rmsnorm", positions="rope", mlp="swiglu")
-LLAMA |= dict.fromkeys(("qkv_bias", "out_bias", "up_bias", "down_bias"), False)
 # Ours is GPT-2's with rotation and norms of queries and keys. Bits per byte of 1m after 1.2M tokens, rate 8e-3: GPT-2's
 # 1.219, ALiBi 1.087, RoPE 1.075, RoPE with RMSNorm, SwiGLU and no biases 1.094, RoPE and QK-norm 1.061.
 OWN = dict(vocab_size=4096, positions="rope", qk_norm=True, embedding_norm=True)
-STORYLLAMAS = LLAMA | dict(vocab_size=4096, seq_len=256, up_bias=True, down_bias=True, init="gpt2")
-LILLM = LLAMA | dict(vocab_size=8192, seq_len=512, heads=16, kv_heads=8, norm_eps=1e-6, init="lillm")
-LLAMA2C = LLAMA | dict(vocab_size=32000, init="gpt2")
-GPT_TINYSTORIES = dict(vocab_size=50257, seq_len=256, layers=8, heads=16, position_rows=2048, attention_scale=False)
-GPT_TINYSTORIES |= dict(mlp="gelu", init="normal")
-NEO = dict(vocab_size=50257, seq_len=512, heads=16, position_rows=2048, attention_scale=False, window=256)
-NEO |= dict(qkv_bias=False, init="normal")
-GRAPHCORE = dict(vocab_size=8192, seq_len=512, head_width=64, embedding_norm=True, positions="alibi", mlp="gelu")
-GRAPHCORE |= dict(tied=False, head_bias=True, init="torch")
-
-SIZES = {  # names are what their authors call them, often the rounded total of the parameters, sometimes not
+SIZES = {
     "700k": Config(**OWN, seq_len=256, width=64, layers=8, heads=4),
     "1m": Config(**OWN, seq_len=256, width=128, layers=4, heads=4),
     "8m": Config(**OWN, seq_len=512, width=256, layers=8, heads=8),
     "28m": Config(**OWN, seq_len=512, width=512, layers=8, heads=8),
-    "2m": Config(**STORYLLAMAS, width=128, layers=4, heads=4, hidden=512),
-    "7m": Config(**STORYLLAMAS, width=256, layers=6, heads=6, head_width=42, hidden=768),
-    "30m": Config(**STORYLLAMAS, width=512, layers=8, heads=8, hidden=1536),
-    "39m": Config(**LILLM, width=512, layers=12, hidden=1408),
-    "300m": Config(**LILLM, width=1024, layers=24, hidden=2816),
-    # Its attention ends in two products without anything between them: here their product, one matrix, and a final norm
-    # that its code leaves out. With both stages it has 63,558,784 parameters; "88m" counts the tied matrix twice.
-    "88m": Config(
-        **LLAMA, vocab_size=50304, seq_len=512, width=512, layers=8, heads=8, kv_heads=4, head_width=128, hidden=1365,
-        head_bias=True,
-    ),
-    "260k": Config(**LLAMA2C | dict(vocab_size=512), seq_len=512, width=64, layers=5, heads=8, kv_heads=4, hidden=172),
-    "15m": Config(**LLAMA2C, seq_len=256, width=288, layers=6, heads=6, hidden=768),
-    "42m": Config(**LLAMA2C, seq_len=1024, width=512, layers=8, heads=8, hidden=1376),
-    "110m": Config(**LLAMA2C, seq_len=1024, width=768, layers=12, heads=12, hidden=2048),
-    "17m-cs336": Config(**LLAMA, vocab_size=10000, seq_len=256, width=512, layers=4, heads=16, hidden=1344, tied=False),
-    "gpt-tinystories-1m": Config(**GPT_TINYSTORIES, width=64),
-    "gpt-tinystories-8m": Config(**GPT_TINYSTORIES, width=256),
-    "gpt-tinystories-28m": Config(**GPT_TINYSTORIES, width=1024),
-    "tinystories-1m": Config(**NEO, width=64, layers=8),
-    "tinystories-8m": Config(**NEO, width=256, layers=8),
-    "tinystories-28m": Config(**NEO, width=512, layers=8),
-    "tinystories-33m": Config(**NEO, width=768, layers=4),
-    "gpt2": Config(vocab_size=50257, seq_len=1024, width=768, layers=12, heads=12, init="gpt2"),
-} | {
-    f"graphcore-{width}x{layers}": Config(**GRAPHCORE, width=width, layers=layers, heads=width // 64)
-    for width in (64, 128, 256, 512, 768, 1024)
-    for layers in (1, 2, 4, 8, 12)
-}  # fmt: skip
+}
+
+
+def find_sizes():
+    """{name: Config}: our sizes, then those that others built if extras/recipes.py is here."""
+    try:
+        from extras.recipes import SIZES as built_by_others
+    except ImportError as error:
+        if error.name not in ("extras", "extras.recipes"):  # something that it needs is missing
+            raise
+        return SIZES
+    return SIZES | built_by_others
+
+
+def find_size(name):
+    """The `Config` of a size. ValueError in one line if there is none of this name."""
+    if name in (sizes := find_sizes()):
+        return sizes[name]
+    more = "; more sizes need extras/recipes.py" if len(sizes) == len(SIZES) else ""
+    raise ValueError(f"there is no size {name}; expected one of {', '.join(sizes)}{more}")
 
 
 def flops_per_token(cfg):
@@ -1766,9 +1745,7 @@ def main(argv=None):
     check.add_argument("--seed", type=int, default=0, help="of the random parameters, tokens and directions")
     args = parser.parse_args(argv)
     try:
-        if args.size not in SIZES:
-            raise ValueError(f"--size {args.size}: expected one of {', '.join(SIZES)}")
-        cfg, limit = scaled_down(SIZES[args.size]).changed(**overrides(args.set)), 1e-6
+        cfg, limit = scaled_down(find_size(args.size)).changed(**overrides(args.set)), 1e-6
     except ValueError as error:
         parser.error(str(error))
     try:

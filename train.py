@@ -33,7 +33,7 @@ import bpe
 import tinygpt
 from bpe import Parser, Progress, error_line, in_range, note, say
 from sample import generate_story, load_model, newest_run
-from tinygpt import KERNELS, SIZES, THREADS, kernel
+from tinygpt import KERNELS, THREADS, kernel
 
 # ######################################################################################################################
 # Part I: the algorithm
@@ -742,7 +742,7 @@ def begin_run(args, ranks, started):
         if args.init_from:
             cfg, tokenizer, parameters = import_extra("tune").load_initial_model(args)
         else:
-            cfg = SIZES[size_of(args)].changed(**tinygpt.overrides(args.set or []))
+            cfg = tinygpt.find_size(size_of(args)).changed(**tinygpt.overrides(args.set or []))
             cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
         draft = choose_settings(args, cfg)  # flags that contradict each other are refused before text is read
         ranks.rows(draft.batch_size)
@@ -874,10 +874,17 @@ def size_in_bytes(text):
         raise argparse.ArgumentTypeError(error) from None
 
 
+def known_size(name):  # an argparse type
+    try:
+        return tinygpt.find_size(name) and name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
 def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add, positive = parser.add_argument_group("what").add_argument, in_range(float, 0, 1e6, open_low=True)
-    add("--size", choices=list(SIZES), help="shape of the model, by its rounded number of parameters (default 1m)")
+    add("--size", type=known_size, metavar="SIZE", help="shape of the model; --list-sizes prints all (default 1m)")
     add("--data", nargs="+", metavar="FILE", help="text, .jsonl, .json, token files or folders; default TinyStories")
     add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")

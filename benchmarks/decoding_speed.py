@@ -59,7 +59,7 @@ def our_model(size, checkpoint):
     if checkpoint:
         found = sample.load_llama2c(checkpoint)
         return tinygpt.views(tinygpt.layout(found.cfg), found.parameters, found.cfg.layers), found.cfg
-    cfg = tinygpt.SIZES[size]
+    cfg = tinygpt.find_size(size)
     return tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), cfg
 
 
@@ -180,8 +180,8 @@ def main():
     add("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default 1 2)")
     args = parser.parse_args()
     sizes = [args.checkpoint.stem] if args.checkpoint else args.size
-    if not args.checkpoint and (unknown := [size for size in sizes if size not in tinygpt.SIZES]):
-        parser.error(f"--size {unknown[0]}: expected one of {', '.join(tinygpt.SIZES)}")
+    if not args.checkpoint and (unknown := [size for size in sizes if size not in tinygpt.find_sizes()]):
+        parser.error(f"--size {unknown[0]}: expected one of {', '.join(tinygpt.find_sizes())}")
     if args.llama2c and not args.tokenizer:
         parser.error("--llama2c needs --tokenizer: it does not run without one")
     theirs = " |  llama2.c | of its best | same text" if args.llama2c else ""

@@ -53,7 +53,8 @@ def shape_of(size):
 
     if size in SHAPES:
         return tinygpt.Config(*SHAPES[size][0]), SHAPES[size][1]
-    return tinygpt.SIZES[size], max(1, 8192 // tinygpt.SIZES[size].seq_len)
+    cfg = tinygpt.find_size(size)
+    return cfg, max(1, 8192 // cfg.seq_len)
 
 
 # == 1  ours ===========================================================================================================
@@ -342,8 +343,8 @@ def main():
     parser.add_argument("--profile", action="store_true", help="ours alone, kernel by kernel")
     parser.add_argument("--serve", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := [size for size in args.size if size not in SHAPES and size not in tinygpt.SIZES]:
-        parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.SIZES])}")
+    if unknown := [size for size in args.size if size not in {*SHAPES, *tinygpt.find_sizes()}]:
+        parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.find_sizes()])}")
     if args.serve:
         return serve(args.serve, args.size[0], args.threads, args.dtype, args.kernels)
     reason = "--avx2" if args.avx2 else fast.why_no_bf16()

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
+from extras.recipes import LLAMA
 
 # == 1  tensors ========================================================================================================
 
@@ -311,7 +312,7 @@ def load_llama2c(path):
         x[name] = x[name].swapaxes(1, 2)  # (L, in, out)
     x |= {"qkv_w": np.concatenate([x["q"], x["k"], x["v"]], 2), "up_w": np.concatenate([x["gate"], x["value"]], 2)}
     shape = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=H, kv_heads=G, hidden=F, tied=tied)
-    cfg = tinygpt.Config(**tinygpt.LLAMA, **shape)
+    cfg = tinygpt.Config(**LLAMA, **shape)
     parts = [x[t.name].reshape(-1) for t in tinygpt.layout(cfg)]
     found = tinygpt.Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
     return tinygpt.refuse_non_finite(path, found)

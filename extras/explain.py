@@ -442,9 +442,7 @@ def stream(tops, cfg):
 
 
 def config_of(args):
-    if args.size not in tinygpt.SIZES:
-        raise ValueError(f"--size {args.size}: expected one of {', '.join(tinygpt.SIZES)}")
-    cfg = tinygpt.SIZES[args.size]
+    cfg = tinygpt.find_size(args.size)
     cfg = tinygpt.scaled_down(cfg) if vars(args).get("scaled_down") else cfg
     return cfg.changed(**tinygpt.overrides(args.set))
 

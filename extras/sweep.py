@@ -57,7 +57,8 @@ def read_axis(word, parser):
         near = get_close_matches(field, [*actions, *known_fields], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{word}: {name!r} is neither a flag of train.py with a value nor a field of --set{hint}")
-    known = list(action.choices or ()) if action else tinygpt.CHOICES.get(field, ())
+    choices = {"size": tinygpt.find_sizes()} | tinygpt.CHOICES
+    known = list(action and action.choices or choices.get(field, ()))
     values = [value for pattern in text.split(",") for value in expand(pattern, known)]
     if not equals or not all(values):
         raise ValueError(f"{word}: expected values, as in {name}=A,B,C")
@@ -115,7 +116,7 @@ def refuse(message):
 def check(args):
     """ValueError if train.py would reject these settings for any text."""
     args.size = args.size or "1m"
-    cfg = tinygpt.SIZES[args.size].changed(**tinygpt.overrides(args.set or []))
+    cfg = tinygpt.find_size(args.size).changed(**tinygpt.overrides(args.set or []))
     train.choose_settings(args, cfg.changed(seq_len=args.seq_len or cfg.seq_len))
 
 

@@ -22,7 +22,7 @@ def load_initial_model(args):
     cfg, wanted = checkpoint.cfg, tinygpt.overrides(args.set or [])
     said = [(f"--set {name}={value}", name, value) for name, value in wanted.items()]
     if args.size:
-        size = tinygpt.SIZES[args.size].changed(vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, init=cfg.init)
+        size = tinygpt.find_size(args.size).changed(vocab_size=cfg.vocab_size, seq_len=cfg.seq_len, init=cfg.init)
         said += [(f"--size {args.size}", name, value) for name, value in asdict(size).items()]
     for flag, name, value in said:
         if name not in DROPOUTS and value != getattr(cfg, name):

@@ -13,7 +13,7 @@ import pytest
 from conftest import random_parameters, tiny_config
 
 import tinygpt
-from extras import convert
+from extras import convert, recipes
 from tinygpt import load_checkpoint, read_safetensors, save_checkpoint, write_aside, write_safetensors
 
 CFG = tiny_config()
@@ -392,7 +392,7 @@ def llama2c_file(path, cfg, flat):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_of_llama2c_is_read_as_the_same_model(tmp_path, tied):
     shape = dict(vocab_size=11, seq_len=5, width=12, layers=2, heads=6, kv_heads=3, hidden=7, tied=tied)
-    cfg = tinygpt.Config(**tinygpt.LLAMA, **shape)
+    cfg = tinygpt.Config(**recipes.LLAMA, **shape)
     flat = tinygpt.init_parameters(cfg, 0)
     llama2c_file(tmp_path / "model.bin", cfg, flat)
     found = convert.load_llama2c(tmp_path / "model.bin")
@@ -401,7 +401,7 @@ def test_a_model_of_llama2c_is_read_as_the_same_model(tmp_path, tied):
 
 
 def test_a_model_of_llama2c_that_is_cut_short_is_refused(tmp_path):
-    cfg = tinygpt.Config(**tinygpt.LLAMA, vocab_size=11, seq_len=5, width=12, layers=2, heads=6, hidden=7)
+    cfg = tinygpt.Config(**recipes.LLAMA, vocab_size=11, seq_len=5, width=12, layers=2, heads=6, hidden=7)
     llama2c_file(tmp_path / "model.bin", cfg, tinygpt.init_parameters(cfg, 0))
     data = (tmp_path / "model.bin").read_bytes()
     for size in (0, 20, 28, len(data) - 1):

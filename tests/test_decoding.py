@@ -10,6 +10,7 @@ from tiers import fast
 
 import sample
 import tinygpt
+from extras import recipes
 from sample import generate, probabilities
 from tinygpt import OPS, Decoding
 
@@ -132,7 +133,7 @@ def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monke
     monkeypatch.setattr(fast.decode, "ONE_THREAD_BYTES", 0)
     monkeypatch.setattr(fast.decode, "SCREEN_BYTES", screen_bytes)
     cfg = tinygpt.Config(
-        **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
+        **recipes.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
     )
     _, p = random_parameters(cfg, dtype=np.float32)
     found = set()
@@ -146,7 +147,7 @@ def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monke
 
 def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
     cfg = tinygpt.Config(
-        **tinygpt.LLAMA, vocab_size=700, seq_len=60, width=96, layers=1, heads=6, hidden=200, tied=False
+        **recipes.LLAMA, vocab_size=700, seq_len=60, width=96, layers=1, heads=6, hidden=200, tied=False
     )
     _, p = random_parameters(cfg, dtype=np.float32)
     p["head_w"][350:] = p["head_w"][:350]  # each logit twice

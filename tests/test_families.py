@@ -94,7 +94,7 @@ def test_every_family_learns(place, family):
         first = math.log(cfg.vocab_size) + FIRST[cfg.init]
         assert done.losses[0] == pytest.approx(first, abs=0.2 if FIRST[cfg.init] else 0.03)
     changed = {word.partition("=")[0] for word in changes} | {"vocab_size", "seq_len", "position_rows"}
-    built = tinygpt.SIZES[size]
+    built = tinygpt.find_size(size)
     for field in dataclasses.fields(cfg):  # the switches are the family's
         if field.name not in changed | {"kv_heads", "head_width"}:
             assert getattr(cfg, field.name) == getattr(built, field.name), field.name
@@ -115,7 +115,7 @@ def test_a_family_does_not_learn_at_a_rate_of_zero(place, family, monkeypatch):
 def test_every_size_says_what_it_is_before_it_trains(place):
     """Some have heads whose width times their number is not the model's."""
     run = SimpleNamespace(data=SimpleNamespace(name="stories", train=[0], valid=[0]), folder="nowhere", processes=1)
-    for size, cfg in tinygpt.SIZES.items():
+    for size, cfg in tinygpt.find_sizes().items():
         with contextlib.redirect_stderr(io.StringIO()) as told:
             files, run.state = [["t"], ["v"]], SimpleNamespace(cfg=cfg)
             run.settings = train.Settings(size=size, files=files, batch_size=1, micro_batch_size=1, kernels="numba")

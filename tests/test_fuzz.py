@@ -20,6 +20,7 @@ import bpe
 import sample
 import tinygpt
 import train
+from extras import recipes
 
 MANY = [1, pytest.param(10, marks=pytest.mark.slow)]
 STORIES = ["Lily found a red ball.", "Tom and the cat saw the moon.", "The end came soon."] * 3
@@ -192,7 +193,7 @@ def test_a_damaged_or_hostile_token_file_is_refused_in_one_line_or_gives_its_ids
 
 @pytest.mark.parametrize("many", MANY)
 def test_a_damaged_model_of_llama2c_is_refused_in_one_line_or_loads(tmp_path, many):
-    cfg = tinygpt.Config(**tinygpt.LLAMA, vocab_size=11, seq_len=5, width=12, layers=2, heads=6, kv_heads=3, hidden=7)
+    cfg = tinygpt.Config(**recipes.LLAMA, vocab_size=11, seq_len=5, width=12, layers=2, heads=6, kv_heads=3, hidden=7)
     path = tmp_path / "model.bin"
     llama2c_file(path, cfg, tinygpt.init_parameters(cfg, 0))
     good, rng, counts = path.read_bytes(), np.random.default_rng(4), collections.Counter()

@@ -23,7 +23,7 @@ AT_IMPORT = {  # what a file, or each file of a folder, may import of ours when 
 }
 WHEN_USED = {  # and what more inside its functions
     "bpe.py": ("bpe", "tinygpt", "fast", "extras"),  # itself: `python bpe.py` is the module that others import
-    "tinygpt.py": ("tinygpt", "fast"),
+    "tinygpt.py": ("tinygpt", "fast", "extras"),
     "sample.py": ("fast", "extras"),
     "train.py": ("train", "fast", "extras"),
     "fast": (),

@@ -265,7 +265,7 @@ def test_published_models_have_the_parameters_of_our_registry():
     sizes |= {f"stories{x}": x.lower() for x in ("260K", "15M", "42M", "110M")}
     for p in report.PUBLISHED:
         size = next(size for start, size in sizes.items() if p.name.startswith(start))
-        assert p.parameters == tinygpt.count_parameters(tinygpt.SIZES[size])[0], p
+        assert p.parameters == tinygpt.count_parameters(tinygpt.find_size(size))[0], p
 
 
 # == 3  plots ==========================================================================================================

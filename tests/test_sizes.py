@@ -1,8 +1,11 @@
 """The registry of sizes: exactly the models that others built, by the counts that they or their code give."""
 
+import sys
+
 import pytest
 
-from tinygpt import SIZES, count_parameters
+from extras import recipes
+from tinygpt import SIZES, count_parameters, find_size, find_sizes
 
 COUNTS = {
     "2m": 1_578_624,
@@ -42,12 +45,26 @@ COUNTS |= {
 
 @pytest.mark.parametrize("size", COUNTS)
 def test_a_published_size_has_its_parameters_to_the_last_one(size):
-    assert count_parameters(SIZES[size])[0] == COUNTS[size]
+    assert count_parameters(find_size(size))[0] == COUNTS[size]
 
 
 def test_every_size_is_either_ours_or_counted():
-    assert set(SIZES) - set(COUNTS) == {"700k", "1m", "8m", "28m"}
+    assert list(SIZES) == ["700k", "1m", "8m", "28m"] == list(find_sizes())[:4]
+    assert set(find_sizes()) - set(COUNTS) == set(SIZES)
 
 
 def test_the_28m_of_gpt_tinystories_is_that_of_the_paper_at_its_width():
-    assert count_parameters(SIZES["gpt-tinystories-28m"].changed(width=512))[0] == 52_000_256
+    assert count_parameters(find_size("gpt-tinystories-28m").changed(width=512))[0] == 52_000_256
+
+
+def test_a_name_that_no_size_has_is_refused_in_one_line_with_all_names():
+    with pytest.raises(ValueError, match="^there is no size 2b; expected one of 700k, 1m, .*, graphcore-1024x12$"):
+        find_size("2b")
+
+
+def test_without_extras_there_are_our_sizes_and_a_line_says_what_the_others_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "extras.recipes", None)
+    assert find_sizes() == SIZES and find_size("1m") is SIZES["1m"] and "15m" in recipes.SIZES
+    expected = "there is no size 15m; expected one of 700k, 1m, 8m, 28m; more sizes need extras/recipes.py"
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        find_size("15m")

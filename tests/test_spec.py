@@ -27,7 +27,7 @@ from conftest import (
 from tiers import WITHOUT_FAST, fast, needs_fast
 
 import tinygpt
-from tinygpt import OPS, SIZES, Config
+from tinygpt import OPS, Config, find_size, find_sizes
 
 GOLDENS = {
     name: json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text(encoding="utf-8"))
@@ -848,9 +848,9 @@ def test_what_a_model_lacks_has_no_parameters():
         assert found == fewer, changes
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", find_sizes())
 def test_a_size_has_a_layout_and_defaults_that_fit(size):
-    cfg = SIZES[size]
+    cfg = find_size(size)
     assert cfg.changed() == cfg
     assert cfg.changed(layers=3).head_width == cfg.head_width
     assert sum(math.prod(t.shape) for t in tinygpt.layout(cfg)) == tinygpt.count_parameters(cfg)[0]
@@ -971,7 +971,7 @@ def test_the_check_command_passes_and_prints_every_tensor(size, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     here = TABLES[:2] if WITHOUT_FAST else TABLES
-    for t in tinygpt.layout(SIZES[size]):
+    for t in tinygpt.layout(find_size(size)):
         assert len(rows[t.name]) == len(here) and max(map(float, rows[t.name])) < LIMIT
     assert lines[-1].endswith("passed")
 
