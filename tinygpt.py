@@ -1328,8 +1328,13 @@ def find_ops(kernels=None, dtype="float32"):
 
 def with_buffers(ops, cfg, B, T, dtype=np.float32, recompute=False):
     """The table with buffers for micro-batches (B, T), if it works in any. With `recompute`, layers keep their inputs
-    alone."""
-    ops = recomputed(ops) if recompute else ops
+    alone; ValueError in one line if extras/ is not here."""
+    if recompute:
+        try:
+            from extras.plan import recomputed
+        except ImportError:
+            raise ValueError("--recompute needs extras/plan.py; lower --micro-batch-size instead") from None
+        ops = recomputed(ops)
     return dataclasses.replace(ops, space=ops.make_space(cfg, B, T, dtype, recompute)) if ops.make_space else ops
 
 
@@ -1339,25 +1344,6 @@ def with_forward_buffers(ops, cfg, B, T, dtype=np.float32):
         return ops
     space = ops.make_space(dataclasses.replace(cfg, layers=1), B, T, dtype)
     return dataclasses.replace(ops, space=space | {"layers": space["layers"] * cfg.layers})
-
-
-def recomputed(ops):
-    """The table whose sublayers keep their inputs alone: backward runs forward again. A third more work, less memory,
-    the same bytes.   Chen et al. 2016, arXiv:1604.06174."""
-
-    def pair(name):
-        forward, backward = getattr(ops, name + "_forward"), getattr(ops, name + "_backward")
-
-        def forward_only(x, *where):
-            return forward(x, *where)[0], (x, where)
-
-        def forward_then_backward(dy, cache, *where):
-            x, arguments = cache
-            return backward(dy, forward(x, *arguments)[1], *where)
-
-        return {name + "_forward": forward_only, name + "_backward": forward_then_backward}
-
-    return dataclasses.replace(ops, **pair("attention_layer"), **pair("mlp_layer"))
 
 
 # == 10  sizes =========================================================================================================

@@ -1,4 +1,4 @@
-"""What fits: how many updates into --minutes, how many sequences at a time into --max-memory."""
+"""What fits: how many updates into --minutes, how many sequences at a time into --max-memory; and --recompute."""
 
 import math
 import re
@@ -53,6 +53,25 @@ def fit_memory(max_memory, s, cfg):
     recompute = min(within)[0]
     micro_batch_size = max(n for again, n in within if again == recompute)
     return replace(s, micro_batch_size=micro_batch_size, recompute=recompute)
+
+
+def recomputed(ops):
+    """The table whose sublayers keep their inputs alone: backward runs forward again. A third more work, less memory,
+    the same bytes.   Chen et al. 2016, arXiv:1604.06174."""
+
+    def pair(name):
+        forward, backward = getattr(ops, name + "_forward"), getattr(ops, name + "_backward")
+
+        def forward_only(x, *where):
+            return forward(x, *where)[0], (x, where)
+
+        def forward_then_backward(dy, cache, *where):
+            x, arguments = cache
+            return backward(dy, forward(x, *arguments)[1], *where)
+
+        return {name + "_forward": forward_only, name + "_backward": forward_then_backward}
+
+    return replace(ops, **pair("attention_layer"), **pair("mlp_layer"))
 
 
 # == 2  time ===========================================================================================================

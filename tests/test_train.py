@@ -995,6 +995,12 @@ def test_recomputed_layers_change_no_byte(table):
     assert any(found[0][1])
 
 
+def test_recomputation_without_extras_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "extras.plan", None)
+    with pytest.raises(ValueError, match="^--recompute needs extras/plan.py; lower --micro-batch-size instead$"):
+        tinygpt.with_buffers(tinygpt.OPS["numpy"], tiny_config(), 1, 5, recompute=True)
+
+
 def test_a_recomputing_workspace_is_smaller_by_what_layers_share():
     cfg = tiny_config(layers=6)
     whole, less = (fast.workspace_layout(cfg, 2, cfg.seq_len, again) for again in (False, True))
