@@ -64,7 +64,8 @@ CHOICES = {  # names that fields of Config may have; of norm and mlp, the keys o
 
 
 def divisor_near(wish, n):
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wish))
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return min(small + [n // d for d in small], key=lambda d: (abs(d - wish), d))
 
 
 @dataclass(frozen=True)
@@ -128,23 +129,19 @@ class Config:
 
     def __post_init__(self):
         """Fill in the fields that are left at 0; ValueError if the fields do not fit together."""
-        for name in ("vocab_size", "seq_len", "width", "layers", "heads"):  # what the defaults below are made of
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive int")
+        for field in dataclasses.fields(self):
+            value, kind, choices = getattr(self, field.name), field.type, CHOICES.get(field.name)
+            number, most = kind in (int, float), 1 if field.name.endswith("dropout") else 2**31
+            if type(value) is not kind or (number and not 0 < value < most and not value == field.default == 0):
+                expected = "0 (off) to below 1" if most == 1 else f"a{' positive' * number} {kind.__name__}"
+                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}; expected one of {', '.join(choices)}")
         if not self.head_width and self.width % self.heads:
             near = divisor_near(self.heads, self.width)
             raise ValueError(f"width {self.width} does not divide into heads={self.heads}; try heads={near}")
         for name, default in self.defaults().items():
             object.__setattr__(self, name, getattr(self, name) or default)
-        for field in dataclasses.fields(self):
-            value, dropout = getattr(self, field.name), field.name.endswith("dropout")
-            number = field.type in (int, float)
-            low = 0 if dropout or field.name == "window" else math.ulp(0)
-            if type(value) is not field.type or (number and not low <= value < (1 if dropout else 2**31)):
-                expected = "0 (off) to below 1" if dropout else f"a{' positive' * number} {field.type.__name__}"
-                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
-            if value not in CHOICES.get(field.name, (value,)):
-                raise ValueError(f"{field.name} is {value!r}; expected one of {', '.join(CHOICES[field.name])}")
         if self.heads % self.kv_heads:
             near = divisor_near(self.kv_heads, self.heads)
             raise ValueError(f"heads={self.heads} cannot share kv_heads={self.kv_heads}; try kv_heads={near}")
