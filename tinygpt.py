@@ -34,8 +34,8 @@ import importlib.util
 import json
 import math
 import os
-import struct
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -1479,43 +1479,24 @@ def lock_file(file):
     return True
 
 
-def open_aside(path):
-    """A new file beside `path`, open for writing: its name is its own, its lock says that its process lives. Removes
-    the files of processes that were killed; Windows keeps them."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp") if os.name == "posix" else ():
-        with contextlib.suppress(OSError), open(left, "r+b") as file:
-            if lock_file(file):
-                os.remove(left)
-    while True:
-        aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-        try:
-            file = open(aside, "xb")
-            try:
-                if lock_file(file) and os.path.exists(aside):  # else another process just took it for a leftover
-                    return file
-            except OSError:  # no locks: nobody removes leftovers
-                return file
-        except BaseException:  # Ctrl-C between here and there
-            with contextlib.suppress(OSError):
-                os.remove(aside)
-            raise
-        file.close()
+ABANDONED = 3600  # seconds: a file under way that has not been written to for so long is that of a killed process
 
 
 def write_aside(path, chunks):
     """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
     processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
-    path, aside = Path(path), None
+    path = Path(path)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process may just have removed or renamed it
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+    aside = f"{path}.{os.getpid()}-{os.urandom(8).hex()}.tmp"
     try:
-        with open_aside(path) as file:
-            aside = file.name
-            for chunk in chunks:
-                file.write(chunk)
+        with open(aside, "xb") as file:
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "nt":  # an open file cannot be renamed there; elsewhere it stays locked until it is
-                file.close()
-            os.replace(aside, path)
+        os.replace(aside, path)
         if os.name == "posix":  # the folder's entry as well
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -1523,10 +1504,9 @@ def write_aside(path, chunks):
             finally:
                 os.close(folder)
     except BaseException as error:
-        if aside:
-            with contextlib.suppress(OSError):
-                os.remove(aside)  # a full disk is not kept full
-        if isinstance(error, OSError) and error.strerror and str(error.filename or path).startswith(str(path)):
+        with contextlib.suppress(OSError):
+            os.remove(aside)  # a full disk is not kept full
+        if isinstance(error, OSError) and error.strerror and error.filename in (None, aside):
             error.filename = str(path)
         raise
 
@@ -1550,23 +1530,26 @@ def write_safetensors(path, tensors, metadata, dtypes=DTYPES):
     data = [memoryview(np.ascontiguousarray(x)).cast("B") for x in tensors.values()]
     text = json.dumps(header | {"__metadata__": metadata | {"crc32": checksum(header, data)}}).encode()
     text += b" " * (-len(text) % 8)
-    write_aside(path, (struct.pack("<Q", len(text)), text, *data))
+    write_aside(path, (len(text).to_bytes(8, "little"), text, *data))
 
 
 def parse_header(text, dtypes):
-    """The JSON text of a header -> (header, [(name, dtype, shape, begin, end)]); TypeError if it is not one."""
-    try:
-        header = json.loads(text)
-        metadata = header.get("__metadata__", {})
-        tensors = [(name, t) for name, t in header.items() if name != "__metadata__"]
-        rows = [(name, dtypes[t["dtype"]], tuple(t["shape"]), *t["data_offsets"]) for name, t in tensors]
-        whole = all(type(n) is int and 0 <= n < 2**48 for row in rows for n in (*row[2], *row[3:]))
-        fits = whole and all(len(t) == 3 and len(row) == 5 and len(row[2]) <= 8 for row, (_, t) in zip(rows, tensors))
-        if not fits or not all(type(text) is str for text in metadata.values()):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise TypeError from None
-    return header, sorted(rows, key=lambda row: row[3:])
+    """The JSON text of a header -> (metadata, [(name, dtype, shape, first byte)], number of bytes). ValueError or
+    another error of the language unless its rows are those that `write_safetensors` writes for such tensors."""
+    header, rows, end = json.loads(text), [], 0
+    metadata = header.pop("__metadata__", {})
+    for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = dtypes[row["dtype"]], [int(n) for n in row["shape"]]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        expected = {"dtype": row["dtype"], "shape": shape, "data_offsets": [begin, end]}
+        if json.dumps(row, sort_keys=True) != json.dumps(expected, sort_keys=True):  # 1.0 and true are equal to 1
+            raise ValueError(f"{name} is not a tensor that follows the one before")
+        if len(shape) > 8 or not all(0 <= n < 2**48 for n in shape):
+            raise ValueError(f"{name} has no shape that an array can have")
+        rows.append((name, dtype, shape, begin))
+    if not all(type(text) is str for text in metadata.values()):
+        raise ValueError("metadata that is not text")
+    return metadata, rows, end
 
 
 def read_safetensors(path, dtypes=DTYPES):
@@ -1578,38 +1561,30 @@ def read_safetensors(path, dtypes=DTYPES):
 
     with open(path, "rb") as f:
         size, head = os.fstat(f.fileno()).st_size, f.read(8)
-        if len(head) < 8:
-            refuse(f"it has {size} bytes")
-        start = 8 + struct.unpack("<Q", head)[0]
-        if start > min(size, HEADER_MOST):
+        start = 8 + int.from_bytes(head, "little")
+        if len(head) < 8 or start > min(size, HEADER_MOST):
             refuse(f"it is cut short or of another format (its header claims {start} bytes, the file has {size})")
+        text = f.read(start - 8)
         try:
-            header, rows = parse_header(f.read(start - 8), dtypes)
-        except TypeError:
+            metadata, rows, end = parse_header(text, dtypes)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             refuse(f"its header is not that of a .safetensors file with tensors of {', '.join(dtypes)}")
-        expected = 0
-        for name, dtype, shape, begin, end in rows:
-            if begin != expected:
-                refuse(f"tensor {name!r:.60} starts at byte {begin}; expected {expected}")
-            expected = begin + math.prod(shape) * dtype.itemsize
-            if end != expected or start + end > size:
-                refuse(f"it is cut short (tensor {name!r:.60} ends at byte {start + expected}, the file at {size})")
-        if start + expected != size:
-            refuse(f"{size - start - expected} bytes follow its last tensor")
-        data = f.read(expected)
-    metadata = header.get("__metadata__", {})
+        if size < start + end:
+            refuse(f"it is cut short (its tensors end at byte {start + end}, the file at {size})")
+        if size > start + end:
+            refuse(f"{size - start - end} bytes follow its last tensor")
+        data = f.read()
     written = metadata.pop("crc32", None)  # files of other writers have none
-    if written and written != (found := checksum(header, [data])):
+    if written and written != (found := checksum(json.loads(text), [data])):
         refuse(f"it is damaged: its checksum is {found}, expected {written[:8]!r}; take an earlier one or a copy")
-    at = {name: (dtype, math.prod(shape), begin) for name, dtype, shape, begin, _ in rows}
-    tensors = {name: np.frombuffer(data, *at[name]).reshape(shape) for name, _, shape, _, _ in rows}
-    return tensors, metadata
+    arrays = [np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape) for _, dtype, shape, begin in rows]
+    return {row[0]: x for row, x in zip(rows, arrays)}, metadata
 
 
 def read_metadata(path):
     """The metadata of a checkpoint that was written here, without its tensors."""
     with open(path, "rb") as f:
-        return json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))["__metadata__"]
+        return json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
 
 
 class Checkpoint(NamedTuple):
@@ -1627,46 +1602,35 @@ def save_checkpoint(path, parameters, cfg, tokenizer, extra=None, metadata=None)
     write_safetensors(path, named | (extra or {}), own | {"tokenizer": tokenizer} | (metadata or {}))
 
 
-def read_checkpoint(path):
-    """A `Checkpoint` from a file that `save_checkpoint` wrote, NaN and infinity included; ValueError for any other."""
+def load_checkpoint(path):
+    """A `Checkpoint` of finite numbers. ValueError if the file is not one, OSError if it cannot be read."""
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
         found, version = (" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
         newer = "; a later version of this program wrote it, so update" if found == FORMAT else ""
         expected = f"expected format {FORMAT}, version {FORMAT_VERSION}{newer}"
         raise ValueError(f"{path} has format {found}, version {version}; {expected}")
-    count = sum(x.size for x in tensors.values())
     try:
-        shape = json.loads(metadata["config"])
-        if max(shape["width"], shape["heads"]) > count:  # Config would long look for a divisor
-            raise ValueError(f"width {shape['width']:.3g}, heads {shape['heads']:.3g} of {count} parameters")
-        cfg = Config(**shape)
-        tokenizer = metadata["tokenizer"]
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        cfg, tokenizer = Config(**json.loads(metadata["config"])), metadata["tokenizer"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe its model: {error!s:.200}") from None
-    parts, dtype = [], None
-    for t in layout(cfg):
+    check_finite(path, tensors)
+    parts, table = [], layout(cfg)
+    dtype = tensors[table[0].name].dtype if table[0].name in tensors else np.dtype(np.float32)
+    for t in table:
         x = tensors.pop(t.name, None)
-        if x is None or x.shape != t.shape or x.dtype != (dtype := dtype or x.dtype):
+        if x is None or (x.shape, x.dtype) != (t.shape, dtype):
             found = "missing" if x is None else f"{x.dtype} {x.shape}"
-            raise ValueError(f"{path}: tensor {t.name} is {found}; expected {dtype or 'float32'} {t.shape}")
+            raise ValueError(f"{path}: tensor {t.name} is {found}; expected {dtype} {t.shape}")
         parts.append(x.reshape(-1))
     return Checkpoint(np.concatenate(parts), cfg, tokenizer, tensors, metadata)
 
 
-def refuse_non_finite(path, checkpoint):
-    """The checkpoint; ValueError that names the first tensor which holds NaN or infinity."""
-    flat = checkpoint.parameters
-    named = {t.name: flat[t.offset : t.offset + math.prod(t.shape)] for t in layout(checkpoint.cfg)} | checkpoint.extra
-    for name, x in named.items():
+def check_finite(path, tensors):
+    """ValueError that names the first of the tensors, name -> array, which holds NaN or infinity."""
+    for name, x in tensors.items():
         if not np.isfinite(x).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity; take an earlier checkpoint, or train again")
-    return checkpoint
-
-
-def load_checkpoint(path):
-    """A `Checkpoint` of finite numbers. ValueError if the file is not one, OSError if it cannot be read."""
-    return refuse_non_finite(path, read_checkpoint(path))
 
 
 # == 13  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================

@@ -313,9 +313,10 @@ def load_llama2c(path):
     x |= {"qkv_w": np.concatenate([x["q"], x["k"], x["v"]], 2), "up_w": np.concatenate([x["gate"], x["value"]], 2)}
     shape = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=H, kv_heads=G, hidden=F, tied=tied)
     cfg = tinygpt.Config(**LLAMA, **shape)
-    parts = [x[t.name].reshape(-1) for t in tinygpt.layout(cfg)]
-    found = tinygpt.Checkpoint(np.concatenate(parts), cfg, "", {}, {"format": "llama2.c", "version": "0"})
-    return tinygpt.refuse_non_finite(path, found)
+    tensors = {t.name: x[t.name] for t in tinygpt.layout(cfg)}
+    tinygpt.check_finite(path, tensors)
+    parameters = np.concatenate([tensor.reshape(-1) for tensor in tensors.values()])
+    return tinygpt.Checkpoint(parameters, cfg, "", {}, {"format": "llama2.c", "version": "0"})
 
 
 # == 6  command line ===================================================================================================
