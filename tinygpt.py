@@ -610,7 +610,7 @@ def embed_forward(tokens, p, cfg, ops, start=0, dropout=None):
     positions, norm = p["position_w"], None
     if positions is not None:
         positions = positions[start : start + tokens.shape[1]]
-    x, lookup = ops.embedding_forward(tokens, p["embed_w"], positions)
+    x, lookup = ops.embedding.forward(tokens, p["embed_w"], positions)
     if cfg.embedding_norm:
         x, norm = ops.norms[cfg.norm].forward(x, p["embed_norm_w"], p["embed_norm_b"], cfg.norm_eps)
     keep = dropout and dropout.keep(EMBED_SITE, cfg.embed_dropout, x.shape, x.dtype)
@@ -623,7 +623,7 @@ def embed_backward(dx, cache, g, cfg, ops):
     dx = dx if keep is None else dx * keep
     if cfg.embedding_norm:
         dx = ops.norms[cfg.norm].backward(dx, norm, g["embed_norm_w"], g["embed_norm_b"])
-    ops.embedding_backward(dx, lookup, g["lookup_w"], g["position_w"])
+    ops.embedding.backward(dx, lookup, g["lookup_w"], g["position_w"])
 
 
 def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
@@ -635,7 +635,7 @@ def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
     (B, T, _), (H, G, D) = x.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     kv, start = past or (None, 0)
     n, norm = ops.norms[cfg.norm].forward(x, p["norm1_w"], p["norm1_b"], cfg.norm_eps)
-    qkv, qkv_linear = ops.linear_forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
+    qkv, qkv_linear = ops.linear.forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
     heads = qkv.reshape(B, T, H + 2 * G, D).transpose(0, 2, 1, 3)  # (B, H + 2 G, T, D)
     q, k, v = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
     q_norm = k_norm = q_turn = k_turn = None
@@ -644,17 +644,17 @@ def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
         k, k_norm = ops.norms["rmsnorm"].forward(k, p["k_norm_w"], None, cfg.norm_eps)
     if cfg.positions.startswith("rope"):
         cos, sin = (a[start : start + T] for a in rotation(cfg.seq_len, D, cfg.rope_theta, x.dtype.name))
-        q, q_turn = ops.rotate_forward(q, cos, sin, cfg.positions == "rope-half")
-        k, k_turn = ops.rotate_forward(k, cos, sin, cfg.positions == "rope-half")
+        q, q_turn = ops.rotate.forward(q, cos, sin, cfg.positions == "rope-half")
+        k, k_turn = ops.rotate.forward(k, cos, sin, cfg.positions == "rope-half")
     if past is not None:
         kv[:, start : start + T] = np.stack([k, v]).transpose(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
         k, v = kv[:, : start + T].transpose(2, 0, 3, 1, 4)  # 2 of (B, G, S, D)
     slopes = alibi_slopes(H) if cfg.positions == "alibi" else None
     scale = 1 / math.sqrt(D) if cfg.attention_scale else 1.0
     drop = (dropout, cfg.attention_dropout)
-    o_BHTD, attention = ops.attention_forward(q, k, v, scale, slopes, layer_window(cfg, index), *drop)
+    o_BHTD, attention = ops.attention.forward(q, k, v, scale, slopes, layer_window(cfg, index), *drop)
     o = o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D)
-    y, out_linear = ops.linear_forward(o, p["out_w"], p["out_b"])
+    y, out_linear = ops.linear.forward(o, p["out_w"], p["out_b"])
     keep = dropout and dropout.keep(OUT_SITE, cfg.out_dropout, y.shape, y.dtype)
     cache = (norm, qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear, keep)
     return x + (y if keep is None else y * keep), cache
@@ -664,25 +664,25 @@ def attention_layer_backward(dy, cache, p, g, cfg, ops, index=0):
     """dy (B, T, C) -> dx (B, T, C); adds into g."""
     norm, qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear, keep = cache
     B, T, _ = dy.shape
-    do = ops.linear_backward(dy if keep is None else dy * keep, out_linear, g["out_w"], g["out_b"])  # (B, T, H D)
+    do = ops.linear.backward(dy if keep is None else dy * keep, out_linear, g["out_w"], g["out_b"])  # (B, T, H D)
     do_BHTD = do.reshape(B, T, cfg.heads, cfg.head_width).transpose(0, 2, 1, 3)
-    dq, dk, dv = ops.attention_backward(do_BHTD, attention)
+    dq, dk, dv = ops.attention.backward(do_BHTD, attention)
     if cfg.positions.startswith("rope"):
-        dq, dk = ops.rotate_backward(dq, q_turn), ops.rotate_backward(dk, k_turn)
+        dq, dk = ops.rotate.backward(dq, q_turn), ops.rotate.backward(dk, k_turn)
     if cfg.qk_norm:
         dq = ops.norms["rmsnorm"].backward(dq, q_norm, g["q_norm_w"], None)
         dk = ops.norms["rmsnorm"].backward(dk, k_norm, g["k_norm_w"], None)
     dqkv = np.concatenate([dq, dk, dv], 1).transpose(0, 2, 1, 3).reshape(B, T, cfg.qkv_width)
-    dn = ops.linear_backward(dqkv, qkv_linear, g["qkv_w"], g["qkv_b"])
+    dn = ops.linear.backward(dqkv, qkv_linear, g["qkv_w"], g["qkv_b"])
     return dy + ops.norms[cfg.norm].backward(dn, norm, g["norm1_w"], g["norm1_b"])
 
 
 def mlp_layer_forward(x, p, cfg, ops, index=0, dropout=None):
     """x (B, T, C) -> x + f(norm2(x) up_w + up_b) down_w + down_b, (B, T, C)."""
     n, norm = ops.norms[cfg.norm].forward(x, p["norm2_w"], p["norm2_b"], cfg.norm_eps)
-    h, up_linear = ops.linear_forward(n, p["up_w"], p["up_b"])  # (B, T, F), gated (B, T, 2 F)
+    h, up_linear = ops.linear.forward(n, p["up_w"], p["up_b"])  # (B, T, F), gated (B, T, 2 F)
     a, activation = ops.activations[cfg.mlp].forward(h)
-    y, down_linear = ops.linear_forward(a, p["down_w"], p["down_b"])
+    y, down_linear = ops.linear.forward(a, p["down_w"], p["down_b"])
     keep = dropout and dropout.keep(MLP_SITE, cfg.mlp_dropout, y.shape, y.dtype)
     return x + (y if keep is None else y * keep), (norm, up_linear, activation, down_linear, keep)
 
@@ -690,9 +690,9 @@ def mlp_layer_forward(x, p, cfg, ops, index=0, dropout=None):
 def mlp_layer_backward(dy, cache, p, g, cfg, ops, index=0):
     """dy (B, T, C) -> dx (B, T, C); adds into g."""
     norm, up_linear, activation, down_linear, keep = cache
-    da = ops.linear_backward(dy if keep is None else dy * keep, down_linear, g["down_w"], g["down_b"])  # (B, T, F)
+    da = ops.linear.backward(dy if keep is None else dy * keep, down_linear, g["down_w"], g["down_b"])  # (B, T, F)
     dh = ops.activations[cfg.mlp].backward(da, activation)
-    dn = ops.linear_backward(dh, up_linear, g["up_w"], g["up_b"])
+    dn = ops.linear.backward(dh, up_linear, g["up_w"], g["up_b"])
     return dy + ops.norms[cfg.norm].backward(dn, norm, g["norm2_w"], g["norm2_b"])
 
 
@@ -701,14 +701,14 @@ def head_forward(x, p, cfg, ops):
     n, norm = x, None
     if cfg.final_norm:
         n, norm = ops.norms[cfg.norm].forward(x, p["norm_w"], p["norm_b"], cfg.norm_eps)
-    logits, linear = ops.linear_forward(n, p["embed_w" if cfg.tied else "head_w"].T, p["head_b"])
+    logits, linear = ops.linear.forward(n, p["embed_w" if cfg.tied else "head_w"].T, p["head_b"])
     return logits, (norm, linear)
 
 
 def head_backward(dlogits, cache, g, cfg, ops):
     """dlogits (N, V) -> dx (N, C); adds into g."""
     norm, linear = cache
-    dn = ops.linear_backward(dlogits, linear, g["embed_w" if cfg.tied else "head_w"].T, g["head_b"])
+    dn = ops.linear.backward(dlogits, linear, g["embed_w" if cfg.tied else "head_w"].T, g["head_b"])
     return ops.norms[cfg.norm].backward(dn, norm, g["norm_w"], g["norm_b"]) if cfg.final_norm else dn
 
 
@@ -726,10 +726,10 @@ def head_loss(x, targets, weights, p, g, cfg, ops):
     nats, dx, loss = np.empty(targets.shape, x.dtype), None if g is None else np.empty_like(x), 0.0
     for b in range(x.shape[0]):
         logits, head = head_forward(x[b], p, cfg, ops)  # (T, V)
-        loss_b, nats[b], cross_entropy = ops.cross_entropy_forward(logits, targets[b], weights[b])
+        loss_b, nats[b], cross_entropy = ops.cross_entropy.forward(logits, targets[b], weights[b])
         loss += float(loss_b)
         if g is not None:
-            dx[b] = head_backward(ops.cross_entropy_backward(cross_entropy), head, g, cfg, ops)
+            dx[b] = head_backward(ops.cross_entropy.backward(cross_entropy), head, g, cfg, ops)
     return loss, nats, dx
 
 
@@ -743,12 +743,12 @@ def forward(p, tokens, cfg, ops, past=None, dropout=None):
     """
     start = past[1] if past is not None else 0
     check_tokens(tokens, start, cfg)
-    x, embed = ops.embed_forward(tokens, p, cfg, ops, start, dropout)
+    x, embed = ops.embed.forward(tokens, p, cfg, ops, start, dropout)
     caches = [embed]
     for index, layer in enumerate(p["layers"]):
         layer_past, masks = past and (past[0][index], start), dropout and dropout._replace(layer=index)
-        x, attention = ops.attention_layer_forward(x, layer, cfg, ops, index, layer_past, masks)
-        x, mlp = ops.mlp_layer_forward(x, layer, cfg, ops, index, masks)
+        x, attention = ops.attention_layer.forward(x, layer, cfg, ops, index, layer_past, masks)
+        x, mlp = ops.mlp_layer.forward(x, layer, cfg, ops, index, masks)
         caches += [attention, mlp]
     return x, caches
 
@@ -758,9 +758,9 @@ def backward(dx, caches, p, g, cfg, ops):
     caches = list(caches)
     for index in reversed(range(cfg.layers)):
         layer, grads = p["layers"][index], g["layers"][index]
-        dx = ops.mlp_layer_backward(dx, caches.pop(), layer, grads, cfg, ops, index)
-        dx = ops.attention_layer_backward(dx, caches.pop(), layer, grads, cfg, ops, index)
-    ops.embed_backward(dx, caches.pop(), g, cfg, ops)
+        dx = ops.mlp_layer.backward(dx, caches.pop(), layer, grads, cfg, ops, index)
+        dx = ops.attention_layer.backward(dx, caches.pop(), layer, grads, cfg, ops, index)
+    ops.embed.backward(dx, caches.pop(), g, cfg, ops)
 
 
 def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, dropout=None):
@@ -1066,7 +1066,7 @@ SIGMOID, NORMAL, RELU = range(3)
 def gate_row(kind, v, s):
     """s (F,) of an activation a = v s(v), section 2.3: the sigmoid of c1 v + c3 v^3, which GELU's tanh form is as well;
     the integral of the normal distribution; max(v, 0)."""
-    (shape, c1, c3), number = kind, v.dtype.type
+    (shape, c1, c3, _), number = kind, v.dtype.type
     for f in range(v.size):
         if shape == SIGMOID:
             s[f] = number(1) / (number(1) + exp(-v[f] * (number(c1) + number(c3) * v[f] * v[f])))
@@ -1079,7 +1079,7 @@ def gate_row(kind, v, s):
 @jitted
 def slope_row(kind, v, da, s):
     """s (F,) becomes da (s + v ds/dv)."""
-    (shape, c1, c3), number = kind, v.dtype.type
+    (shape, c1, c3, _), number = kind, v.dtype.type
     for f in range(v.size):
         if shape == SIGMOID:
             ds = s[f] * (number(1) - s[f]) * (number(c1) + number(3 * c3) * v[f] * v[f])
@@ -1115,8 +1115,8 @@ def activation_backward_kernel(first, last, kind, h, da, dh):
             dh[i, f] *= h[i, F + f]
 
 
-def activation_forward_numba(kind, h, gated=False):
-    h_NF = as_rows(h)
+def activation_forward_numba(kind, h):
+    h_NF, gated = as_rows(h), kind[-1]
     a = np.empty((len(h_NF), h.shape[-1] // (1 + gated)), h.dtype)
     THREADS.run(activation_kernel, len(a), kind, h_NF, a)
     return a.reshape(*h.shape[:-1], -1), (h_NF,)
@@ -1239,25 +1239,17 @@ class Ops:
     """
 
     name: str
-    embedding_forward: Callable = embedding_forward
-    embedding_backward: Callable = embedding_backward
-    linear_forward: Callable = linear_forward
-    linear_backward: Callable = linear_backward
+    embedding: Pair = Pair(embedding_forward, embedding_backward)
+    linear: Pair = Pair(linear_forward, linear_backward)
     norms: dict = dataclasses.field(default_factory=lambda: NORMS)
     activations: dict = dataclasses.field(default_factory=lambda: ACTIVATIONS)
-    rotate_forward: Callable = rotate_forward
-    rotate_backward: Callable = rotate_backward
-    attention_forward: Callable = attention_forward
-    attention_backward: Callable = attention_backward
-    cross_entropy_forward: Callable = cross_entropy_forward
-    cross_entropy_backward: Callable = cross_entropy_backward
+    rotate: Pair = Pair(rotate_forward, rotate_backward)
+    attention: Pair = Pair(attention_forward, attention_backward)
+    cross_entropy: Pair = Pair(cross_entropy_forward, cross_entropy_backward)
 
-    embed_forward: Callable = embed_forward
-    embed_backward: Callable = embed_backward
-    attention_layer_forward: Callable = attention_layer_forward
-    attention_layer_backward: Callable = attention_layer_backward
-    mlp_layer_forward: Callable = mlp_layer_forward
-    mlp_layer_backward: Callable = mlp_layer_backward
+    embed: Pair = Pair(embed_forward, embed_backward)
+    attention_layer: Pair = Pair(attention_layer_forward, attention_layer_backward)
+    mlp_layer: Pair = Pair(mlp_layer_forward, mlp_layer_backward)
     head_logits: Callable = head_logits
     head_loss: Callable = head_loss
 
@@ -1266,40 +1258,29 @@ class Ops:
     space: dict = None
 
 
-def pair_of(forward, backward, kind, **more):
-    """The functions of a `kind`."""
-    return Pair(functools.partial(forward, kind, **more), functools.partial(backward, kind))
+def pairs_of(forward, backward, kinds):
+    """{name: kind} -> {name: Pair of both functions for this kind}."""
+    bind = functools.partial
+    return {name: Pair(bind(forward, kind), bind(backward, kind)) for name, kind in kinds.items()}
 
 
-def activation_pair(shape, c1=0.0, c3=0.0, **more):
-    return pair_of(activation_forward_numba, activation_backward_numba, (shape, c1, c3), **more)
-
-
+ACTIVATION_KINDS = {  # of `gate_row`: shape of s; c1, c3; whether values stand behind the gates
+    "gelu-tanh": (SIGMOID, 2 * GELU_SCALE, 2 * GELU_SCALE * GELU_CUBE, False),  # (1 + tanh u) / 2
+    "gelu": (NORMAL, 0.0, 0.0, False),
+    "silu": (SIGMOID, 1.0, 0.0, False),
+    "relu2": (RELU, 0.0, 0.0, False),
+    "swiglu": (SIGMOID, 1.0, 0.0, True),
+}
 OPS = {"numpy": Ops("numpy")}
 OPS["numba"] = Ops(  # what is not named here, a new norm for example, is the specification's
     "numba",
-    embedding_backward=embedding_backward_numba,
-    linear_forward=linear_forward_numba,
-    linear_backward=linear_backward_numba,
-    norms=NORMS
-    | {
-        "layernorm": pair_of(norm_forward_numba, norm_backward_numba, True),
-        "rmsnorm": pair_of(norm_forward_numba, norm_backward_numba, False),
-    },
-    activations=ACTIVATIONS
-    | {
-        "gelu-tanh": activation_pair(SIGMOID, 2 * GELU_SCALE, 2 * GELU_SCALE * GELU_CUBE),  # (1 + tanh u) / 2
-        "gelu": activation_pair(NORMAL),
-        "silu": activation_pair(SIGMOID, 1.0),
-        "relu2": activation_pair(RELU),
-        "swiglu": activation_pair(SIGMOID, 1.0, gated=True),
-    },
-    rotate_forward=rotate_forward_numba,
-    rotate_backward=lambda dy, cache: rotate_forward_numba(dy, cache[0], -cache[1], cache[2])[0],
-    attention_forward=attention_forward_numba,
-    attention_backward=attention_backward_numba,
-    cross_entropy_forward=cross_entropy_forward_numba,
-    cross_entropy_backward=cross_entropy_backward_numba,
+    embedding=Pair(embedding_forward, embedding_backward_numba),
+    linear=Pair(linear_forward_numba, linear_backward_numba),
+    norms=NORMS | pairs_of(norm_forward_numba, norm_backward_numba, {"layernorm": True, "rmsnorm": False}),
+    activations=ACTIVATIONS | pairs_of(activation_forward_numba, activation_backward_numba, ACTIVATION_KINDS),
+    rotate=Pair(rotate_forward_numba, lambda dy, cache: rotate_forward_numba(dy, cache[0], -cache[1], cache[2])[0]),
+    attention=Pair(attention_forward_numba, attention_backward_numba),
+    cross_entropy=Pair(cross_entropy_forward_numba, cross_entropy_backward_numba),
 )
 KERNELS = ("fast", "numba", "numpy")  # names of tables, the fastest first
 
@@ -1357,14 +1338,12 @@ SIZES = {
 
 
 def find_sizes():
-    """{name: Config}: our sizes, then those that others built if extras/recipes.py is here."""
-    try:
-        from extras.recipes import SIZES as built_by_others
-    except ImportError as error:
-        if error.name not in ("extras", "extras.recipes"):  # something that it needs is missing
-            raise
+    """{name: Config}: our sizes, then those that others built if extras/ is here."""
+    if importlib.util.find_spec("extras") is None:
         return SIZES
-    return SIZES | built_by_others
+    from extras import recipes
+
+    return SIZES | recipes.SIZES
 
 
 def find_size(name):
@@ -1659,16 +1638,15 @@ def check_model(cfg, ops, seed=0, B=2, h=1e-5):
     add_lookup_gradient(grads)
     errors = []
     for t in layout(cfg):
-        here = slice(t.offset, t.offset + math.prod(t.shape))
-        direction = rng.standard_normal(here.stop - here.start)
+        place = slice(t.offset, t.offset + math.prod(t.shape))
+        kept, slopes = flat[place].copy(), []
+        direction = rng.standard_normal(kept.size)
         direction /= np.linalg.norm(direction)
-        kept, slopes = flat[here].copy(), []
         for step in (h, -h):
-            flat[here] = kept + step * direction
-            slopes.append(loss())
-        flat[here] = kept
-        analytic = np.array([gradient[here] @ direction])
-        errors.append((t.name, gradient_error(analytic, np.array([(slopes[0] - slopes[1]) / (2 * h)]))))
+            flat[place] = kept + step * direction
+            slopes.append(loss() / (2 * step))
+        flat[place] = kept
+        errors.append((t.name, gradient_error(gradient[place] @ direction, sum(slopes))))
     return errors
 
 
@@ -1682,33 +1660,30 @@ def scaled_down(cfg):
 
 
 def main(argv=None):
-    here = [name for name in reversed(KERNELS) if name != "fast" or importlib.util.find_spec("fast")]
+    here = [name for name in reversed(KERNELS) if name in OPS or importlib.util.find_spec(name)]
     parser = argparse.ArgumentParser(description="Prove the model's gradients.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="every gradient of the model against finite differences, in float64")
-    check.add_argument("--size", default="1m", metavar="SIZE", help="of which architecture (default 1m), scaled down")
-    check.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="and these changes")
-    check.add_argument("--kernels", nargs="+", choices=KERNELS, default=here, help="of these (default all)")
-    check.add_argument("--seed", type=int, default=0, help="of the random parameters, tokens and directions")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("command", choices=["check"], help="every gradient of the model against finite differences, in float64")
+    add("--size", default="1m", metavar="SIZE", help="of which architecture (default %(default)s), scaled down")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="and these changes")
+    add("--kernels", nargs="+", choices=KERNELS, default=here, help="of these (default all)")
+    add("--seed", type=int, default=0, help="of the random parameters, tokens and directions")
+    args, limit = parser.parse_args(argv), 1e-6
     try:
-        cfg, limit = scaled_down(find_size(args.size)).changed(**overrides(args.set)), 1e-6
-    except ValueError as error:
-        parser.error(str(error))
-    try:
+        cfg = scaled_down(find_size(args.size)).changed(**overrides(args.set))
         tables = {name: find_ops(name) for name in args.kernels}
         if "fast" in tables:
             from fast import BFLOAT16
 
             tables["fast-bf16"] = BFLOAT16  # its driver takes float64 on every machine
-        tables = {name: dict(check_model(cfg, ops, args.seed)) for name, ops in tables.items()}
+        errors = {name: dict(check_model(cfg, ops, args.seed)) for name, ops in tables.items()}
     except ValueError as error:
         parser.error(str(error))
     print(f"relative error of each gradient in float64, limit {limit:.0e}; {cfg}")
-    print(f"{'tensor':12s}" + "".join(f"{name:>12s}" for name in tables))
+    print(f"{'tensor':12s}" + "".join(f"{name:>12s}" for name in errors))
     for t in layout(cfg):
-        print(f"{t.name:12s}" + "".join(f"{table[t.name]:12.1e}" for table in tables.values()))
-    worst = max(max(table.values()) for table in tables.values())
+        print(f"{t.name:12s}" + "".join(f"{table[t.name]:12.1e}" for table in errors.values()))
+    worst = max(max(table.values()) for table in errors.values())
     print(f"worst {worst:.1e}: {'passed' if worst < limit else 'FAILED'}")
     return 0 if worst < limit else 1
 

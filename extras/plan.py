@@ -59,19 +59,17 @@ def recomputed(ops):
     """The table whose sublayers keep their inputs alone: backward runs forward again. A third more work, less memory,
     the same bytes.   Chen et al. 2016, arXiv:1604.06174."""
 
-    def pair(name):
-        forward, backward = getattr(ops, name + "_forward"), getattr(ops, name + "_backward")
-
+    def again(layer):
         def forward_only(x, *where):
-            return forward(x, *where)[0], (x, where)
+            return layer.forward(x, *where)[0], (x, where)
 
         def forward_then_backward(dy, cache, *where):
             x, arguments = cache
-            return backward(dy, forward(x, *arguments)[1], *where)
+            return layer.backward(dy, layer.forward(x, *arguments)[1], *where)
 
-        return {name + "_forward": forward_only, name + "_backward": forward_then_backward}
+        return tinygpt.Pair(forward_only, forward_then_backward)
 
-    return replace(ops, **pair("attention_layer"), **pair("mlp_layer"))
+    return replace(ops, attention_layer=again(ops.attention_layer), mlp_layer=again(ops.mlp_layer))
 
 
 # == 2  time ===========================================================================================================

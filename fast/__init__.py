@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+import tinygpt
 from fast import attention, bf16, panels
 from fast.attention import attention_layer_backward_fast, attention_layer_forward_fast
 from fast.decode import Steps
@@ -40,7 +41,7 @@ from fast.jit import STAMP, remove_old_kernels
 from fast.mlp import mlp_layer_backward_fast, mlp_layer_forward_fast
 from fast.threads import POOL, kernel, serve
 from fast.workspace import make_workspace, workspace_layout
-from tinygpt import Ops, init_parameters, layout, loss_and_gradients, scaled_down, views, with_buffers, zero_gradients
+from tinygpt import Ops, Pair, init_parameters, layout, loss_and_gradients, views, zero_gradients
 
 __all__ = [
     "BFLOAT16",
@@ -56,12 +57,9 @@ __all__ = [
 
 FLOAT32 = Ops(
     "fast",
-    embed_forward=embed_forward_fast,
-    embed_backward=embed_backward_fast,
-    attention_layer_forward=attention_layer_forward_fast,
-    attention_layer_backward=attention_layer_backward_fast,
-    mlp_layer_forward=mlp_layer_forward_fast,
-    mlp_layer_backward=mlp_layer_backward_fast,
+    embed=Pair(embed_forward_fast, embed_backward_fast),
+    attention_layer=Pair(attention_layer_forward_fast, attention_layer_backward_fast),
+    mlp_layer=Pair(mlp_layer_forward_fast, mlp_layer_backward_fast),
     head_logits=head_logits_fast,
     head_loss=head_loss_fast,
     steps=Steps,
@@ -101,10 +99,10 @@ FIRST_HALF = {  # of the time to compile all kernels that train
 def compile_half(cfg, half):
     """Compile kernels that train such a model in float32 into Numba's cache: those of FIRST_HALF (half 0) or all others
     (half 1). Two processes take half of the time of one; nothing runs in them: 24 s of one core's time, 45 before."""
-    cfg = scaled_down(cfg)
+    cfg = tinygpt.scaled_down(cfg)
     POOL.compiles = lambda name: (name in FIRST_HALF) == (half == 0)
     p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
-    tokens, ops = np.zeros((2, cfg.seq_len), np.int64), with_buffers(FLOAT32, cfg, 2, cfg.seq_len)
+    tokens, ops = np.zeros((2, cfg.seq_len), np.int64), tinygpt.with_buffers(FLOAT32, cfg, 2, cfg.seq_len)
     loss_and_gradients(p, tokens, tokens, np.ones(tokens.shape, np.float32), g, cfg, ops)
     if half == 1:
         serve(POOL.words.ctypes.data, 1, 0, 0)  # which compiles it; without looks, it returns at once

@@ -1,5 +1,6 @@
 """What several test files share: tiny models, a way to compare, and functions broken on purpose."""
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -188,6 +189,13 @@ def mutant(function, old, new):
     namespace = dict(vars(tinygpt))
     exec(source.replace(old, new), namespace)
     return namespace[function.__name__]
+
+
+def with_mutant(ops, name, old, new):
+    """The table whose sublayer `name`, such as mlp_layer_backward, is the specification's with `old` replaced."""
+    layer, _, way = name.rpartition("_")
+    pair = getattr(ops, layer)._replace(**{way: mutant(getattr(tinygpt, name), old, new)})
+    return dataclasses.replace(ops, **{layer: pair})
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import make_golden
 import numpy as np
 import pytest
-from conftest import DROPOUTS, FAMILIES, TABLES, mutant, ops_of, random_parameters, relative, tiny_config
+from conftest import DROPOUTS, FAMILIES, TABLES, ops_of, random_parameters, relative, tiny_config, with_mutant
 
 import bpe
 import tinygpt
@@ -61,9 +61,9 @@ def test_the_command_prints_the_ops_and_refuses_what_is_no_size(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["trace", "Lily", "--size", "huge"], "--size huge: expected one of 700k, "),
-        (["golden", "--size", "huge", "--out", "x.safetensors"], "--size huge: expected one of 700k, "),
-        (["picture", "--size", "huge", "--out", "x.svg"], "--size huge: expected one of 700k, "),
+        (["trace", "Lily", "--size", "huge"], "there is no size huge; expected one of 700k, "),
+        (["golden", "--size", "huge", "--out", "x.safetensors"], "there is no size huge; expected one of 700k, "),
+        (["picture", "--size", "huge", "--out", "x.svg"], "there is no size huge; expected one of 700k, "),
         (["picture", "--set", "color=red", "--out", "x.svg"], "--set color=red: a model has no 'color'"),
         (["golden", "--scaled-down", "--seq-len", 6, "--out", "x.safetensors"], "--seq-len 6 is above the model's"),
         (["golden", "--scaled-down", "--batch-size", 0, "--out", "x.safetensors"], "0 is out of range"),
@@ -134,14 +134,14 @@ def distances(golden, ops, State):
     p, (gradient, g) = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers), tinygpt.zero_gradients(cfg, np.float64)
     batch, found = [tensors[name] for name in ("tokens", "targets", "weights")], {}
 
-    def kept(name, op):
+    def kept(name, op, way=None):
         def call(*arguments):
             result = op(*arguments)
             layer = next((f"layers.{i}." for i, x in enumerate(p["layers"]) if any(x is a for a in arguments)), "")
-            where = layer + name.removesuffix("_forward").removesuffix("_backward")
+            where = layer + name
             if name == "head_loss":
                 found[f"{where}.nats"], found[f"{where}.dx"] = result[1].copy(), result[2].copy()
-            elif name.endswith("_forward"):
+            elif way == "forward":
                 found[f"{where}.{'out' if layer else 'x'}"] = result[0].copy()
             elif layer:
                 found[f"{where}.dx"] = result.copy()
@@ -149,9 +149,11 @@ def distances(golden, ops, State):
 
         return call
 
-    sublayers = ("embed", "attention_layer", "mlp_layer")
-    names = ["head_loss", *(f"{name}_{way}" for name in sublayers for way in ("forward", "backward"))]
-    watched = dataclasses.replace(ops, **{name: kept(name, getattr(ops, name)) for name in names})
+    watched = {"head_loss": kept("head_loss", ops.head_loss)}
+    for name in ("embed", "attention_layer", "mlp_layer"):
+        ways = getattr(ops, name)._asdict().items()
+        watched[name] = tinygpt.Pair(**{way: kept(name, op, way) for way, op in ways})
+    watched = dataclasses.replace(ops, **watched)
     loss, _ = tinygpt.loss_and_gradients(p, *batch, g, cfg, watched)
     tinygpt.add_lookup_gradient(g)
     x = tensors[f"layers.{cfg.layers - 1}.mlp_layer.out"].reshape(-1, cfg.width)
@@ -192,7 +194,7 @@ WRONG = [
 
 @pytest.mark.parametrize("port, name, old, new", WRONG)
 def test_golden_numbers_tell_a_sublayer_that_is_slightly_wrong(port, name, old, new):
-    wrong = dataclasses.replace(tinygpt.OPS["numpy"], **{name: mutant(getattr(tinygpt, name), old, new)})
+    wrong = with_mutant(tinygpt.OPS["numpy"], name, old, new)
     assert max(distances(COMMITTED[port], wrong, explain.SpecState).values()) > 1e-10
 
 

@@ -391,7 +391,7 @@ def test_a_kernel_that_would_run_past_the_end_of_its_scratch_fails():
     ].copy()  # one less than `norm_scratch` of 50 rows
     for space in ops.space["layers"]:
         space["scratch"] = short
-    for sublayer in (ops.attention_layer_forward, ops.mlp_layer_forward):
+    for sublayer in (ops.attention_layer.forward, ops.mlp_layer.forward):
         with pytest.raises(SystemError, match="failed in one of its 2 tasks"):
             sublayer(x, layer, cfg, ops)
 
@@ -742,9 +742,9 @@ p, (flat, g) = tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0
 rng = np.random.default_rng(0)
 x, targets = rng.standard_normal((2, 40, 48)).astype(np.float32), rng.integers(0, 300, (2, 40))
 ops = fast.FLOAT32
-y, cache = ops.mlp_layer_forward(x, p["layers"][0], cfg, ops)
+y, cache = ops.mlp_layer.forward(x, p["layers"][0], cfg, ops)
 _, nats, dy = ops.head_loss(y, targets, np.ones((2, 40), np.float32), p, g, cfg, ops)
-dx = ops.mlp_layer_backward(dy, cache, p["layers"][0], g["layers"][0], cfg, ops)
+dx = ops.mlp_layer.backward(dy, cache, p["layers"][0], g["layers"][0], cfg, ops)
 print(*(hashlib.sha256(a.tobytes()).hexdigest()[:12] for a in (y, nats, dy, dx, flat)))
 """
 

@@ -2,7 +2,6 @@
 numbers, and the checks against functions broken on purpose. What is said of a table of ops is said of each table.
 Combinations of what a Config can switch are in test_switches.py."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -23,6 +22,7 @@ from conftest import (
     random_parameters,
     relative,
     tiny_config,
+    with_mutant,
 )
 from tiers import WITHOUT_FAST, fast, needs_fast
 
@@ -419,8 +419,8 @@ def test_finite_differences_tell_a_wrong_backward(name, old, new):
 
 
 def test_the_check_of_the_whole_model_tells_a_sublayer_that_forgets_its_residual():
-    wrong = mutant(tinygpt.mlp_layer_backward, "return dy + ", "return ")
-    errors = tinygpt.check_model(tiny_config(), dataclasses.replace(OPS["numpy"], mlp_layer_backward=wrong))
+    wrong = with_mutant(OPS["numpy"], "mlp_layer_backward", "return dy + ", "return ")
+    errors = tinygpt.check_model(tiny_config(), wrong)
     assert max(error for _, error in errors) > 100 * LIMIT
 
 
@@ -439,10 +439,10 @@ def run_sublayer(ops, name, x, p, cfg, dout, g=None):
         assert loss == pytest.approx(float((dout[1] * nats).sum()), rel=1e-5)
         return loss, dx, (nats,)
     if name == "embed":
-        out, cache = ops.embed_forward(x, p, cfg, ops)
-        return out, g and ops.embed_backward(dout, cache, g, cfg, ops), cache
-    out, cache = getattr(ops, f"{name}_forward")(x, layer, cfg, ops)
-    return out, g and getattr(ops, f"{name}_backward")(dout, cache, layer, grads, cfg, ops), cache
+        out, cache = ops.embed.forward(x, p, cfg, ops)
+        return out, g and ops.embed.backward(dout, cache, g, cfg, ops), cache
+    out, cache = getattr(ops, name).forward(x, layer, cfg, ops)
+    return out, g and getattr(ops, name).backward(dout, cache, layer, grads, cfg, ops), cache
 
 
 def sublayer_inputs(name, cfg, dtype=np.float64, seed=0):
@@ -514,9 +514,9 @@ def test_a_sublayers_backward_adds_and_leaves_its_inputs_alone(name, family, tab
     if name == "head":
         again = ops.head_loss(x, *dout, p, g, cfg, ops)[2]
     elif name == "embed":
-        again = ops.embed_backward(dout, cache, g, cfg, ops)
+        again = ops.embed.backward(dout, cache, g, cfg, ops)
     else:
-        again = getattr(ops, f"{name}_backward")(dout, cache, p["layers"][0], g["layers"][0], cfg, ops)
+        again = getattr(ops, name).backward(dout, cache, p["layers"][0], g["layers"][0], cfg, ops)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(inputs, before, strict=True))
     assert dx is None or np.array_equal(again, dx)
     assert relative(gradient, 2 * once) < 1e-13
@@ -611,19 +611,18 @@ WRONG_SUBLAYERS = [
     ("tiny_model", "mlp_layer_forward", 'p["norm2_w"], p["norm2_b"]', 'p["norm1_w"], p["norm1_b"]'),
     ("tiny_model", "mlp_layer_forward", "cfg.norm_eps", "1e-4"),
     ("tiny_model", "embed_forward", "positions[start :", "positions[start + 1 : 1 +"),
-    ("tiny_llama", "attention_layer_forward", "k, k_turn = ops.rotate_forward(k", "_, k_turn = ops.rotate_forward(k"),
+    ("tiny_llama", "attention_layer_forward", "k, k_turn = ops.rotate.forward(k", "_, k_turn = ops.rotate.forward(k"),
     ("tiny_llama", "attention_layer_forward", "cfg.rope_theta", "10000.0"),
     ("tiny_llama", "attention_layer_forward", "a[start : start + T]", "a[start : start + 1]"),  # of no position
-    ("tiny_llama", "attention_layer_forward", "rotate_forward(q, cos, sin", "rotate_forward(q, cos, -sin"),
-    ("tiny_llama", "attention_layer_backward", "ops.rotate_backward(dk, k_turn)", "dk"),
+    ("tiny_llama", "attention_layer_forward", "rotate.forward(q, cos, sin", "rotate.forward(q, cos, -sin"),
+    ("tiny_llama", "attention_layer_backward", "ops.rotate.backward(dk, k_turn)", "dk"),
     ("tiny_llama", "embed_backward", 'g["lookup_w"]', 'g["head_w"]'),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("golden, name, old, new", WRONG_SUBLAYERS)
 def test_pytorchs_numbers_tell_a_wrong_sublayer(golden, name, old, new):
-    wrong = mutant(getattr(tinygpt, name), old, new)
-    assert not distance_from_golden(GOLDENS[golden], dataclasses.replace(OPS["numpy"], **{name: wrong})) < 1e-4
+    assert not distance_from_golden(GOLDENS[golden], with_mutant(OPS["numpy"], name, old, new)) < 1e-4
 
 
 @every_table
@@ -984,8 +983,7 @@ def test_the_check_command_refuses_what_it_does_not_know(arguments, capsys):
 
 
 def test_the_check_command_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
-    wrong = mutant(tinygpt.mlp_layer_backward, "return dy + ", "return ")
-    monkeypatch.setitem(OPS, "numpy", dataclasses.replace(OPS["numpy"], mlp_layer_backward=wrong))
+    monkeypatch.setitem(OPS, "numpy", with_mutant(OPS["numpy"], "mlp_layer_backward", "return dy + ", "return "))
     assert tinygpt.main(["check"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("FAILED")
 

@@ -324,7 +324,7 @@ def test_alibi_alone_gives_weights_that_fall_with_the_distance(table):
     layer = p["layers"][0]
     layer["qkv_w"][:, : H * D], layer["qkv_b"][: H * D] = 0, 0
     x = np.random.default_rng(0).standard_normal((1, 70, cfg.width))
-    found = ops_of(table).attention_layer_forward(x, layer, cfg, ops_of(table))[0]
+    found = ops_of(table).attention_layer.forward(x, layer, cfg, ops_of(table))[0]
     n = tinygpt.layernorm_forward(x[0], layer["norm1_w"], layer["norm1_b"], cfg.norm_eps)[0]
     v = (n @ layer["qkv_w"] + layer["qkv_b"])[:, 2 * H * D :].reshape(70, H, D)
     distance = np.arange(70)[:, None] - np.arange(70)
@@ -340,7 +340,7 @@ def test_alibi_alone_gives_weights_that_fall_with_the_distance(table):
 @every_table
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_a_window_sees_the_newest_keys_in_odd_layers_and_all_in_even_ones(window, table):
-    T, forward = 101, ops_of(table).attention_layer_forward
+    T, forward = 101, ops_of(table).attention_layer.forward
     cfg = tiny_config(window=window, seq_len=T, position_rows=T)
     _, p = random_parameters(cfg, dtype=np.float32)
     x = np.random.default_rng(0).standard_normal((1, T, cfg.width)).astype(np.float32)
@@ -358,7 +358,7 @@ def test_a_window_sees_the_newest_keys_in_odd_layers_and_all_in_even_ones(window
 @pytest.mark.parametrize("G", [1, 2, 3])
 def test_grouped_heads_are_heads_with_repeated_keys_and_values(G, table):
     grouped = tiny_config(heads=6, kv_heads=G, head_width=4)
-    single, R, forward = grouped.changed(kv_heads=6), 6 // G, ops_of(table).attention_layer_forward
+    single, R, forward = grouped.changed(kv_heads=6), 6 // G, ops_of(table).attention_layer.forward
     layer = random_parameters(grouped)[1]["layers"][0]
     heads = [*range(6), *(6 + h // R for h in range(6)), *(6 + G + h // R for h in range(6))]
     columns = [4 * head + d for head in heads for d in range(4)]
@@ -387,7 +387,7 @@ def test_swiglu_whose_values_are_1_is_silu(table):
     layer = random_parameters(gated)[1]["layers"][0]
     layer["up_w"][:, 7:], layer["up_b"][7:] = 0, 1
     gate = layer | {"up_w": layer["up_w"][:, :7].copy(), "up_b": layer["up_b"][:7].copy()}
-    x, forward = np.random.default_rng(0).standard_normal((2, 5, 12)), ops_of(table).mlp_layer_forward
+    x, forward = np.random.default_rng(0).standard_normal((2, 5, 12)), ops_of(table).mlp_layer.forward
     assert (
         relative(forward(x, layer, gated, ops_of(table))[0].copy(), forward(x, gate, plain, ops_of(table))[0]) < 1e-14
     )

@@ -295,7 +295,7 @@ def test_buffers_say_who_multiplies_before_and_after_any_op(blocks):
         tinygpt.loss_and_gradients(p, *batch, g, cfg, ops)
         results.append(gradient.tobytes())
         with pytest.raises(AttributeError):
-            ops.mlp_layer_forward(None, p["layers"][0], cfg, ops)
+            ops.mlp_layer.forward(None, p["layers"][0], cfg, ops)
         drivers.append(ops.space["drivers"].tobytes())
     assert results[0] == results[2] != results[1] == results[3]
     assert drivers[0] == drivers[2] == b"" != drivers[1] == drivers[3]
@@ -303,7 +303,7 @@ def test_buffers_say_who_multiplies_before_and_after_any_op(blocks):
 
 def test_the_head_that_samples_and_decoding_stay_in_float32():
     tables, cfg = [ops_of(name) for name in ("fast", "fast-bf16")], tiny_config(width=48, heads=2, vocab_size=97)
-    names = "embed_forward embed_backward head_logits steps".split()
+    names = "embed head_logits steps".split()
     assert all(getattr(tables[0], name) is getattr(tables[1], name) for name in names)
     _, p = random_parameters(cfg, dtype=np.float32)
     x, found = np.random.default_rng(0).standard_normal((40, 48)).astype(np.float32), set()
