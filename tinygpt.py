@@ -1295,12 +1295,10 @@ def find_ops(kernels=None, dtype="float32"):
         raise ValueError(f"--dtype {dtype} is about the products of --kernels fast; leave it out with {kernels}")
     if kernels != "fast":
         return OPS[kernels]
-    try:
-        from fast import table
-    except ImportError as error:
-        if error.name != "fast":  # something that fast/ needs is missing
-            raise
-        raise ValueError("--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba") from None
+    if importlib.util.find_spec("fast") is None:
+        raise ValueError("--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba")
+    from fast import table
+
     return table(dtype)
 
 
@@ -1308,11 +1306,11 @@ def with_buffers(ops, cfg, B, T, dtype=np.float32, recompute=False):
     """The table with buffers for micro-batches (B, T), if it works in any. With `recompute`, layers keep their inputs
     alone; ValueError in one line if extras/ is not here."""
     if recompute:
-        try:
-            from extras.plan import recomputed
-        except ImportError:
-            raise ValueError("--recompute needs extras/plan.py; lower --micro-batch-size instead") from None
-        ops = recomputed(ops)
+        if importlib.util.find_spec("extras") is None:
+            raise ValueError("--recompute needs extras/plan.py; lower --micro-batch-size instead")
+        from extras import plan
+
+        ops = plan.recomputed(ops)
     return dataclasses.replace(ops, space=ops.make_space(cfg, B, T, dtype, recompute)) if ops.make_space else ops
 
 

@@ -996,7 +996,7 @@ def test_recomputed_layers_change_no_byte(table):
 
 
 def test_recomputation_without_extras_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "extras.plan", None)
+    monkeypatch.setitem(sys.modules, "extras", None)
     with pytest.raises(ValueError, match="^--recompute needs extras/plan.py; lower --micro-batch-size instead$"):
         tinygpt.with_buffers(tinygpt.OPS["numpy"], tiny_config(), 1, 5, recompute=True)
 
