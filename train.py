@@ -866,25 +866,26 @@ def join_ranks():
     return import_extra("mpi").Ranks(count) if count > 1 else ALONE
 
 
-def size_in_bytes(text):
-    """An argparse type: 2G, 500M, 800000K."""
-    try:
-        return import_extra("plan").size_in_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
+def checked(convert):
+    """An argparse type: what convert(text) returns, or the words of its ValueError."""
 
+    def converted(text):
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from None
 
-def known_size(name):  # an argparse type
-    try:
-        return tinygpt.find_size(name) and name
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(error) from None
+    return converted
 
 
 def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add, positive = parser.add_argument_group("what").add_argument, in_range(float, 0, 1e6, open_low=True)
-    add("--size", type=known_size, metavar="SIZE", help="shape of the model; --list-sizes prints all (default 1m)")
+    size, memory = (
+        (lambda name: tinygpt.find_size(name) and name),
+        (lambda text: import_extra("plan").size_in_bytes(text)),
+    )
+    add("--size", type=checked(size), metavar="SIZE", help="shape of the model; --list-sizes prints all (default 1m)")
     add("--data", nargs="+", metavar="FILE", help="text, .jsonl, .json, token files or folders; default TinyStories")
     add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
@@ -903,7 +904,7 @@ def make_parser():
             default = "" if "default" in f.metadata["help"] or f.default is False else f" (default {f.default})"
             name = f.name.replace("_", "-")
             add(f"--{name}", **f.metadata | {"help": f.metadata["help"] + default.replace("float32", "auto")})
-    add("--max-memory", type=size_in_bytes, metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
+    add("--max-memory", type=checked(memory), metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
