@@ -8,7 +8,7 @@ finds the same merges fast, 3 turns text into ids and back, 4 is tokenizer.json,
 7 and 8 are command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
 
 Found when they are used: fast/words.py and fast/merges.py do the same to long texts, extras/formats.py reads and writes
-the tokenizers of other systems.
+the tokenizers of other systems, extras/documents.py reads stories in JSON.
 """
 
 import argparse
@@ -174,11 +174,13 @@ def find_fast(name):
         return None
 
 
-def find_extra(name, what):
-    """The module extras/NAME.py; ValueError, with what needs it, where it is not here."""
+def find_extra(name, what=None):
+    """The module extras/NAME.py; where it is not here ValueError, which says `what` needs it; None if nothing does."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ImportError as error:
+        if what is None:
+            return None
         raise ValueError(f"{what} needs extras/{name}.py, which is not here ({error})") from None
 
 
@@ -482,7 +484,6 @@ def read_own(text):
 CUT = r"(?<=[!-~])(?=[ \n])"
 CUT_BYTES, LAST_CUT = regex.compile(CUT.encode()), regex.compile("(?r)" + CUT)  # (?r) searches from the end
 LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
-JSON_MOST = 1 << 30  # bytes of an array, which has to fit into memory several times
 JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
 
 
@@ -532,31 +533,36 @@ def text_files(paths):
     FileNotFoundError; ValueError for a folder without text."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
-            kinds = {p: p.suffix.lower() for p in sorted(path.iterdir()) if p.is_file()}
-            found = [p for p in kinds if kinds[p] in (".txt", ".jsonl")]
-            found += [p for p in kinds if kinds[p] == ".json" and find_reader(p) is read_array]
+            files = [file for file in sorted(path.iterdir()) if file.is_file()]
+            found = [file for file in files if file.suffix.lower() in (".txt", ".jsonl") or is_array(file)]
             if not found:
-                for p in kinds:
-                    find_reader(p)  # refuses a compressed file
+                for file in files:
+                    find_reader(file)  # refuses a compressed file
                 raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
-            yield from sorted(found)
+            yield from found
         elif path.exists():
             yield path
         else:
             raise FileNotFoundError(f"{path} does not exist")
 
 
-def find_reader(path):
-    """The function that reads the stories of a file; its first bytes decide, and its name where they do not.
-    ValueError for a compressed file; where extras/ is missing it is refused later, as bytes that are not text."""
+def is_array(path):
+    return path.suffix.lower() == ".json" and first_bytes(path).lstrip().startswith(b"[")
+
+
+def first_bytes(path, size=1024):
+    """The beginning of a file, without a byte order mark."""
     with open(path, "rb") as file:
-        head = file.read(1024).removeprefix(codecs.BOM_UTF8)
-    with contextlib.suppress(ImportError):
-        importlib.import_module("extras.formats").refuse_packed(path, head)
-    suffix, start = path.suffix.lower(), JSON_START.match(head)
-    if (start and start[1]) or (suffix == ".json" and head.lstrip().startswith(b"[")):
-        return read_array
-    return read_lines if start or suffix in (".json", ".jsonl") else read_text
+        return file.read(size).removeprefix(codecs.BOM_UTF8)
+
+
+def find_reader(path):
+    """The function that reads the stories of a file: read_text, or one of extras/documents.py, which refuses compressed
+    files. Where it is missing they are refused later, as bytes that are not text; ValueError for JSON."""
+    head = first_bytes(path)
+    is_json = path.suffix.lower() in (".json", ".jsonl") or JSON_START.match(head)
+    documents = find_extra("documents", path if is_json else None)
+    return (documents and documents.find_reader(path, head)) or read_text
 
 
 def read_text(file, path, size=1 << 20):
@@ -575,38 +581,6 @@ def read_text(file, path, size=1 << 20):
         held.append(last[:cut])
         tail = last[cut:]
     yield "".join(held) + tail + utf8(decoder.decode, b"", path, True), True
-
-
-def read_lines(file, path):
-    """The stories of JSON lines, as pieces."""
-    for number, line in enumerate(file, 1):
-        if line := utf8(codecs.decode, line, path, "utf-8-sig" if number == 1 else "utf-8").strip():
-            value = None
-            with contextlib.suppress(ValueError, RecursionError):
-                value = json.loads(line)
-            yield from stories_of(value, f"{path}, line {number}", line)
-
-
-def read_array(file, path):
-    """The stories of a JSON array, as pieces."""
-    if (size := os.path.getsize(path)) > JSON_MOST:
-        raise ValueError(f"{path} is a JSON array of {size:,} bytes, above {JSON_MOST:,}; write it as .jsonl")
-    try:
-        values = json.loads(utf8(codecs.decode, file.read(), path, "utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} begins like a JSON array but is none: {error}") from None
-    for number, value in enumerate(values, 1):
-        yield from stories_of(value, f"{path}, item {number}")
-
-
-def stories_of(value, where, shown=None):
-    """The stories in a value of JSON, as pieces; ValueError that shows it where it has none."""
-    text = value.get("text", value.get("story")) if isinstance(value, dict) else value
-    with contextlib.suppress(AttributeError, UnicodeEncodeError):  # no string; an escaped half of a surrogate pair
-        text.encode()
-        return [(story, True) for story in text.split(END)]
-    expected = 'a string, {"text": "a story"} or {"story": "a story"}'
-    raise ValueError(f"{where}: expected {expected}, got {(shown or json.dumps(value))[:60]!r}")
 
 
 def utf8(decode, data, path, *options):

@@ -1,4 +1,4 @@
-"""Files of other systems: tokenizers of Hugging Face, GPT-2, tiktoken, llama2.c; text that is compressed.
+"""Files of other systems: tokenizers of Hugging Face, GPT-2, tiktoken, llama2.c.
 
     python bpe.py train stories.txt --vocab-size 4096 --out vocab.json          # and merges.txt beside it
     python bpe.py explain accomplishment --tokenizer stories260K/tok512.bin
@@ -6,12 +6,10 @@
 bpe.py finds this file for a tokenizer that is not a tokenizer.json that it wrote itself. Section 1 is a tokenizer of
 another kind, 2 reads tokenizer.json of others, 3 vocab.json with merges.txt, 4 rank files of tiktoken, 5 tokenizer.bin
 of llama2.c; 6 chooses one of them. Of byte-level tokenizers only those are read whose texts GPT-2's PATTERN splits.
-Section 7 refuses compressed text with the command that unpacks it.
 """
 
 import base64
 import json
-import shlex
 import struct
 from itertools import chain
 
@@ -366,27 +364,3 @@ def check_same(tokenizer, path, read, *data):
                 lost = "merges in an order that is not that of their ids"
     if lost:
         raise ValueError(f"{path} cannot hold {lost}; save a tokenizer.json")
-
-
-# == 7  compressed text ================================================================================================
-
-TO_JSONL = "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
-PACKED = [  # suffixes; first bytes and where they stand; what the unpacked file ends in; the command that unpacks it
-    ((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), b"ustar", 257, "", "tar -xf {file}"),
-    ((".gz",), b"\x1f\x8b", 0, "", "gunzip -c {file} > {out}"),
-    ((".bz2",), b"BZh", 0, "", "bunzip2 -c {file} > {out}"),
-    ((".xz",), b"\xfd7zXZ\0", 0, "", "xz -dc {file} > {out}"),
-    ((".zst",), b"\x28\xb5\x2f\xfd", 0, "", "zstd -dc {file} > {out}"),
-    ((".zip",), b"PK\3\4", 0, "", "unzip {file}"),
-    ((".parquet",), b"PAR1", 0, ".jsonl", f'python -c "{TO_JSONL}" {{file}} {{out}}'),
-]
-
-
-def refuse_packed(path, head=b""):
-    """ValueError, with the command that helps, for a file that is compressed by its name or its first bytes."""
-    for suffixes, magic, place, ending, command in PACKED:
-        suffix = next((suffix for suffix in suffixes if path.name.lower().endswith(suffix)), None)
-        if suffix or head[place:].startswith(magic):
-            out = str(path)[: -len(suffix)] + ending if suffix else f"{path}{ending or '.txt'}"
-            command = command.format(file=shlex.quote(str(path)), out=shlex.quote(out))
-            raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")

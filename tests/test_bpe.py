@@ -1,6 +1,5 @@
 """bpe.py: the trainers against each other, ids against other implementations, files and command line against misuse."""
 
-import gzip
 import io
 import json
 import os
@@ -454,13 +453,6 @@ BAD_DATA = [
     ("a.txt", "utf-16".encode("utf-16"), "not text"),
     ("a.txt", b"caf\xe9 ol\xe9", "not text: byte 0xe9"),
     ("a.txt", b"cut \xe2\x82", "not text: byte 0xe2"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl, line 2: expected"),
-    ("a.jsonl", b'{"title": "a"}', "line 1"),
-    ("a.jsonl", b'\n["text"]', "line 2"),
-    ("a.jsonl", b'{"text": 5}', "line 1"),
-    ("a.jsonl", b'{"text": "\\ud800"}', "line 1"),
-    ("a.jsonl", b'{"text": "\xff"}', "not text"),
-    ("a.jsonl", b"\n\n", "is empty"),
 ]
 
 
@@ -480,92 +472,6 @@ def test_missing_files_and_folders_without_text_are_refused(tmp_path):
         list(bpe.documents([tmp_path / "none.txt"]))
     with pytest.raises(ValueError, match=r"folder without \.txt or \.jsonl"):
         list(bpe.documents([tmp_path]))
-
-
-ARRAY = [{"story": " One.", "source": "GPT-4"}, {"text": "Two \u00e9."}, "Three.", {"story": f"Four.{END}Five."}]
-STORIES_OF_ARRAY = ["One.", "Two \u00e9.", "Three.", "Four.", "Five."]
-OBJECTS = [value for value in ARRAY if isinstance(value, dict)]
-
-
-@pytest.mark.parametrize("bom", ["", "\ufeff"])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_is_read_as_its_stories(bom, indent, tmp_path):
-    path = write(tmp_path / "data00.json", bom + json.dumps(ARRAY, indent=indent))
-    assert list(bpe.documents(path)) == STORIES_OF_ARRAY
-    assert (
-        list(bpe.documents(write(tmp_path / "s.JSON", bom + json.dumps(ARRAY[::-1], ensure_ascii=False))))[0] == "Four."
-    )
-
-
-@pytest.mark.parametrize("name", ["stories.txt", "stories", "stories.jsonl"])
-def test_an_array_of_objects_is_known_by_its_content(name, tmp_path):
-    want = ["One.", "Two \u00e9.", "Four.", "Five."]
-    for bom, indent in (("", None), ("\ufeff", 4)):
-        path = write(tmp_path / name, f"{bom}\n {json.dumps(OBJECTS, indent=indent)}")
-        assert list(bpe.documents(path)) == want
-
-
-@pytest.mark.parametrize("name", ["stories.txt", "stories.json", "stories.jsonl"])
-def test_json_lines_are_known_by_their_content_and_take_text_or_story(name, tmp_path):
-    lines = "".join(json.dumps(value) + "\n" for value in OBJECTS)
-    for bom in ("", "\ufeff"):
-        assert list(bpe.documents(write(tmp_path / name, bom + lines))) == ["One.", "Two \u00e9.", "Four.", "Five."]
-    both = write(tmp_path / "both.jsonl", '{"story": "no", "text": "yes"}\n"a string"\n')
-    assert list(bpe.documents(both)) == ["yes", "a string"]
-
-
-@pytest.mark.parametrize(
-    "text", ['[Lily] {smiled} and said: "Hi."', '["No," he said]', '{Once} "upon": a time', "[1]", "{}"]
-)
-def test_text_with_brackets_is_text(text, tmp_path):
-    assert list(bpe.documents(write(tmp_path / "s.txt", text))) == [text]
-
-
-BAD_JSON = [
-    ("a.json", '[{"story": "a"}, {"title": "b"}]', r"item 2: expected .*\"story\".*, got .*title"),
-    ("a.json", '[{"story": "a"}, 5]', "item 2: expected"),
-    ("a.json", '[["a"]]', "item 1: expected"),
-    ("a.json", '[{"story": "\\ud800"}]', "item 1: expected"),
-    ("a.json", '[{"story": "a"}, {"story": "b"', "begins like a JSON array but is none"),
-    ("a.json", '[{"story": "a"}]\n[{"story": "b"}]', "begins like a JSON array but is none: Extra data"),
-    ("a.json", "[" * 100_000, "begins like a JSON array but is none"),
-    ("a.json", "[]", "is empty"),
-    ("a.json", "", "is empty"),
-    ("a.json", '{"model": {\n "type": "BPE"}}', "line 1: expected"),
-    ("a.json", "Once upon a time", "line 1: expected"),
-    ("a.json", b'[{"story": "caf\xe9"}]', "is not text: byte 0xe9"),
-    ("a.jsonl", '{"text": "a"}\n["b"]\n', r"line 2: expected .*, got '\[\"b\"\]'"),
-    ("a.jsonl", '["a", "b"]', "line 1: expected"),
-    ("a.txt", '[{"title": "a"}]', "item 1: expected"),
-]
-
-
-@pytest.mark.parametrize(("name", "data", "message"), BAD_JSON)
-def test_json_that_holds_no_stories_is_refused_in_one_line(name, data, message, tmp_path, capsys):
-    path = write(tmp_path / name, data)
-    with pytest.raises(ValueError, match=message) as error:
-        list(bpe.documents(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
-    assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
-
-
-def test_an_array_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.json", json.dumps(ARRAY))
-    monkeypatch.setattr(bpe, "JSON_MOST", path.stat().st_size - 1)
-    with pytest.raises(ValueError, match="above .*; write it as .jsonl"):
-        list(bpe.documents(path))
-
-
-def test_a_folder_stands_for_its_texts_and_its_arrays_of_stories(tmp_path):
-    write(tmp_path / "data01.json", json.dumps(OBJECTS))
-    write(tmp_path / "data00.json", "\ufeff\n" + json.dumps(["Zero."]))
-    write(tmp_path / "tokenizer.json", '{"model": {}}')
-    write(tmp_path / "x.bin.json", "")
-    write(tmp_path / "stories.tar.gz", gzip.compress(b"Once upon a time."))
-    assert [path.name for path in bpe.text_files(tmp_path)] == ["data00.json", "data01.json"]
-    write(tmp_path / "more.txt", "More.")
-    assert list(bpe.documents(tmp_path)) == ["Zero.", "One.", "Two \u00e9.", "Four.", "Five.", "More."]
 
 
 # -- token files

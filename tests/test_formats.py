@@ -1,20 +1,12 @@
-"""extras/formats.py: the tokenizers of other systems, read, written and with their ids; compressed text."""
+"""extras/formats.py: the tokenizers of other systems, read, written and with their ids."""
 
 import base64
-import bz2
-import gzip
-import io
-import lzma
 import random
-import shutil
 import struct
-import subprocess
-import tarfile
-import zipfile
 from functools import cache
 
 import pytest
-from helpers import STORIES, TOK512, by_kernels, random_texts, run_main, shuffled, with_specials, write
+from helpers import STORIES, TOK512, by_kernels, random_texts, run_main, shuffled, with_specials
 
 import bpe
 from extras import formats
@@ -385,73 +377,3 @@ def test_merges_that_cross_words_are_made(llama):
     other = formats.SpacedTokenizer(vocab, [*llama.merges, (b"d", b" the")], llama.specials, llama._byte_ids)
     ids = other.encode("z the zd the")
     assert ids[-1] == len(vocab) - 1 and other.decode(ids) == "z the zd the"
-
-
-# -- compressed text
-
-PLAIN = "Once upon a time.\n"
-
-
-def packed(suffix):
-    """A text as a file of this kind; a few bytes of it where no module writes them."""
-    if suffix in (".tar", ".zip"):
-        file = io.BytesIO()
-        if suffix == ".zip":
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr("s.txt", PLAIN)
-        else:
-            with tarfile.open(fileobj=file, mode="w") as archive:
-                archive.addfile(tarfile.TarInfo("s.txt"))
-        return file.getvalue()
-    write = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix)
-    head = {".zst": b"\x28\xb5\x2f\xfd\x20\x12", ".parquet": b"PAR1\x15\x04\x15"}
-    return write(PLAIN.encode()) if write else head[suffix] + PLAIN.encode()
-
-
-COMMANDS = {
-    ".gz": "gunzip -c {path} > {out}",
-    ".bz2": "bunzip2 -c {path} > {out}",
-    ".xz": "xz -dc {path} > {out}",
-    ".zst": "zstd -dc {path} > {out}",
-    ".zip": "unzip {path}",
-    ".tar": "tar -xf {path}",
-    ".parquet": "read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" {path} {out}.jsonl",
-}
-
-
-@pytest.mark.parametrize("suffix", COMMANDS)
-def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(suffix, tmp_path, capsys):
-    by_name = write(tmp_path / f"stories.txt{suffix.upper()}", PLAIN)
-    by_content = write(tmp_path / "stories.txt", packed(suffix))
-    for path, out in [(by_name, str(by_content)), (by_content, f"{by_content}" + ".txt" * (suffix != ".parquet"))]:
-        assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"bpe.py: error: {path} is not text but {suffix} data; unpack it first: ")
-        assert err.endswith(COMMANDS[suffix].format(path=path, out=out) + "\n") and err.count("\n") == 1
-
-
-@pytest.mark.skipif(not shutil.which("gunzip"), reason="needs gunzip")
-@pytest.mark.parametrize("name", ["my stories.txt.gz", "stories"])
-def test_the_command_for_a_gz_file_does_what_it_says(name, tmp_path):
-    path = write(tmp_path / name, packed(".gz"))
-    with pytest.raises(ValueError) as error:
-        list(bpe.documents(path))
-    subprocess.run(str(error.value).split("unpack it first: ")[1], shell=True, check=True)
-    (made,) = set(tmp_path.iterdir()) - {path}
-    assert made.suffix == ".txt" and list(bpe.documents(made)) == [PLAIN.strip()]
-
-
-@pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar.bz2"])
-def test_a_compressed_archive_is_unpacked_by_one_command(name, tmp_path):
-    path = write(tmp_path / name, packed(".gz"))
-    with pytest.raises(ValueError, match=f"tar -xf {path}$"):
-        list(bpe.documents(path))
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".parquet"])
-def test_a_folder_of_compressed_files_is_refused_with_the_command_for_the_first(suffix, tmp_path):
-    for name in ("b", "a"):
-        write(tmp_path / f"{name}{suffix}", packed(suffix))
-    write(tmp_path / "tokenizer.json", "{}")
-    with pytest.raises(ValueError, match=f"a{suffix} is not text but {suffix} data; unpack it first"):
-        list(bpe.text_files(tmp_path))
