@@ -242,35 +242,29 @@ class Tokenizer:
 
     def encode_array(self, text, allowed_special=(), disallowed_special=(), threads=None):
         """The same as an array, of a long text on all cores or so many threads."""
-        if encoder := self.compiled(len(text)):
-            segments = self._segments(bytes_of(text), allowed_special, disallowed_special)
-            return np.concatenate([ids for ids, _ in encoder.run(segments, threads)])
-        return np.array(self._encode(text_of(text), allowed_special, disallowed_special), self.dtype)
+        text = bytes_of(text)
+        segments = self._segments(text, allowed_special, disallowed_special)
+        return np.concatenate([ids for ids, _, _ in self._encode(segments, len(text), threads)])
 
     def encode_documents(self, documents, threads=None):
         """Documents or `pieces` -> (ids, the end of each story included; stories; bytes of text), ..., in order."""
         first, rest, size = read_ahead(as_pieces(documents), LONG)
         segments = ((text, self.end if ends else -1) for text, ends in chain(first, rest))
-        if encoder := self.compiled(size):
-            for ids, batch in encoder.run(segments, threads):
-                yield ids, batch.stories, batch.size
-        else:
-            for text, end in segments:
-                ids = self._encode(text_of(text)) + [end] * (end >= 0)
-                yield np.array(ids, self.dtype), int(end >= 0), len(text)
+        return self._encode(segments, size, threads)
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         """Yield the ids of encode("".join(chunks)): at white space after ASCII, those of all before it, now certain;
-        at the end if special tokens are looked for that have white space inside."""
-        waits = any(set(name) & set(" \n") for name in self._names(allowed_special, disallowed_special)[0])
-        decoder, held, place = codecs.getincrementaldecoder("utf-8")("surrogateescape"), "", 0
+        at the end if a special token is disallowed, or one with white space inside is allowed."""
+        names = self._names("allowed_special", allowed_special)
+        waits = disallowed_special or any(set(name) & set(" \n") for name in names)
+        held = bytearray()
         for chunk in chunks:
-            new = decoder.decode(bytes_of(chunk) if isinstance(chunk, str) else chunk)
-            held += new
-            if not waits and (found := LAST_CUT.search(held, max(0, len(held) - len(new) - 1))):
-                yield from self._encode(held[: found.start()], allowed_special, disallowed_special, place)
-                held, place = held[found.start() :], place + found.start()
-        yield from self._encode(held + decoder.decode(b"", True), allowed_special, disallowed_special, place)
+            seen = len(held)
+            held += bytes_of(chunk)
+            if not waits and (cut := LAST_CUT_BYTES.search(held, max(0, seen - 1))):
+                yield from self.encode(held[: cut.start()], allowed_special)
+                del held[: cut.start()]
+        yield from self.encode(held, allowed_special, disallowed_special)
 
     def compiled(self, size):
         """The encoder of fast/words.py if it takes so many more bytes sooner than plain Python, else None: loading it
@@ -282,40 +276,39 @@ class Tokenizer:
             self._encoder = words.Encoder(self._byte_ids, self._ranks, self.dtype)
         return self._encoder
 
-    def _encode(self, text, allowed=(), disallowed=(), place=0):
-        """encode of what text_of gives, in plain Python; place: where in a longer text it begins."""
-        ids = []
-        for plain, special in self._segments(text, allowed, disallowed, place):
-            ids += chain.from_iterable(map(self._cache.__getitem__, self.pretokens(plain)))
-            if special >= 0:
-                ids.append(special)
-        return ids
+    def _encode(self, segments, size, threads=None):
+        """What _segments gives, of a text of so many bytes -> (ids, special tokens, bytes of plain text), ..."""
+        if encoder := self.compiled(size):
+            yield from ((ids, batch.stories, batch.size) for ids, batch in encoder.run(segments, threads))
+            return
+        for text, special in segments:
+            ids = [*chain.from_iterable(map(self._cache.__getitem__, self.pretokens(text_of(text))))]
+            ids += [special] * (special >= 0)
+            yield np.array(ids, self.dtype), int(special >= 0), len(text)
 
-    def _segments(self, text, allowed, disallowed, place=0):
-        """str or bytes -> (plain text, the id of the special token behind it; -1 at the end), ..."""
-        names, refused = self._names(allowed, disallowed)
-        pattern, start = "|".join(map(regex.escape, names)), 0
-        pattern, read = (pattern, str) if isinstance(text, str) else (pattern.encode(), text_of)
+    def _segments(self, text, allowed, disallowed):
+        """Bytes -> (plain text, the id of the special token behind it; -1 at the end), ..."""
+        allowed, disallowed = self._names("allowed_special", allowed), self._names("disallowed_special", disallowed)
+        names = sorted(allowed | disallowed, key=lambda name: (-len(name), name))
+        pattern, start = "|".join(map(regex.escape, names)).encode(), 0
         for match in regex.finditer(pattern, text) if names else ():
-            name = read(match.group())
-            if name in refused:
-                at = f"text has the special token {name} at position {place + len(read(text[: match.start()]))}"
+            name = match.group().decode()
+            if name not in allowed:
+                at = f"text has the special token {name} at position {len(text_of(text[: match.start()]))}"
                 use = "name it in allowed_special to have its id, leave it out of disallowed_special to have it as text"
                 raise ValueError(f"{at}; {use}")
             yield text[start : match.start()], self.specials[name]
             start = match.end()
         yield text[start:], -1
 
-    def _names(self, allowed, disallowed):
-        """(the names to look for in text, longest first; those of them that are an error)."""
-        found = []
-        for what, names in (("allowed_special", allowed), ("disallowed_special", disallowed)):
-            if isinstance(names, str) and names != "all":
-                raise ValueError(f'{what}={names!r}: expected "all" or a set of names')
-            found.append(set(self.specials if names == "all" else names))
-            for name in found[-1] - self.specials.keys():
-                raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
-        return sorted(found[0] | found[1], key=lambda name: (-len(name), name)), found[1] - found[0]
+    def _names(self, what, names):
+        """A set of names of special tokens, or "all" -> the names, each of them known."""
+        if isinstance(names, str) and names != "all":
+            raise ValueError(f'{what}={names!r}: expected "all" or a set of names')
+        names = set(self.specials if names == "all" else names)
+        for name in names - self.specials.keys():
+            raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
+        return names
 
     def pretokens(self, text):
         """Plain text in the parts that are encoded one by one."""
@@ -483,6 +476,7 @@ def read_own(text):
 # Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
 CUT = r"(?<=[!-~])(?=[ \n])"
 CUT_BYTES, LAST_CUT = regex.compile(CUT.encode()), regex.compile("(?r)" + CUT)  # (?r) searches from the end
+LAST_CUT_BYTES = regex.compile(LAST_CUT.pattern.encode())
 LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
 JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
 
@@ -612,10 +606,7 @@ def bytes_of(data):
 
 
 def text_of(data):
-    """str or any bytes -> str, where a byte that is not UTF-8 becomes a lone surrogate, so that nothing is lost."""
-    if isinstance(data, str):
-        bytes_of(data)  # refuses lone surrogates
-        return data
+    """bytes -> str, where a byte that is not UTF-8 becomes a lone surrogate, so that nothing is lost."""
     return codecs.decode(data, "utf-8", "surrogateescape")
 
 

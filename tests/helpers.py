@@ -263,6 +263,12 @@ def by_kernels(tokenizer, texts):
     return found
 
 
+def by_python(tokenizer, text, allowed=()):
+    """The ids of a text of any length without compiled code."""
+    segments = tokenizer._segments(bpe.bytes_of(text), allowed, ())
+    return np.concatenate([ids for ids, _, _ in tokenizer._encode(segments, 0)]).tolist()
+
+
 def train_compiled(texts, num_merges):
     """bpe.train by fast/merges.py, however short the texts are."""
     return fast.merges.train(bpe.as_pieces(texts), num_merges)

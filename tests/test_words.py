@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import GOLDEN, PIECES, STORIES, by_kernels, random_texts, train_compiled, with_specials
+from helpers import GOLDEN, PIECES, STORIES, by_kernels, by_python, random_texts, train_compiled, with_specials
 
 import bpe
 from fast import words
@@ -50,7 +50,7 @@ def counted(text):
 
 def same(tokenizer, texts):
     for text, ids in zip(texts, by_kernels(tokenizer, texts)):
-        assert ids == tokenizer._encode(bpe.text_of(text)), text
+        assert ids == by_python(tokenizer, text), text
         assert counted(text) == bpe.count_pretokens([text]), text
 
 
@@ -75,7 +75,7 @@ def test_every_script_meets_every_other_at_every_boundary(tokenizer):
     texts = ["".join(pair) for pair in product(SCRIPTS, repeat=2)]
     texts += [f"{a}{b}x {c}" for a, b, c in zip(texts[::3], texts[1::3], texts[2::3])]
     found = by_kernels(tokenizer, texts)
-    assert found == [tokenizer._encode(text) for text in texts]
+    assert found == [by_python(tokenizer, text) for text in texts]
     joined = [text + "\n" * (i % 3) for i, text in enumerate(texts)]
     assert counted("".join(joined)) == bpe.count_pretokens(["".join(joined)])
     for shift in range(9):  # the boundary between two reads of eight bytes
@@ -103,14 +103,14 @@ def test_a_byte_that_is_no_utf8_is_one_sign(tokenizer):
     texts += [b"".join(rng.choices(valid + BROKEN, k=rng.randint(0, 9))) for _ in range(2000)]
     texts += [rng.randbytes(rng.randint(0, 30)) for _ in range(2000)]
     texts += [bytes(rng.choices(range(0x80, 0x100), k=12)) for _ in range(2000)]
-    assert by_kernels(tokenizer, texts) == [tokenizer._encode(bpe.text_of(text)) for text in texts]
+    assert by_kernels(tokenizer, texts) == [by_python(tokenizer, text) for text in texts]
     assert counted(b"\n".join(texts)) == bpe.count_pretokens([b"\n".join(texts)])
 
 
 def test_random_pieces_give_the_ids_of_the_specification(tokenizer, gpt2):
     same(tokenizer, [*STORIES, *random_texts(11, 1500)])
     for texts in ([row["text"] for row in GOLDEN["texts"]], random_texts(12, 1500)):
-        assert by_kernels(gpt2, texts) == [gpt2._encode(text) for text in texts]
+        assert by_kernels(gpt2, texts) == [by_python(gpt2, text) for text in texts]
 
 
 def test_golden_texts_have_the_ids_of_gpt2_by_kernels_too(gpt2):
@@ -157,11 +157,11 @@ def test_both_ways_to_merge_give_the_ids_of_the_specification(tokenizer, n):
     rng = random.Random(n)
     texts = ["".join(rng.choices(letters, k=n)) for letters in ("a", "al", "litle", "the bal".replace(" ", ""))]
     texts += [(word * n)[:n] for word in ("little", "littlelily", "l")]
-    assert by_kernels(tokenizer, texts) == [tokenizer._encode(word) for word in texts]
+    assert by_kernels(tokenizer, texts) == [by_python(tokenizer, word) for word in texts]
     pairs = [(b"a", b"a"), (b"aa", b"aa"), (b"b", b"a"), (b"aaaa", b"b"), (b"a", b"b"), (b"aa", b"a")]
     other = bpe.Tokenizer.from_merges(pairs)
     texts = ["".join(rng.choices("aaab", k=n)) for _ in range(20)]
-    assert by_kernels(other, texts) == [other._encode(word) for word in texts]
+    assert by_kernels(other, texts) == [by_python(other, word) for word in texts]
 
 
 def test_a_table_that_is_full_begins_again_and_changes_nothing(tokenizer):
@@ -169,7 +169,7 @@ def test_a_table_that_is_full_begins_again_and_changes_nothing(tokenizer):
     text = " ".join("".join(rng.choices("abcdefghij", k=rng.randint(4, 30))) for _ in range(60_000))
     encoder = words.Encoder(tokenizer._byte_ids, tokenizer._ranks, tokenizer.dtype)
     ids = np.concatenate([encoder.encode(batch) for batch in words.batches([(text.encode(), -1)])])
-    assert ids.tolist() == tokenizer._encode(text)
+    assert ids.tolist() == by_python(tokenizer, text)
     assert len(encoder.idle) == 1 and encoder.idle[0][2][words.ROWS] < 44_000
     assert counted(text) == bpe.count_pretokens([text])  # here the table grows
 
@@ -212,7 +212,7 @@ def test_a_long_text_is_encoded_the_same_by_any_number_of_threads(tokenizer, lon
     more = with_specials(tokenizer, "<a>", "<a><b>", " lead", "\u00e9\u65e5")
     assert len(long_text) > bpe.LONG
     for allowed in ((), {END}, "all"):
-        want = more._encode(long_text, allowed)
+        want = by_python(more, long_text, allowed)
         assert more.encode(long_text, allowed) == want
         for threads in (1, 2, 3):
             ids = more.encode_array(long_text.encode(), allowed, threads=threads)
@@ -222,7 +222,7 @@ def test_a_long_text_is_encoded_the_same_by_any_number_of_threads(tokenizer, lon
 
 def test_where_a_text_is_cut_changes_nothing(tokenizer, long_text):
     text = long_text[:40_000].encode()
-    want = tokenizer._encode(bpe.text_of(text))
+    want = by_python(tokenizer, text)
     encode = tokenizer.compiled(bpe.LONG).encode
     for size in (1, 2, 3, 7, 50, 1000):
         cut = list(words.batches([(text, -1)], size))
@@ -258,7 +258,7 @@ def test_documents_of_a_large_file_become_the_same_token_file(tokenizer, long_te
         )
     ]
     assert info[0] == info[1] == info[2] == info[3]
-    want = [i for story in bpe.documents(path) for i in [*tokenizer._encode(story), tokenizer.end]]
+    want = [i for story in bpe.documents(path) for i in [*by_python(tokenizer, story), tokenizer.end]]
     for i in range(4):
         assert np.fromfile(tmp_path / f"{i}.bin", "<u2").tolist() == want
     assert bpe.train(bpe.pieces(path), 100) == bpe.train(bpe.documents(path), 100)
