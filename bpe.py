@@ -197,23 +197,24 @@ class Tokenizer:
     """
 
     ending = END  # the special token that ends a story
-    json_parts, json_model = {}, {}  # where the tokenizer.json of a subclass differs
-    unit = "bytes"  # what first_ids are of
+    pretokens = SPLIT.findall  # plain text -> the parts that are encoded one by one
 
     def __init__(self, vocab, merges, specials, byte_ids=None):
         self.vocab, self.merges, self.specials = list(vocab), list(merges), dict(specials)
+        self.vocab_size = len(self.vocab)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in arrays and files
         if self.ending not in self.specials:
             raise ValueError(f"the vocabulary has no special token {self.ending}, which ends a story")
         if "" in self.specials:
             raise ValueError("a special token is empty")
         apart = {*self.specials.values(), *(byte_ids or ())}
         ids = {token: i for i, token in enumerate(self.vocab) if i not in apart}
-        if byte_ids is None:
-            if missing := [b for b in range(256) if BYTES[b] not in ids]:
-                raise ValueError(f"the vocabulary has no token for byte 0x{missing[0]:02x}; expected all 256")
-            byte_ids = [ids[byte] for byte in BYTES]
-        self.end, self._ids, self._byte_ids = self.specials[self.ending], ids, list(byte_ids)
-        if len(set(self.strings())) < len(self.vocab) or len(ids) + len(apart) < len(self.vocab):
+        self.end, self._ids = self.specials[self.ending], ids
+        self._byte_ids = list(byte_ids or map(ids.get, BYTES))
+        if None in self._byte_ids:
+            byte = self._byte_ids.index(None)
+            raise ValueError(f"the vocabulary has no token for byte 0x{byte:02x}; expected all 256")
+        if len(set(self.strings())) < self.vocab_size:
             raise ValueError("the vocabulary holds a token twice")
         for left, right in self.merges:
             for token in (left, right, left + right):
@@ -221,8 +222,6 @@ class Tokenizer:
                     raise ValueError(f"the merge of {left!r} and {right!r} needs {token!r}, which has no id")
         self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
         self._cache, self._encoder, self._seen = WordCache(self.word_ids), None, 0
-        self.vocab_size = len(self.vocab)
-        self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in arrays and files
 
     @classmethod
     def from_merges(cls, merges, reserve=8):
@@ -310,10 +309,6 @@ class Tokenizer:
             raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
         return names
 
-    def pretokens(self, text):
-        """Plain text in the parts that are encoded one by one."""
-        return SPLIT.findall(text)
-
     def first_ids(self, word):
         """The ids of a pre-token before any merge."""
         return [self._byte_ids[b] for b in word.encode("utf-8", "surrogateescape")]
@@ -356,8 +351,8 @@ class Tokenizer:
         by_id = sorted(self.specials.items(), key=lambda item: item[1])
         vocab = {string: i for i, string in enumerate(self.strings())}
         merges = [[self.string(left), self.string(right)] for left, right in self.merges]
-        data = JSON | {"added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id]} | self.json_parts
-        data["model"] = JSON_MODEL | self.json_model | {"vocab": vocab, "merges": merges}
+        data = JSON | {"added_tokens": [{"id": i, "content": name, **flags} for name, i in by_id]}
+        data["model"] = JSON_MODEL | {"vocab": vocab, "merges": merges}
         return json.dumps(data, ensure_ascii=False, indent=0) + "\n"
 
     @functools.cached_property

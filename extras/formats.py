@@ -48,8 +48,6 @@ class SpacedTokenizer(Tokenizer):
     is its bytes, whose ids are byte_ids. With ranks, one for each merge, those of one rank are one: leftmost first."""
 
     ending = BOS
-    json_parts, json_model = SPACED, {"unk_token": UNKNOWN, "fuse_unk": True, "byte_fallback": True}
-    unit = "characters"
 
     def __init__(self, vocab, merges, specials, byte_ids, ranks=None):
         super().__init__(vocab, merges, specials, byte_ids)
@@ -109,7 +107,9 @@ class SpacedTokenizer(Tokenizer):
     def to_json(self):
         if self.tied:
             raise ValueError("a tokenizer.json cannot hold merges of one rank, which tokenizer.bin of llama2.c has")
-        return super().to_json()
+        data = json.loads(super().to_json()) | SPACED
+        data["model"] |= {"unk_token": UNKNOWN, "fuse_unk": True, "byte_fallback": True}
+        return json.dumps(data, ensure_ascii=False, indent=0) + "\n"
 
 
 # == 2  tokenizer.json of Hugging Face `tokenizers` ====================================================================

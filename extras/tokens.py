@@ -34,9 +34,10 @@ def explain(args):
         raise ValueError("there is no tokenizer.json here and none in data/tokens; name one with --tokenizer FILE")
     tokenizer = Tokenizer.load(found[0])
     print(found[0])
+    first = "bytes" if type(tokenizer) is Tokenizer else "characters"
     for word in tokenizer.pretokens(args.text):
         for number, tokens in merge_steps(tokenizer, word):
-            label = f"merge {number + 1:,}" if number is not None else tokenizer.unit
+            label = first if number is None else f"merge {number + 1:,}"
             print(f"{label:>14}  {' | '.join(token.decode('utf-8', 'backslashreplace') for token in tokens)}")
         print(f"{'ids':>14}  {' '.join(map(str, tokenizer.word_ids(word)))}")
 
