@@ -476,29 +476,13 @@ LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: wh
 JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
 
 
-def documents(paths, progress=None):
-    """Yield the stories of text files (split at END), of JSON (a value a line, or one array; a value is a string or an
-    object with a field "text" or "story"), and of folders of these.
-
-    Stories are stripped, empty ones dropped; a text without END is one document. Calls progress(bytes_done) after a
-    story. ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
-    """
-    return (text for text, _ in whole(pieces(paths, progress)))
-
-
-def whole(pieces):
-    """`pieces` -> (document, True), ..."""
-    held = []
-    for piece, ends in pieces:
-        held.append(piece)
-        if ends:
-            yield type(piece)().join(held), True
-            held = []
-
-
 def pieces(paths, progress=None):
-    """The stories of `documents` as (piece, True where its story ends there): no story has to fit into memory. Where
-    one continues, a pre-token begins."""
+    """Yield the stories of text files (split at END), of JSON (see extras/documents.py) and of folders of these, as
+    (piece, True where its story ends there): no story has to fit into memory. Where one continues, a pre-token begins.
+
+    Stories are stripped, empty ones dropped; a text without END is one story. Calls progress(bytes_done) after a piece.
+    ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
+    """
     done = 0
     for path in text_files(paths):
         reader = find_reader(path)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bpe  # noqa: E402
+from extras.documents import documents  # noqa: E402
 from fast import words  # noqa: E402
 
 PARTS = ("encode", "train", "memory", "scale", "start")
@@ -261,7 +262,7 @@ def gathered(files, folder):
     """One file of the stripped stories, END between them."""
     out = Path(folder, "text.txt")
     with open(out, "wb") as file:
-        for i, story in enumerate(bpe.documents(files)):
+        for i, story in enumerate(documents(files)):
             file.write(bpe.END.encode() * (i > 0) + story.encode())
     return out
 

@@ -1,9 +1,9 @@
-"""Files of stories that are not plain text: JSON lines and JSON arrays; compressed files, which are refused.
+"""Stories as whole documents; files of them in JSON lines and JSON arrays; compressed files, which are refused.
 
     python bpe.py train stories.jsonl --vocab-size 4096 --out tokenizer.json
 
 bpe.py asks `find_reader` for each file that it reads. Section 1 reads JSON, 2 refuses compressed files with the command
-that unpacks them.
+that unpacks them, 3 joins the pieces in which bpe.py reads stories.
 """
 
 import codecs
@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 
-from bpe import END, JSON_START, utf8
+from bpe import END, JSON_START, pieces, utf8
 
 # == 1  JSON: a story is a string, or an object with a field "text" or "story" =========================================
 
@@ -83,3 +83,21 @@ def refuse_packed(path, head=b""):
             out = str(path)[: -len(suffix)] + ending if suffix else f"{path}{ending or '.txt'}"
             command = command.format(file=shlex.quote(str(path)), out=shlex.quote(out))
             raise ValueError(f"{path} is not text but {suffixes[0]} data; unpack it first: {command}")
+
+
+# == 3  whole stories ==================================================================================================
+
+
+def documents(paths, progress=None):
+    """The stories that bpe.pieces reads, each of them whole."""
+    return (text for text, _ in whole(pieces(paths, progress)))
+
+
+def whole(parts):
+    """What bpe.pieces gives -> (document, True), ..."""
+    held = []
+    for piece, ends in parts:
+        held.append(piece)
+        if ends:
+            yield type(piece)().join(held), True
+            held = []

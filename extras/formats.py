@@ -15,8 +15,8 @@ from itertools import chain
 
 import regex
 
-import bpe
-from bpe import BYTE, CHARACTER, END, PATTERN, Tokenizer, bytes_of, merge_ids
+from bpe import BYTE, CHARACTER, END, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids
+from extras.documents import whole
 
 # == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
 
@@ -77,7 +77,7 @@ class SpacedTokenizer(Tokenizer):
 
     def encode_documents(self, documents, threads=None):
         """A text cannot be cut, so that pieces are joined."""
-        return super().encode_documents(bpe.whole(bpe.as_pieces(documents)), threads)
+        return super().encode_documents(whole(as_pieces(documents)), threads)
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         yield from self.encode(b"".join(map(bytes_of, chunks)), allowed_special, disallowed_special)

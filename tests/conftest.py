@@ -242,4 +242,4 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def tokenizer(text):
-    return bpe.Tokenizer.from_merges(bpe.train(bpe.documents([text]), 35))
+    return bpe.Tokenizer.from_merges(bpe.train(bpe.pieces([text]), 35))

@@ -31,6 +31,7 @@ from helpers import (
 from tiers import fast
 
 import bpe
+from extras.documents import documents
 
 END = bpe.END
 
@@ -422,9 +423,9 @@ def test_a_vocabulary_lacking_a_byte_or_holding_one_twice_is_refused(tokenizer):
 def test_documents_are_stripped_stories_in_order(tmp_path):
     a = write(tmp_path / "b.txt", f"\ufeff one \n{END}\n{END}  {END}two\r\nlines\r\n{END}\nthree")
     b = write(tmp_path / "a.jsonl", '\ufeff{"text": " four ", "id": 1}\r\n\n{"text": ""}\n{"text": "fi\\u00e9ve\\n"}')
-    assert list(bpe.documents([a, b])) == ["one", "two\r\nlines", "three", "four", "fi\u00e9ve"]
-    assert list(bpe.documents(tmp_path)) == list(bpe.documents([str(b), a]))
-    assert list(bpe.documents(write(tmp_path / "c.text", "no end"))) == ["no end"]
+    assert list(documents([a, b])) == ["one", "two\r\nlines", "three", "four", "fi\u00e9ve"]
+    assert list(documents(tmp_path)) == list(documents([str(b), a]))
+    assert list(documents(write(tmp_path / "c.text", "no end"))) == ["no end"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 12, 13, 14, 64])
@@ -441,7 +442,7 @@ def test_documents_do_not_depend_on_where_the_file_is_cut(size, tmp_path):
 def test_reading_reports_its_progress_in_bytes(tmp_path):
     a, b = write(tmp_path / "a.txt", f"one{END}two"), write(tmp_path / "b.jsonl", '{"text": "x"}\n')
     done = []
-    list(bpe.documents([a, b], done.append))
+    list(documents([a, b], done.append))
     assert done == sorted(done) and done[-1] == a.stat().st_size + b.stat().st_size
 
 
@@ -460,7 +461,7 @@ BAD_DATA = [
 def test_bad_data_is_refused_in_one_line_that_names_the_file(name, data, message, tmp_path, capsys):
     path = write(tmp_path / name, data)
     with pytest.raises(ValueError, match=message) as error:
-        list(bpe.documents([path]))
+        list(documents([path]))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
     assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
@@ -469,9 +470,9 @@ def test_bad_data_is_refused_in_one_line_that_names_the_file(name, data, message
 
 def test_missing_files_and_folders_without_text_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
-        list(bpe.documents([tmp_path / "none.txt"]))
+        list(documents([tmp_path / "none.txt"]))
     with pytest.raises(ValueError, match=r"folder without \.txt or \.jsonl"):
-        list(bpe.documents([tmp_path]))
+        list(documents([tmp_path]))
 
 
 # -- token files

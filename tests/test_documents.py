@@ -14,7 +14,7 @@ import pytest
 from helpers import run_main, write
 
 import bpe
-from extras import documents
+from extras.documents import documents
 
 END = bpe.END
 
@@ -29,10 +29,8 @@ OBJECTS = [value for value in ARRAY if isinstance(value, dict)]
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_json_array_is_read_as_its_stories(bom, indent, tmp_path):
     path = write(tmp_path / "data00.json", bom + json.dumps(ARRAY, indent=indent))
-    assert list(bpe.documents(path)) == STORIES_OF_ARRAY
-    assert (
-        list(bpe.documents(write(tmp_path / "s.JSON", bom + json.dumps(ARRAY[::-1], ensure_ascii=False))))[0] == "Four."
-    )
+    assert list(documents(path)) == STORIES_OF_ARRAY
+    assert list(documents(write(tmp_path / "s.JSON", bom + json.dumps(ARRAY[::-1], ensure_ascii=False))))[0] == "Four."
 
 
 @pytest.mark.parametrize("name", ["stories.txt", "stories", "stories.jsonl"])
@@ -40,23 +38,28 @@ def test_an_array_of_objects_is_known_by_its_content(name, tmp_path):
     want = ["One.", "Two \u00e9.", "Four.", "Five."]
     for bom, indent in (("", None), ("\ufeff", 4)):
         path = write(tmp_path / name, f"{bom}\n {json.dumps(OBJECTS, indent=indent)}")
-        assert list(bpe.documents(path)) == want
+        assert list(documents(path)) == want
 
 
 @pytest.mark.parametrize("name", ["stories.txt", "stories.json", "stories.jsonl"])
 def test_json_lines_are_known_by_their_content_and_take_text_or_story(name, tmp_path):
     lines = "".join(json.dumps(value) + "\n" for value in OBJECTS)
     for bom in ("", "\ufeff"):
-        assert list(bpe.documents(write(tmp_path / name, bom + lines))) == ["One.", "Two \u00e9.", "Four.", "Five."]
+        assert list(documents(write(tmp_path / name, bom + lines))) == [
+            "One.",
+            "Two \u00e9.",
+            "Four.",
+            "Five.",
+        ]
     both = write(tmp_path / "both.jsonl", '{"story": "no", "text": "yes"}\n"a string"\n')
-    assert list(bpe.documents(both)) == ["yes", "a string"]
+    assert list(documents(both)) == ["yes", "a string"]
 
 
 @pytest.mark.parametrize(
     "text", ['[Lily] {smiled} and said: "Hi."', '["No," he said]', '{Once} "upon": a time', "[1]", "{}"]
 )
 def test_text_with_brackets_is_text(text, tmp_path):
-    assert list(bpe.documents(write(tmp_path / "s.txt", text))) == [text]
+    assert list(documents(write(tmp_path / "s.txt", text))) == [text]
 
 
 BAD_JSON = [
@@ -89,7 +92,7 @@ BAD_JSON = [
 def test_json_that_holds_no_stories_is_refused_in_one_line(name, data, message, tmp_path, capsys):
     path = write(tmp_path / name, data)
     with pytest.raises(ValueError, match=message) as error:
-        list(bpe.documents(path))
+        list(documents(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert run_main(["train", str(path), "--vocab-size", "265", "--out", str(tmp_path / "t.json")]) == 2
     assert capsys.readouterr().err == f"bpe.py: error: {error.value}\n"
@@ -97,9 +100,9 @@ def test_json_that_holds_no_stories_is_refused_in_one_line(name, data, message, 
 
 def test_an_array_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
     path = write(tmp_path / "a.json", json.dumps(ARRAY))
-    monkeypatch.setattr(documents, "JSON_MOST", path.stat().st_size - 1)
+    monkeypatch.setattr("extras.documents.JSON_MOST", path.stat().st_size - 1)
     with pytest.raises(ValueError, match="above .*; write it as .jsonl"):
-        list(bpe.documents(path))
+        list(documents(path))
 
 
 def test_a_folder_stands_for_its_texts_and_its_arrays_of_stories(tmp_path):
@@ -110,7 +113,7 @@ def test_a_folder_stands_for_its_texts_and_its_arrays_of_stories(tmp_path):
     write(tmp_path / "stories.tar.gz", gzip.compress(b"Once upon a time."))
     assert [path.name for path in bpe.text_files(tmp_path)] == ["data00.json", "data01.json"]
     write(tmp_path / "more.txt", "More.")
-    assert list(bpe.documents(tmp_path)) == ["Zero.", "One.", "Two \u00e9.", "Four.", "Five.", "More."]
+    assert list(documents(tmp_path)) == ["Zero.", "One.", "Two \u00e9.", "Four.", "Five.", "More."]
 
 
 # -- compressed files
@@ -161,17 +164,17 @@ def test_a_compressed_file_is_refused_with_the_command_that_unpacks_it(suffix, t
 def test_the_command_for_a_gz_file_does_what_it_says(name, tmp_path):
     path = write(tmp_path / name, packed(".gz"))
     with pytest.raises(ValueError) as error:
-        list(bpe.documents(path))
+        list(documents(path))
     subprocess.run(str(error.value).split("unpack it first: ")[1], shell=True, check=True)
     (made,) = set(tmp_path.iterdir()) - {path}
-    assert made.suffix == ".txt" and list(bpe.documents(made)) == [PLAIN.strip()]
+    assert made.suffix == ".txt" and list(documents(made)) == [PLAIN.strip()]
 
 
 @pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar.bz2"])
 def test_a_compressed_archive_is_unpacked_by_one_command(name, tmp_path):
     path = write(tmp_path / name, packed(".gz"))
     with pytest.raises(ValueError, match=f"tar -xf {path}$"):
-        list(bpe.documents(path))
+        list(documents(path))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".parquet"])

@@ -227,7 +227,7 @@ def test_bad_input_ends_in_one_line(place, text, finished, what):
     model = finished.folder / "last.safetensors"
     other = bpe.Tokenizer.from_merges([(b"a", b"b")])
     other.save("other.json")
-    bpe.write_tokens(bpe.documents([text]), other, "other.bin")
+    bpe.write_tokens(bpe.pieces([text]), other, "other.bin")
     Path("empty.txt").write_bytes(b"")
     Path("cut.safetensors").write_bytes(model.read_bytes()[:-9])
     words, piece = BAD[what]

@@ -182,7 +182,7 @@ BAD = {  # words -> a piece of what it must say
 def test_what_contradicts_the_model_is_refused_in_one_line(place, learnt, text, what):
     tokenizer = bpe.Tokenizer.from_merges([(b"a", b"b")])
     tokenizer.save("other.json")
-    bpe.write_tokens(bpe.documents([text]), tokenizer, "other.bin")
+    bpe.write_tokens(bpe.pieces([text]), tokenizer, "other.bin")
     words, piece = BAD[what]
     words = ["--init-from", learnt, "--data", text, "--steps", 1, *(text if word == "TEXT" else word for word in words)]
     message = refusal(train.main, "train.py", *words)

@@ -14,6 +14,7 @@ import pytest
 from helpers import GOLDEN, PIECES, STORIES, by_kernels, by_python, random_texts, train_compiled, with_specials
 
 import bpe
+from extras.documents import documents
 from fast import words
 
 END = bpe.END
@@ -254,14 +255,14 @@ def test_documents_of_a_large_file_become_the_same_token_file(tokenizer, long_te
     info = [
         bpe.write_tokens(texts, tokenizer, tmp_path / f"{i}.bin", threads=threads)
         for i, (texts, threads) in enumerate(
-            [(bpe.documents(path), 1), (bpe.documents(path), 2), (bpe.pieces(path), 2), (bpe.pieces(path), None)]
+            [(documents(path), 1), (documents(path), 2), (bpe.pieces(path), 2), (bpe.pieces(path), None)]
         )
     ]
     assert info[0] == info[1] == info[2] == info[3]
-    want = [i for story in bpe.documents(path) for i in [*by_python(tokenizer, story), tokenizer.end]]
+    want = [i for story in documents(path) for i in [*by_python(tokenizer, story), tokenizer.end]]
     for i in range(4):
         assert np.fromfile(tmp_path / f"{i}.bin", "<u2").tolist() == want
-    assert bpe.train(bpe.pieces(path), 100) == bpe.train(bpe.documents(path), 100)
+    assert bpe.train(bpe.pieces(path), 100) == bpe.train(documents(path), 100)
 
 
 # -- files larger than memory, interruptions, the first call
