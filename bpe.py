@@ -92,10 +92,10 @@ def train(texts, num_merges, progress=None):
 
     Calls progress(merges_done). Memory, and the time that a merge takes, grow with the distinct words, not the text.
     """
-    first, rest, size = read_ahead(as_pieces(texts), TRAIN_LONG)
+    pieces, size = read_ahead(texts, TRAIN_LONG)
     if size >= TRAIN_LONG and (merges := find_fast("merges")):
-        return merges.train(chain(first, rest), num_merges, progress)
-    return merge_pairs(count_pretokens(chain(first, rest)), num_merges, progress)
+        return merges.train(pieces, num_merges, progress)
+    return merge_pairs(count_pretokens(pieces), num_merges, progress)
 
 
 def merge_pairs(words, num_merges, progress=None):
@@ -153,15 +153,15 @@ def descending(pair, reverse=bytes(range(255, -1, -1))):
     return "".join(token.translate(reverse).decode("latin-1") + "\u0100" for token in pair)
 
 
-def read_ahead(pieces, size):
-    """(bytes, ends), ... -> a list of the first with `size` bytes, an iterator over the rest, the bytes in the list."""
-    pieces, first, seen = iter(pieces), [], 0
+def read_ahead(texts, enough):
+    """as_pieces(texts), and their bytes, counted until there are enough."""
+    pieces, first, size = as_pieces(texts), [], 0
     for piece in pieces:
         first.append(piece)
-        seen += len(piece[0])
-        if seen >= size:
+        size += len(piece[0])
+        if size >= enough:
             break
-    return first, pieces, seen
+    return chain(first, pieces), size
 
 
 @functools.cache
@@ -247,9 +247,8 @@ class Tokenizer:
 
     def encode_documents(self, documents, threads=None):
         """Documents or `pieces` -> (ids, the end of each story included; stories; bytes of text), ..., in order."""
-        first, rest, size = read_ahead(as_pieces(documents), LONG)
-        segments = ((text, self.end if ends else -1) for text, ends in chain(first, rest))
-        return self._encode(segments, size, threads)
+        pieces, size = read_ahead(documents, LONG)
+        return self._encode(((text, self.end if ends else -1) for text, ends in pieces), size, threads)
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         """Yield the ids of encode("".join(chunks)): at white space after ASCII, those of all before it, now certain;
@@ -673,8 +672,8 @@ def read_tokens(path, tokenizer=None, check=True):
     return ids, info
 
 
-def check_out(path):
-    """Raise OSError before the work is done, rather than after, where a file cannot be written."""
+def check_out(path, sources=()):
+    """Raise before the work is done, rather than after, where a file cannot be written or is one of those to read."""
     folder = Path(path).parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; make it before writing {path}")
@@ -682,6 +681,8 @@ def check_out(path):
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} is not writable; choose another place for {path}")
+    if os.path.exists(path) and any(os.path.samefile(path, source) for source in text_files(sources)):
+        raise ValueError(f"{path} would be overwritten, but is one of the files to read; choose another --out")
 
 
 # == 7  what every command line shares =================================================================================
@@ -714,23 +715,20 @@ def in_range(kind, low, high, open_low=False):
     return convert
 
 
-def note(line):
-    """Print to stderr: statistics and progress."""
-    print_line(line, sys.stderr)
-
-
-def say(text):
-    """Print to stdout; what the console cannot encode is replaced."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print_line(text.encode(encoding, "replace").decode(encoding), sys.stdout)
-
-
-def print_line(text, stream):
-    """Print at once; a reader of the stream who left, or a disk too full for it, does not end the program."""
+def say(text, stream=None):
+    """Print at once to stdout, or to a stream; what its encoding lacks is replaced. A reader of the stream who left, or
+    a disk too full for it, does not end the program."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
     try:
-        print(text, file=stream, flush=True)
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def note(line):
+    """Print to stderr: statistics and progress."""
+    say(line, sys.stderr)
 
 
 def clock(seconds):
@@ -738,14 +736,11 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """A bar and the time left, on a terminal; nothing where stderr is a file. Call it with what is done of `total`."""
 
     def __init__(self, what, total):
         self.what, self.total, self.start, self.shown = what, max(1, total), time.monotonic(), 0.0
-
-    def __enter__(self):
-        return self
 
     def __call__(self, done):
         now = time.monotonic()
@@ -768,22 +763,12 @@ def size_of(paths):
     return sum(path.stat().st_size for path in text_files(paths))
 
 
-def check_names(files, *outs):
-    """Raise where a file to write cannot be written, or is one of those to read."""
-    for out in outs:
-        check_out(out)
-        if os.path.exists(out) and any(os.path.samefile(out, path) for path in text_files(files)):
-            raise ValueError(f"{out} would be overwritten, but is one of the files to read; choose another --out")
-
-
 def run_train(args):
     least = 256 + 1 + args.reserve
-    if args.reserve < 0:
-        raise ValueError(f"--reserve is {args.reserve}; expected 0 or more")
     if args.vocab_size < least:
         parts = f"256 bytes, {END}, {args.reserve} reserved"
         raise ValueError(f"--vocab-size is {args.vocab_size}; expected at least {least} ({parts})")
-    check_names(args.files, args.out)
+    check_out(args.out, args.files)
     with Progress("reading", size_of(args.files)) as reading, Progress("merging", args.vocab_size - least) as merging:
         merges = train(pieces(args.files, reading), args.vocab_size - least, merging)
     most = least + len(merges)
@@ -795,7 +780,8 @@ def run_train(args):
 
 def run_encode(args):
     tokenizer = Tokenizer.load(args.tokenizer)
-    check_names([*args.files, args.tokenizer], args.out, args.out + ".json")
+    for out in (args.out, args.out + ".json"):
+        check_out(out, [*args.files, args.tokenizer])
     with Progress("encoding", size_of(args.files)) as progress:
         info = write_tokens(pieces(args.files), tokenizer, args.out, progress)
     note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
@@ -828,7 +814,7 @@ def make_parser():
     add("files", nargs="+", metavar="FILE", help=text)
     add("--vocab-size", type=int, required=True, metavar="V", help="entries in all: bytes, merges, specials")
     add("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
-    add("--reserve", type=int, default=8, metavar="N", help="special tokens kept free for templates (0 = none)")
+    add("--reserve", type=in_range(int, 0, 2**16), default=8, metavar="N", help="special tokens kept free (0 = none)")
     add = command(run_encode, "encode", "text to a token file, which train.py reads")
     add("files", nargs="+", metavar="FILE", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to encode with")
