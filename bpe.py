@@ -599,32 +599,31 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
     written are the same with any number of threads."""
     from tinygpt import write_aside
 
-    path, crc = os.fspath(path), 0
+    beside = Path(f"{path}.json")
     info = {"format_version": FORMAT_VERSION, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
-    info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0}
+    info |= {"tokenizer_hash": tokenizer.hash, "tokens": 0, "stories": 0, "bytes": 0, "crc32": 0}
 
-    def describe():
+    def description():
         return json.dumps(info, indent=1).encode() + b"\n"
 
     def chunks():
-        nonlocal crc
         for ids, stories, size in tokenizer.encode_documents(documents, threads):
             yield ids.data
-            crc = zlib.crc32(ids.data, crc)
+            info["crc32"] = zlib.crc32(ids.data, info["crc32"])
             for key, more in (("tokens", len(ids)), ("stories", stories), ("bytes", size)):
                 info[key] += more
             if progress:
                 progress(info["bytes"])
         if not info["stories"]:
             raise ValueError("no stories to encode; expected at least one")
-        info["crc32"] = f"{crc:08x}"
+        info["crc32"] = f"{info['crc32']:08x}"
         with contextlib.suppress(FileNotFoundError):
-            if Path(path + ".json").read_bytes() != describe():  # as it is where another process wrote the same
-                os.remove(path + ".json")  # never the description of an older file beside this one
+            if beside.read_bytes() != description():  # as it is where another process wrote the same
+                beside.unlink()  # never the description of an older file beside this one
 
     check_out(path)
     write_aside(path, chunks())
-    write_aside(path + ".json", [describe()])
+    write_aside(beside, [description()])
     return info
 
 
@@ -633,42 +632,39 @@ def read_tokens(path, tokenizer=None, check=True):
     where the two do not belong together, or where it was written with another tokenizer. check=False does not read the
     content: for a file that has not changed since it was checked."""
 
-    def bad(what):
-        return ValueError(f"{what}; encode the text again")
+    def refuse(what):
+        raise ValueError(f"{what}; encode the text again") from None
 
-    path = os.fspath(path)
-    unknown = bad(f"{path}.json does not describe a token file")
+    beside = Path(f"{path}.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
+    if not beside.exists():
+        refuse(f"{beside} is missing, which says what {path} holds")
     try:
-        info = json.loads(Path(path + ".json").read_bytes())
-        version = info["format_version"]
-    except FileNotFoundError:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path} does not exist") from None
-        raise bad(f"{path}.json is missing, which says what {path} holds") from None
+        info = json.loads(beside.read_bytes())
+        version, hash, written = info["format_version"], info.get("tokenizer_hash"), info.get("crc32")
+        V, tokens, *_ = counts = [info.get(key) for key in ("vocab_size", "tokens", "stories", "bytes")]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise unknown from None
+        refuse(f"{beside} does not describe a token file")
     if version != FORMAT_VERSION:
-        got = f"format version {version!r:.20}; expected {FORMAT_VERSION}"
-        raise ValueError(f"{path} has {got}; update this program or encode the text again")
-    if tokenizer and info.get("tokenizer_hash") != tokenizer.hash:
-        got = " ".join(str(info.get("tokenizer_hash")).split())[:12]
-        raise bad(f"{path} was written with tokenizer {got}, this one is {tokenizer.hash[:12]}")
-    counts = [info.get(key) for key in ("vocab_size", "tokens", "stories", "bytes")]
+        refuse(f"{path} has format version {version!r:.20}; expected {FORMAT_VERSION}")
+    if tokenizer and hash != tokenizer.hash:
+        got = " ".join(str(hash).split())[:12]
+        refuse(f"{path} was written with tokenizer {got}, this one is {tokenizer.hash[:12]}")
     if info.get("dtype") not in ("uint16", "uint32") or not all(type(n) is int and 0 < n < 2**48 for n in counts):
-        raise unknown
-    dtype, V, tokens = np.dtype(info["dtype"]).newbyteorder("<"), info["vocab_size"], info["tokens"]
-    if (size := os.path.getsize(path)) != tokens * dtype.itemsize:
-        raise bad(f"{path} has {size} bytes; expected {tokens * dtype.itemsize} ({tokens} tokens)")
+        refuse(f"{beside} does not describe a token file")
     if tokenizer and V != tokenizer.vocab_size:  # the ids are read without a look at their range
-        raise bad(f"{path}.json says vocab_size {V}; expected {tokenizer.vocab_size}")
-    ids, written = np.memmap(path, dtype, "r"), info.get("crc32")  # other writers may leave it out
-    if written and not check:
-        return ids, info
-    info["crc32"] = f"{zlib.crc32(ids):08x}"
-    if written and info["crc32"] != written:
-        raise bad(f"{path} is damaged: its checksum is {info['crc32']!r}, expected {f'{written!r:.20}'}")
-    if (most := int(ids.max())) >= V:
-        raise bad(f"{path} has id {most}; expected below {V}")
+        refuse(f"{beside} says vocab_size {V}; expected {tokenizer.vocab_size}")
+    dtype = np.dtype(info["dtype"]).newbyteorder("<")
+    if (size := os.path.getsize(path)) != tokens * dtype.itemsize:
+        refuse(f"{path} has {size} bytes; expected {tokens * dtype.itemsize} ({tokens} tokens)")
+    ids = np.memmap(path, dtype, "r")
+    if check or not written:  # other writers may leave it out
+        info["crc32"] = f"{zlib.crc32(ids):08x}"
+        if written and info["crc32"] != written:
+            refuse(f"{path} is damaged: its checksum is {info['crc32']!r}, expected {f'{written!r:.20}'}")
+        if (most := int(ids.max())) >= V:
+            refuse(f"{path} has id {most}; expected below {V}")
     return ids, info
 
 
