@@ -221,7 +221,8 @@ class Tokenizer:
                 if token not in ids:
                     raise ValueError(f"the merge of {left!r} and {right!r} needs {token!r}, which has no id")
         self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
-        self._cache, self._encoder, self._seen = WordCache(self.word_ids), None, 0
+        self._cached_ids = functools.lru_cache(1 << 16)(self.word_ids)  # more than a language has
+        self._encoder, self._seen = None, 0
 
     @classmethod
     def from_merges(cls, merges, reserve=8):
@@ -280,7 +281,7 @@ class Tokenizer:
             yield from ((ids, batch.stories, batch.size) for ids, batch in encoder.run(segments, threads))
             return
         for text, special in segments:
-            ids = [*chain.from_iterable(map(self._cache.__getitem__, self.pretokens(text_of(text))))]
+            ids = [*chain.from_iterable(map(self._cached_ids, self.pretokens(text_of(text))))]
             ids += [special] * (special >= 0)
             yield np.array(ids, self.dtype), int(special >= 0), len(text)
 
@@ -403,21 +404,6 @@ def merge_ids(ids, ranks):
             if k >= 0 and (pair := (ids[k], ids[after[k]])) in ranks:
                 heapq.heappush(heap, (ranks[pair][0], k))
     return tuple(i for i in ids if i is not None)
-
-
-class WordCache(dict):
-    """pre-token -> its ids, as a tuple; worked out when first looked up, emptied when full."""
-
-    def __init__(self, merge, entries=1 << 17, longest=64):
-        self.merge, self.entries, self.longest = merge, entries, longest
-
-    def __missing__(self, word):
-        ids = self.merge(word)
-        if len(word) <= self.longest:
-            if len(self) >= self.entries:
-                self.clear()
-            self[word] = ids
-        return ids
 
 
 class Decoder:
@@ -783,15 +769,6 @@ def run_encode(args):
     note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
 
 
-def run_decode(args):
-    tokenizer = Tokenizer.load(args.tokenizer)
-    ids, start = read_tokens(args.file, tokenizer)[0], 0
-    for stop in [*np.flatnonzero(ids == tokenizer.end).tolist(), len(ids)]:
-        if start < len(ids):
-            print(tokenizer.decode(ids[start:stop]), END, sep="\n")
-        start = stop + 1
-
-
 def run_extra(args):
     find_extra("tokens", f"bpe.py {args.command}").COMMANDS[args.command](args)
 
@@ -815,7 +792,7 @@ def make_parser():
     add("files", nargs="+", metavar="FILE", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to encode with")
     add("--out", required=True, metavar="FILE.bin", help="token file to write, and FILE.bin.json")
-    add = command(run_decode, "decode", "a token file back to text, on stdout")
+    add = command(run_extra, "decode", "a token file back to text, on stdout")
     add("file", metavar="FILE.bin", help="token file to read")
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with")
     add = command(run_extra, "explain", "the merges that make the tokens of a word, in their order")

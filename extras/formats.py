@@ -60,6 +60,8 @@ class SpacedTokenizer(Tokenizer):
         # Merges do not cross the beginning of a word unless a token does.
         crossing = any(regex.search(rb"[^ ] ", token) for token in self._ids)
         self._split = regex.compile(r"(?s).+" if crossing else r" *[^ ]+| +")
+        if crossing:  # a whole text is hardly seen again
+            self._cached_ids = self.word_ids
 
     def pretokens(self, text):
         return self._split.findall(" " + text if text else text)

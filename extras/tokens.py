@@ -1,7 +1,8 @@
-"""What a tokenizer does to a text: how many bytes its tokens hold, and the merges that make a word.
+"""What a tokenizer does to a text: how many bytes its tokens hold, the merges that make a word, the text of its ids.
 
     python bpe.py stats stories.txt --tokenizer tokenizer.json
     python bpe.py explain accomplishment
+    python bpe.py decode train.bin --tokenizer tokenizer.json
 
 bpe.py's command line finds this file when it is used.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import END, Progress, Tokenizer, pieces, size_of
+from bpe import END, Progress, Tokenizer, pieces, read_tokens, size_of
 
 
 def merge_steps(tokenizer, word):
@@ -61,4 +62,14 @@ def stats(args):
         print(f"{len(tokenizer.vocab[i]):22} {i:5} {uses[i]:8,}  {tokenizer.decode([i])!r}")
 
 
-COMMANDS = {"explain": explain, "stats": stats}
+def decode(args):
+    """Print the stories of a token file, each with its end."""
+    tokenizer = Tokenizer.load(args.tokenizer)
+    ids, start = read_tokens(args.file, tokenizer)[0], 0
+    for stop in [*np.flatnonzero(ids == tokenizer.end).tolist(), len(ids)]:
+        if start < len(ids):
+            print(tokenizer.decode(ids[start:stop]), END, sep="\n")
+        start = stop + 1
+
+
+COMMANDS = {"decode": decode, "explain": explain, "stats": stats}
