@@ -243,7 +243,9 @@ class Tokenizer:
     def encode_array(self, text, allowed_special=(), disallowed_special=(), threads=None):
         """The same as an array, of a long text on all cores or so many threads."""
         text = bytes_of(text)
-        segments = self._segments(text, allowed_special, disallowed_special)
+        if disallowed_special:
+            find_extra("formats", "disallowed_special").refuse_specials(self, text, allowed_special, disallowed_special)
+        segments = self.segments(text, self.special_names("allowed_special", allowed_special))
         return np.concatenate([ids for ids, _, _ in self._encode(segments, len(text), threads)])
 
     def encode_documents(self, documents, threads=None):
@@ -252,18 +254,9 @@ class Tokenizer:
         return self._encode(((text, self.end if ends else -1) for text, ends in pieces), size, threads)
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
-        """Yield the ids of encode("".join(chunks)): at white space after ASCII, those of all before it, now certain;
-        at the end if a special token is disallowed, or one with white space inside is allowed."""
-        names = self._names("allowed_special", allowed_special)
-        waits = disallowed_special or any(set(name) & set(" \n") for name in names)
-        held = bytearray()
-        for chunk in chunks:
-            seen = len(held)
-            held += bytes_of(chunk)
-            if not waits and (cut := LAST_CUT_BYTES.search(held, max(0, seen - 1))):
-                yield from self.encode(held[: cut.start()], allowed_special)
-                del held[: cut.start()]
-        yield from self.encode(held, allowed_special, disallowed_special)
+        """Yield the ids of encode("".join(chunks)), those of a word as soon as it cannot change any more."""
+        encode_iterable = find_extra("formats", "encode_iterable").encode_iterable
+        return encode_iterable(self, chunks, allowed_special, disallowed_special)
 
     def compiled(self, size):
         """The encoder of fast/words.py if it takes so many more bytes sooner than plain Python, else None: loading it
@@ -276,7 +269,7 @@ class Tokenizer:
         return self._encoder
 
     def _encode(self, segments, size, threads=None):
-        """What _segments gives, of a text of so many bytes -> (ids, special tokens, bytes of plain text), ..."""
+        """What `segments` gives, of a text of so many bytes -> (ids, special tokens, bytes of plain text), ..."""
         if encoder := self.compiled(size):
             yield from ((ids, batch.stories, batch.size) for ids, batch in encoder.run(segments, threads))
             return
@@ -285,22 +278,16 @@ class Tokenizer:
             ids += [special] * (special >= 0)
             yield np.array(ids, self.dtype), int(special >= 0), len(text)
 
-    def _segments(self, text, allowed, disallowed):
-        """Bytes -> (plain text, the id of the special token behind it; -1 at the end), ..."""
-        allowed, disallowed = self._names("allowed_special", allowed), self._names("disallowed_special", disallowed)
-        names = sorted(allowed | disallowed, key=lambda name: (-len(name), name))
-        pattern, start = "|".join(map(regex.escape, names)).encode(), 0
+    def segments(self, text, names):
+        """Bytes -> (plain text, the id of the special token behind it; -1 at the end), ...; the longest name wins."""
+        pattern = "|".join(map(regex.escape, sorted(names, key=lambda name: (-len(name), name)))).encode()
+        start = 0
         for match in regex.finditer(pattern, text) if names else ():
-            name = match.group().decode()
-            if name not in allowed:
-                at = f"text has the special token {name} at position {len(text_of(text[: match.start()]))}"
-                use = "name it in allowed_special to have its id, leave it out of disallowed_special to have it as text"
-                raise ValueError(f"{at}; {use}")
-            yield text[start : match.start()], self.specials[name]
+            yield text[start : match.start()], self.specials[match.group().decode()]
             start = match.end()
         yield text[start:], -1
 
-    def _names(self, what, names):
+    def special_names(self, what, names):
         """A set of names of special tokens, or "all" -> the names, each of them known."""
         if isinstance(names, str) and names != "all":
             raise ValueError(f'{what}={names!r}: expected "all" or a set of names')
@@ -456,7 +443,6 @@ def read_own(text):
 # Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
 CUT = r"(?<=[!-~])(?=[ \n])"
 CUT_BYTES, LAST_CUT = regex.compile(CUT.encode()), regex.compile("(?r)" + CUT)  # (?r) searches from the end
-LAST_CUT_BYTES = regex.compile(LAST_CUT.pattern.encode())
 LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
 JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
 

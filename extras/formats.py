@@ -1,4 +1,4 @@
-"""Files of other systems: tokenizers of Hugging Face, GPT-2, tiktoken, llama2.c.
+"""Tokenizers of other systems: files of Hugging Face, GPT-2, tiktoken, llama2.c, and calls that only some others have.
 
     python bpe.py train stories.txt --vocab-size 4096 --out vocab.json          # and merges.txt beside it
     python bpe.py explain accomplishment --tokenizer stories260K/tok512.bin
@@ -6,6 +6,7 @@
 bpe.py finds this file for a tokenizer that is not a tokenizer.json that it wrote itself. Section 1 is a tokenizer of
 another kind, 2 reads tokenizer.json of others, 3 vocab.json with merges.txt, 4 rank files of tiktoken, 5 tokenizer.bin
 of llama2.c; 6 chooses one of them. Of byte-level tokenizers only those are read whose texts GPT-2's PATTERN splits.
+Section 7 has calls of Tokenizer that need no file: special tokens that are an error, a text that comes in chunks.
 """
 
 import base64
@@ -15,7 +16,7 @@ from itertools import chain
 
 import regex
 
-from bpe import BYTE, CHARACTER, END, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids
+from bpe import BYTE, CHARACTER, END, LAST_CUT, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids, text_of
 from extras.documents import whole
 
 # == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
@@ -80,9 +81,6 @@ class SpacedTokenizer(Tokenizer):
     def encode_documents(self, documents, threads=None):
         """A text cannot be cut, so that pieces are joined."""
         return super().encode_documents(whole(as_pieces(documents)), threads)
-
-    def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
-        yield from self.encode(b"".join(map(bytes_of, chunks)), allowed_special, disallowed_special)
 
     def decode_bytes(self, ids, previous=None):
         """Ids -> bytes, without the space that a text is given to begin with: `previous` is the id before them, None at
@@ -366,3 +364,36 @@ def check_same(tokenizer, path, read, *data):
                 lost = "merges in an order that is not that of their ids"
     if lost:
         raise ValueError(f"{path} cannot hold {lost}; save a tokenizer.json")
+
+
+# == 7  calls that only some others have ===============================================================================
+
+LAST_CUT_BYTES = regex.compile(LAST_CUT.pattern.encode())
+
+
+def refuse_specials(tokenizer, text, allowed, disallowed):
+    """ValueError where a special token stands in the text that is disallowed and not allowed, as in tiktoken."""
+    allowed = tokenizer.special_names("allowed_special", allowed)
+    disallowed = tokenizer.special_names("disallowed_special", disallowed)
+    names, place = {tokenizer.specials[name]: name for name in allowed | disallowed}, 0
+    for plain, special in tokenizer.segments(text, allowed | disallowed):
+        name, place = names.get(special, ""), place + len(text_of(plain))
+        if name in disallowed - allowed:
+            use = "name it in allowed_special to have its id, leave it out of disallowed_special to have it as text"
+            raise ValueError(f"text has the special token {name} at position {place}; {use}")
+        place += len(name)
+
+
+def encode_iterable(tokenizer, chunks, allowed, disallowed):
+    """Yield the ids of tokenizer.encode("".join(chunks)): at white space after ASCII, those of all before it, now
+    certain; at the end if merges cross words, specials are disallowed, or an allowed one has white space inside."""
+    names = tokenizer.special_names("allowed_special", allowed)
+    waits = disallowed or isinstance(tokenizer, SpacedTokenizer) or any(set(name) & set(" \n") for name in names)
+    held = bytearray()
+    for chunk in chunks:
+        seen = len(held)
+        held += bytes_of(chunk)
+        if not waits and (cut := LAST_CUT_BYTES.search(held, max(0, seen - 1))):
+            yield from tokenizer.encode(held[: cut.start()], allowed)
+            del held[: cut.start()]
+    yield from tokenizer.encode(held, allowed, disallowed)

@@ -265,7 +265,7 @@ def by_kernels(tokenizer, texts):
 
 def by_python(tokenizer, text, allowed=()):
     """The ids of a text of any length without compiled code."""
-    segments = tokenizer._segments(bpe.bytes_of(text), allowed, ())
+    segments = tokenizer.segments(bpe.bytes_of(text), tokenizer.special_names("allowed", allowed))
     return np.concatenate([ids for ids, _, _ in tokenizer._encode(segments, 0)]).tolist()
 
 
