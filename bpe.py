@@ -724,7 +724,10 @@ class Progress(contextlib.AbstractContextManager):
             print("\r" + " " * (len(self.what) + 60) + "\r", end="", file=sys.stderr, flush=True)
 
 
-# == 8  the command line ===========================================================================
+# == 8  the command line ===============================================================================================
+
+TEXT = f"text with stories that end in {END}; .jsonl or a .json array with a field `text` or `story`; or a folder"
+TOOLS = ("decode", "explain", "stats")  # commands of extras/tokens.py
 
 
 def size_of(paths):
@@ -755,38 +758,24 @@ def run_encode(args):
     note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
 
 
-def run_extra(args):
-    find_extra("tokens", f"bpe.py {args.command}").COMMANDS[args.command](args)
-
-
 def make_parser():
-    parser = Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories, decode them again.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|decode|stats|explain")
-    text = f"text with stories that end in {END}; .jsonl or a .json array with a field `text` or `story`; or a folder"
+    parser = Parser(prog="bpe.py", description="Byte-level BPE: train a tokenizer, encode stories.")
+    parser.epilog = f"{', '.join(TOOLS)}: what a tokenizer does to a text (extras/tokens.py)"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode|" + "|".join(TOOLS))
 
     def command(run, name, help):
         made = commands.add_parser(name, help=help)
         made.set_defaults(run=run)
+        made.add_argument("files", nargs="+", metavar="FILE", help=TEXT)
         return made.add_argument
 
     add = command(run_train, "train", "learn the merges of a tokenizer from text")
-    add("files", nargs="+", metavar="FILE", help=text)
     add("--vocab-size", type=int, required=True, metavar="V", help="entries in all: bytes, merges, specials")
     add("--out", required=True, metavar="FILE", help="the tokenizer.json to write")
     add("--reserve", type=in_range(int, 0, 2**16), default=8, metavar="N", help="special tokens kept free (0 = none)")
     add = command(run_encode, "encode", "text to a token file, which train.py reads")
-    add("files", nargs="+", metavar="FILE", help=text)
     add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to encode with")
     add("--out", required=True, metavar="FILE.bin", help="token file to write, and FILE.bin.json")
-    add = command(run_extra, "decode", "a token file back to text, on stdout")
-    add("file", metavar="FILE.bin", help="token file to read")
-    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with")
-    add = command(run_extra, "explain", "the merges that make the tokens of a word, in their order")
-    add("text", metavar="WORD", help="a word, or any text: each of its words in turn")
-    add("--tokenizer", metavar="FILE", help="default: tokenizer.json here, else the newest of train.py")
-    add = command(run_extra, "stats", "bytes per token, unused entries and longest tokens on a text")
-    add("files", nargs="+", metavar="FILE", help=text)
-    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to measure")
     return parser
 
 
@@ -794,9 +783,11 @@ def main(argv=None):
     """Run a command and return 0; a mistake ends in one line on stderr and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", newline="\n")  # a console that lacks a character shows ? for it
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    argv, parser = sys.argv[1:] if argv is None else argv, make_parser()
     try:
+        if argv and argv[0] in TOOLS:
+            parser = find_extra("tokens", f"bpe.py {argv[0]}").make_parser()
+        args = parser.parse_args(argv)
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read stdout has enough

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import END, Progress, Tokenizer, pieces, read_tokens, size_of
+from bpe import END, TEXT, Parser, Progress, Tokenizer, pieces, read_tokens, size_of
 
 
 def merge_steps(tokenizer, word):
@@ -72,4 +72,22 @@ def decode(args):
         start = stop + 1
 
 
-COMMANDS = {"decode": decode, "explain": explain, "stats": stats}
+def make_parser():
+    parser = Parser(prog="bpe.py", description="What a tokenizer does to a text.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="decode|explain|stats")
+
+    def command(run, name, help):
+        made = commands.add_parser(name, help=help)
+        made.set_defaults(run=run)
+        return made.add_argument
+
+    add = command(decode, "decode", "a token file back to text, on stdout")
+    add("file", metavar="FILE.bin", help="token file to read")
+    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json that it was encoded with")
+    add = command(explain, "explain", "the merges that make the tokens of a word, in their order")
+    add("text", metavar="WORD", help="a word, or any text: each of its words in turn")
+    add("--tokenizer", metavar="FILE", help="default: tokenizer.json here, else the newest of train.py")
+    add = command(stats, "stats", "bytes per token, unused entries and longest tokens on a text")
+    add("files", nargs="+", metavar="FILE", help=TEXT)
+    add("--tokenizer", required=True, metavar="FILE", help="the tokenizer.json to measure")
+    return parser

@@ -32,6 +32,7 @@ from helpers import (
 from tiers import fast
 
 import bpe
+from extras import tokens
 from extras.documents import documents
 
 END = bpe.END
@@ -717,10 +718,11 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path, tokenizer):
         assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("command", ["train", "encode", "decode", "stats"])
+@pytest.mark.parametrize("command", ["train", "encode", *bpe.TOOLS])
 def test_every_argument_has_a_help_of_its_own(command, capsys):
     assert run_main([command, "--help"]) == 0 and "FILE" in capsys.readouterr().out
-    parser = bpe.make_parser()._subparsers._group_actions[0].choices[command]
+    make_parser = (tokens if command in bpe.TOOLS else bpe).make_parser
+    parser = make_parser()._subparsers._group_actions[0].choices[command]
     helps = [action.help for action in parser._actions]
     assert all(helps) and len(set(helps)) == len(helps)
 
