@@ -115,17 +115,19 @@ def merge_pairs(words, num_merges, progress=None):
         if None not in pair:
             counts[pair] += times[i]
             places[pair].append(i)
-    heap = [(-n, descending(pair), pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-    merges = []
-    while heap and len(merges) < num_merges:
-        n, key, best = heapq.heappop(heap)
+    merges, heap, pairs = [], [], set(counts)
+    while len(merges) < num_merges:
+        for pair in pairs:
+            if counts[pair]:
+                heapq.heappush(heap, (-counts[pair], descending(pair), pair))
+        if not heap:
+            break
+        n, _, best = heapq.heappop(heap)
         if -n != counts[best]:
-            if counts[best]:
-                heapq.heappush(heap, (-counts[best], key, best))
+            pairs = {best}
             continue
         merges.append(best)
-        (left, right), new, made = best, best[0] + best[1], set()
+        (left, right), new, pairs = best, best[0] + best[1], set()
         for i in places.pop(best):  # in the order of cells: in aaa the left pair is joined
             j = after[i]
             if tokens[i] != left or tokens[j] != right:
@@ -138,11 +140,8 @@ def merge_pairs(words, num_merges, progress=None):
                     counts[old] -= times[i]
                     counts[pair] += times[i]
                     places[pair].append(cell)
-                    made.add(pair)
+                    pairs.add(pair)
         counts[best] = 0
-        for pair in made:
-            if counts[pair]:
-                heapq.heappush(heap, (-counts[pair], descending(pair), pair))
         if progress:
             progress(len(merges))
     return merges
@@ -313,9 +312,8 @@ class Tokenizer:
     def decode_bytes(self, ids, previous=None):
         """Ids -> the bytes that they stand for, exactly. `previous`, the id before them, counts in a subclass alone."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        for i in ids if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size else ():
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is not in this vocabulary; expected 0 to {self.vocab_size - 1}")
+        if unknown := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"token id {unknown[0]} is not in this vocabulary; expected 0 to {self.vocab_size - 1}")
         return b"".join([self.vocab[i] for i in ids])
 
     def byte_lengths(self):
