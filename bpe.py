@@ -316,6 +316,14 @@ class Tokenizer:
             raise ValueError(f"token id {unknown[0]} is not in this vocabulary; expected 0 to {self.vocab_size - 1}")
         return b"".join([self.vocab[i] for i in ids])
 
+    def decode_iterable(self, ids, previous=None):
+        """Yield the text that each id completes, never half a character; at last U+FFFD where they end inside one."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.decode_bytes([i], previous))
+            previous = i
+        yield decoder.decode(b"", True)
+
     def byte_lengths(self):
         """Bytes of text in each token, (V,): none in the end of a story."""
         return np.array([len(token) * (i != self.end) for i, token in enumerate(self.vocab)])
@@ -389,24 +397,6 @@ def merge_ids(ids, ranks):
             if k >= 0 and (pair := (ids[k], ids[after[k]])) in ranks:
                 heapq.heappush(heap, (ranks[pair][0], k))
     return tuple(i for i in ids if i is not None)
-
-
-class Decoder:
-    """Ids to text one at a time: what push and finish return, joined, is decode of all ids (previous: see there)."""
-
-    def __init__(self, tokenizer, previous=None):
-        self._tokenizer, self._previous = tokenizer, previous
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id):
-        """The text that this id completes; never half a character."""
-        data, self._previous = self._tokenizer.decode_bytes([token_id], self._previous), token_id
-        return self._decoder.decode(data)
-
-    def finish(self):
-        """The rest: U+FFFD where the ids ended inside a character. The decoder is then at a beginning."""
-        self._previous = None
-        return self._decoder.decode(b"", True)
 
 
 # == 4  tokenizer.json, as Hugging Face `tokenizers` has it ============================================================
