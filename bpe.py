@@ -464,37 +464,23 @@ def text_files(paths):
     """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
     FileNotFoundError; ValueError for a folder without text."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.is_file()]
-            found = [file for file in files if file.suffix.lower() in (".txt", ".jsonl") or is_array(file)]
-            if not found:
-                for file in files:
-                    find_reader(file)  # refuses a compressed file
-                raise ValueError(f"{path} is a folder without .txt or .jsonl files, or .json files that hold an array")
-            yield from found
-        elif path.exists():
-            yield path
-        else:
+        if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-
-
-def is_array(path):
-    return path.suffix.lower() == ".json" and first_bytes(path).lstrip().startswith(b"[")
-
-
-def first_bytes(path, size=1024):
-    """The beginning of a file, without a byte order mark."""
-    with open(path, "rb") as file:
-        return file.read(size).removeprefix(codecs.BOM_UTF8)
+        if path.is_dir():
+            documents = find_extra("documents", path if any(path.glob("*.json*")) else None)
+            yield from documents.files_in(path) if documents else sorted(path.glob("*.txt"))
+        else:
+            yield path
 
 
 def find_reader(path):
     """The function that reads the stories of a file: read_text, or one of extras/documents.py, which refuses compressed
     files. Where it is missing they are refused later, as bytes that are not text; ValueError for JSON."""
-    head = first_bytes(path)
+    with open(path, "rb") as file:
+        head = file.read(1024).removeprefix(codecs.BOM_UTF8)
     is_json = path.suffix.lower() in (".json", ".jsonl") or JSON_START.match(head)
     documents = find_extra("documents", path if is_json else None)
-    return (documents and documents.find_reader(path, head)) or read_text
+    return (documents and documents.reader_of(path, head)) or read_text
 
 
 def read_text(file, path, size=1 << 20):

@@ -2,7 +2,7 @@
 
     python bpe.py train stories.jsonl --vocab-size 4096 --out tokenizer.json
 
-bpe.py asks `find_reader` for each file that it reads. Section 1 reads JSON, 2 refuses compressed files with the command
+bpe.py asks `reader_of` for each file that it reads. Section 1 reads JSON, 2 refuses compressed files with the command
 that unpacks them, 3 joins the pieces in which bpe.py reads stories.
 """
 
@@ -12,14 +12,28 @@ import json
 import os
 import shlex
 
-from bpe import END, JSON_START, pieces, utf8
+from bpe import END, JSON_START, find_reader, pieces, utf8
 
 # == 1  JSON: a story is a string, or an object with a field "text" or "story" =========================================
 
 JSON_MOST = 1 << 30  # bytes of an array, which has to fit into memory several times
 
 
-def find_reader(path, head):
+def files_in(folder):
+    """The *.txt, *.jsonl and arrays in *.json of a folder, sorted; ValueError if it has none."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    kinds = {path: path.suffix.lower() for path in files}
+    found = [
+        p for p in files if kinds[p] in (".txt", ".jsonl") or (kinds[p] == ".json" and find_reader(p) is read_array)
+    ]
+    if not found:
+        for path in files:
+            find_reader(path)  # refuses a compressed file
+        raise ValueError(f"{folder} is a folder without .txt or .jsonl files, or .json files that hold an array")
+    return found
+
+
+def reader_of(path, head):
     """The function that reads the stories of a file as pieces, by its first bytes, and by its name where they do not
     say it; None for text. ValueError for a compressed file."""
     refuse_packed(path, head)

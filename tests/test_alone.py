@@ -92,11 +92,10 @@ def test_a_start_that_fails_alone_leaves_no_folder(alone, tmp_path):
 @pytest.mark.parametrize("name", ["stories.jsonl", "stories.json", "stories.txt"])
 def test_without_extras_json_is_refused_in_a_line_that_says_what_reads_it(alone, tmp_path, name):
     (tmp_path / name).write_text('[{"text": "A story."}]', encoding="utf-8")
-    for data in (tmp_path, tmp_path / name):
-        status, out, err = python(alone, "bpe.py", "train", data, "--vocab-size", 265, "--out", tmp_path / "t.json")
-        assert status == 2 and not out
-        assert err.startswith(f"bpe.py: error: {tmp_path / name} needs extras/documents.py, which is not here")
-        assert len(err.splitlines()) == 1
+    words = ["bpe.py", "train", tmp_path / name, "--vocab-size", 265, "--out", tmp_path / "t.json"]
+    status, out, err = python(alone, *words)
+    assert status == 2 and not out and len(err.splitlines()) == 1
+    assert err.startswith(f"bpe.py: error: {tmp_path / name} needs extras/documents.py, which is not here")
     status, _, err = python(alone, "train.py", "--data", tmp_path / name, "--out", tmp_path / "run")
     assert status == 2 and f"train.py: error: {tmp_path / name} needs extras/documents.py" in err
     assert not (tmp_path / "run").exists() and not (tmp_path / "t.json").exists()
@@ -104,9 +103,11 @@ def test_without_extras_json_is_refused_in_a_line_that_says_what_reads_it(alone,
 
 def test_without_extras_a_folder_of_texts_is_read(alone, tmp_path):
     write_stories(tmp_path / "stories.txt")
-    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     status, _, err = python(alone, "bpe.py", "train", tmp_path, "--vocab-size", 270, "--out", tmp_path / "t.json")
     assert status == 0, err
+    (tmp_path / "more.jsonl").write_text('{"text": "A story."}', encoding="utf-8")  # not passed over in silence
+    status, _, err = python(alone, "bpe.py", "train", tmp_path, "--vocab-size", 270, "--out", tmp_path / "t.json")
+    assert status == 2 and err.startswith(f"bpe.py: error: {tmp_path} needs extras/documents.py")
 
 
 def test_without_data_one_line_says_that_stories_are_missing(alone):
