@@ -66,7 +66,7 @@ def count_pretokens(texts):
     """A document, documents or `pieces` -> {pre-token as bytes: how often it occurs}."""
     counts = Counter()
     for text, _ in as_pieces(texts):
-        for story in text_of(text).split(END):
+        for story in text.decode("utf-8", "surrogateescape").split(END):  # bytes that are not UTF-8 come back below
             counts.update(SPLIT.findall(story))
     return {word.encode("utf-8", "surrogateescape"): n for word, n in counts.items()}
 
@@ -88,10 +88,8 @@ TRAIN_LONG = 1 << 22  # bytes of text: 0.4 s in Python
 
 
 def train(texts, num_merges, progress=None):
-    """The merges of train_spec, of documents or `pieces`; of long texts by fast/merges.py, where it is here.
-
-    Calls progress(merges_done). Memory, and the time that a merge takes, grow with the distinct words, not the text.
-    """
+    """The merges of train_spec, of documents or `pieces`; of long texts by fast/merges.py. Calls progress(merges_done).
+    Memory, and the time that a merge takes, grow with the distinct words, not the text."""
     pieces, size = read_ahead(texts, TRAIN_LONG)
     if size >= TRAIN_LONG and (merges := find_fast("merges")):
         return merges.train(pieces, num_merges, progress)
@@ -170,7 +168,6 @@ def find_fast(name):
         return importlib.import_module(f"fast.{name}")
     except ImportError as error:
         note(f"bpe.py: no fast/{name}.py ({error}): long texts take several times as long in plain Python")
-        return None
 
 
 def find_extra(name, what=None):
@@ -178,9 +175,8 @@ def find_extra(name, what=None):
     try:
         return importlib.import_module(f"extras.{name}")
     except ImportError as error:
-        if what is None:
-            return None
-        raise ValueError(f"{what} needs extras/{name}.py, which is not here ({error})") from None
+        if what:
+            raise ValueError(f"{what} needs extras/{name}.py, which is not here ({error})") from None
 
 
 # == 3  the tokenizer ==================================================================================================
@@ -189,11 +185,9 @@ LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # characters or bytes of text: 0.3 s 
 
 
 class Tokenizer:
-    """vocab[id] -> bytes; merges [(left, right)] of byte strings, earlier ones first; specials {name: id}.
-
-    The vocabulary holds every byte, both halves and the result of every merge, the special token that ends a story, and
-    no string twice. byte_ids: the id of each byte, in a subclass where that is not the token of this byte alone.
-    """
+    """vocab[id] -> bytes; merges [(left, right)] of byte strings, earlier ones first; specials {name: id}. The
+    vocabulary holds every byte, both halves and the result of every merge, the special token that ends a story, and no
+    string twice. byte_ids: the id of each byte, in a subclass where that is not the token of this byte alone."""
 
     ending = END  # the special token that ends a story
     pretokens = SPLIT.findall  # plain text -> the parts that are encoded one by one
@@ -210,15 +204,13 @@ class Tokenizer:
         ids = {token: i for i, token in enumerate(self.vocab) if i not in apart}
         self.end, self._ids = self.specials[self.ending], ids
         self._byte_ids = list(byte_ids or map(ids.get, BYTES))
-        if None in self._byte_ids:
-            byte = self._byte_ids.index(None)
-            raise ValueError(f"the vocabulary has no token for byte 0x{byte:02x}; expected all 256")
+        if missing := [f"0x{b:02x}" for b, i in enumerate(self._byte_ids) if i is None]:
+            raise ValueError(f"the vocabulary has no token for byte {missing[0]}; expected all 256")
         if len(set(self.strings())) < self.vocab_size:
             raise ValueError("the vocabulary holds a token twice")
         for left, right in self.merges:
-            for token in (left, right, left + right):
-                if token not in ids:
-                    raise ValueError(f"the merge of {left!r} and {right!r} needs {token!r}, which has no id")
+            if missing := [token for token in (left, right, left + right) if token not in ids]:
+                raise ValueError(f"the merge of {left!r} and {right!r} needs {missing[0]!r}, which has no id")
         self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
         self._cached_ids = functools.lru_cache(1 << 16)(self.word_ids)  # more than a language has
         self._encoder, self._seen = None, 0
@@ -273,8 +265,8 @@ class Tokenizer:
             yield from ((ids, batch.stories, batch.size) for ids, batch in encoder.run(segments, threads))
             return
         for text, special in segments:
-            ids = [*chain.from_iterable(map(self._cached_ids, self.pretokens(text_of(text))))]
-            ids += [special] * (special >= 0)
+            words = self.pretokens(text.decode("utf-8", "surrogateescape"))
+            ids = [*chain.from_iterable(map(self._cached_ids, words)), *[special] * (special >= 0)]
             yield np.array(ids, self.dtype), int(special >= 0), len(text)
 
     def segments(self, text, names):
@@ -436,18 +428,14 @@ JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # 
 
 
 def pieces(paths, progress=None):
-    """Yield the stories of text files (split at END), of JSON (see extras/documents.py) and of folders of these, as
-    (piece, True where its story ends there): no story has to fit into memory. Where one continues, a pre-token begins.
-
-    Stories are stripped, empty ones dropped; a text without END is one story. Calls progress(bytes_done) after a piece.
-    ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line.
-    """
+    """Yield the stories of text (split at END), JSON and folders as (piece, True where its story ends): no story has to
+    fit into memory. Where one continues, a pre-token begins. Stories are stripped, empty ones dropped. Calls
+    progress(bytes_done). ValueError: a file that is not UTF-8 text, is compressed, has no story, or has a bad line."""
     done = 0
     for path in text_files(paths):
-        reader = find_reader(path)
         with open(path, "rb") as file:
             empty = begins = True
-            for text, ends in reader(file, path):
+            for text, ends in find_reader(path)(file, path):
                 text = text.strip() if begins else text.rstrip() if ends else text
                 if text or not begins:
                     empty = False
@@ -527,11 +515,6 @@ def bytes_of(data):
     except UnicodeEncodeError as error:
         at = f"U+{ord(data[error.start]):04X} at position {error.start}"
         raise ValueError(f"text has a lone surrogate {at}; pass bytes or replace it") from None
-
-
-def text_of(data):
-    """bytes -> str, where a byte that is not UTF-8 becomes a lone surrogate, so that nothing is lost."""
-    return codecs.decode(data, "utf-8", "surrogateescape")
 
 
 # == 6  token files: NAME.bin and NAME.bin.json ========================================================================
@@ -709,18 +692,16 @@ def size_of(paths):
 
 
 def run_train(args):
-    least = 256 + 1 + args.reserve
-    if args.vocab_size < least:
-        parts = f"256 bytes, {END}, {args.reserve} reserved"
-        raise ValueError(f"--vocab-size is {args.vocab_size}; expected at least {least} ({parts})")
+    V, least = args.vocab_size, 256 + 1 + args.reserve
+    if V < least:
+        raise ValueError(f"--vocab-size is {V}; expected at least {least} (256 bytes, {END}, {args.reserve} reserved)")
     check_out(args.out, args.files)
-    with Progress("reading", size_of(args.files)) as reading, Progress("merging", args.vocab_size - least) as merging:
-        merges = train(pieces(args.files, reading), args.vocab_size - least, merging)
-    most = least + len(merges)
-    if most < args.vocab_size:
-        raise ValueError(f"--vocab-size is {args.vocab_size}, but this text gives {most}; lower it or add text")
+    with Progress("reading", size_of(args.files)) as reading, Progress("merging", V - least) as merging:
+        merges = train(pieces(args.files, reading), V - least, merging)
+    if len(merges) < V - least:
+        raise ValueError(f"--vocab-size is {V}, but this text gives {least + len(merges)}; lower it or add text")
     Tokenizer.from_merges(merges, args.reserve).save(args.out)
-    note(f"{args.out}: {most} entries, {len(merges)} of them merges")
+    note(f"{args.out}: {V} entries, {len(merges)} of them merges")
 
 
 def run_encode(args):

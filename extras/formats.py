@@ -16,7 +16,7 @@ from itertools import chain
 
 import regex
 
-from bpe import BYTE, CHARACTER, END, LAST_CUT, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids, text_of
+from bpe import BYTE, CHARACTER, END, LAST_CUT, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids
 from extras.documents import whole
 
 # == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
@@ -377,7 +377,7 @@ def refuse_specials(tokenizer, text, allowed, disallowed):
     disallowed = tokenizer.special_names("disallowed_special", disallowed)
     names, place = {tokenizer.specials[name]: name for name in allowed | disallowed}, 0
     for plain, special in tokenizer.segments(text, allowed | disallowed):
-        name, place = names.get(special, ""), place + len(text_of(plain))
+        name, place = names.get(special, ""), place + len(plain.decode("utf-8", "surrogateescape"))
         if name in disallowed - allowed:
             use = "name it in allowed_special to have its id, leave it out of disallowed_special to have it as text"
             raise ValueError(f"text has the special token {name} at position {place}; {use}")
