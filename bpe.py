@@ -3,12 +3,12 @@
     python bpe.py train stories.txt --vocab-size 4096 --out tokenizer.json
     python bpe.py explain accomplishment
 
-Read section 1 to know what is computed: pre-tokens, and the trainer that rescans everything for each merge. Section 2
-finds the same merges fast, 3 turns text into ids and back, 4 is tokenizer.json, 5 reads stories, 6 keeps ids in files,
-7 and 8 are command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
+Section 1 says what is computed: pre-tokens, and the trainer that rescans everything for each merge. 2 finds the same
+merges fast, 3 turns text into ids and back, 4 is tokenizer.json, 5 reads stories, 6 keeps ids in files, 7 and 8 are
+command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
 
-Found when they are used: fast/words.py and fast/merges.py do the same to long texts, extras/formats.py reads and writes
-the tokenizers of other systems, extras/documents.py reads stories in JSON.
+Found when they are used: words.py and merges.py of fast/ do the same to long texts. Of extras/, documents.py reads
+JSON, formats.py the tokenizers of other systems; tokens.py has the commands decode, explain and stats.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def find_extra(name, what=None):
 
 # == 3  the tokenizer ==================================================================================================
 
-LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # characters or bytes of text: 0.3 s in Python; 0.5 ms
+LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # bytes of text: 0.3 s in Python; 0.5 ms
 
 
 class Tokenizer:
@@ -212,8 +212,7 @@ class Tokenizer:
             if missing := [token for token in (left, right, left + right) if token not in ids]:
                 raise ValueError(f"the merge of {left!r} and {right!r} needs {missing[0]!r}, which has no id")
         self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
-        self._cached_ids = functools.lru_cache(1 << 16)(self.word_ids)  # more than a language has
-        self._encoder, self._seen = None, 0
+        self._cached_ids, self._encoder, self._seen = functools.lru_cache(1 << 16)(self.word_ids), None, 0
 
     @classmethod
     def from_merges(cls, merges, reserve=8):
@@ -246,18 +245,16 @@ class Tokenizer:
 
     def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
         """Yield the ids of encode("".join(chunks)), those of a word as soon as it cannot change any more."""
-        encode_iterable = find_extra("formats", "encode_iterable").encode_iterable
-        return encode_iterable(self, chunks, allowed_special, disallowed_special)
+        return find_extra("formats", "encode_iterable").encode_chunks(self, chunks, allowed_special, disallowed_special)
 
     def compiled(self, size):
         """The encoder of fast/words.py if it takes so many more bytes sooner than plain Python, else None: loading it
         takes as long as plain Python takes for LONG bytes, and all texts so far count."""
-        if size < LONG_WHEN_LOADED:
-            return None
-        self._seen += size
-        if self._encoder is None and self._seen >= LONG and (words := find_fast("words")):
-            self._encoder = words.Encoder(self._byte_ids, self._ranks, self.dtype)
-        return self._encoder
+        if size >= LONG_WHEN_LOADED:
+            self._seen += size
+            if self._encoder is None and self._seen >= LONG and (words := find_fast("words")):
+                self._encoder = words.Encoder(self._byte_ids, self._ranks, self.dtype)
+            return self._encoder
 
     def _encode(self, segments, size, threads=None):
         """What `segments` gives, of a text of so many bytes -> (ids, special tokens, bytes of plain text), ..."""
@@ -320,7 +317,7 @@ class Tokenizer:
         """Bytes of text in each token, (V,): none in the end of a story."""
         return np.array([len(token) * (i != self.end) for i, token in enumerate(self.vocab)])
 
-    # -- files: section 4
+    # -- files
 
     def strings(self):
         """id -> its key in vocab.json: a special's name, else the characters that stand for its bytes."""
@@ -360,8 +357,7 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path):
-        """As tokenizer.json; in another format where the name ends in .tiktoken or vocab.json (extras/formats.py).
-        ValueError where the file would not give this tokenizer again."""
+        """As tokenizer.json; as what the name ends in: .tiktoken, vocab.json. ValueError if that cannot hold it."""
         from tinygpt import write_aside
 
         files = [(path, self.to_json().encode())]
@@ -449,8 +445,7 @@ def pieces(paths, progress=None):
 
 
 def text_files(paths):
-    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted.
-    FileNotFoundError; ValueError for a folder without text."""
+    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
@@ -462,8 +457,8 @@ def text_files(paths):
 
 
 def find_reader(path):
-    """The function that reads the stories of a file: read_text, or one of extras/documents.py, which refuses compressed
-    files. Where it is missing they are refused later, as bytes that are not text; ValueError for JSON."""
+    """The function that reads the stories of a file: read_text, or one of extras/documents.py. ValueError for a file
+    that is compressed; without extras/ it is refused later, as bytes that are not text, and JSON is refused here."""
     with open(path, "rb") as file:
         head = file.read(1024).removeprefix(codecs.BOM_UTF8)
     is_json = path.suffix.lower() in (".json", ".jsonl") or JSON_START.match(head)
@@ -523,9 +518,8 @@ FORMAT_VERSION = 1
 
 
 def write_tokens(documents, tokenizer, path, progress=None, threads=None):
-    """Write the ids of each document, or of `pieces` of them, and the end's, as raw little-endian integers, and beside
-    it what they are, as JSON. Returns that. Calls progress(bytes of text done). On all cores by default; the bytes
-    written are the same with any number of threads."""
+    """Write the ids of documents or `pieces`, the end of each included, as raw little-endian integers; beside them, as
+    JSON, what they are; return that. Calls progress(bytes of text done). Any number of threads writes equal bytes."""
     from tinygpt import write_aside
 
     beside = Path(f"{path}.json")
@@ -571,15 +565,14 @@ def read_tokens(path, tokenizer=None, check=True):
         refuse(f"{beside} is missing, which says what {path} holds")
     try:
         info = json.loads(beside.read_bytes())
-        version, hash, written = info["format_version"], info.get("tokenizer_hash"), info.get("crc32")
+        version, hash, written = info["format_version"], str(info.get("tokenizer_hash")), info.get("crc32")
         V, tokens, *_ = counts = [info.get(key) for key in ("vocab_size", "tokens", "stories", "bytes")]
     except (ValueError, KeyError, TypeError, RecursionError):
         refuse(f"{beside} does not describe a token file")
     if version != FORMAT_VERSION:
         refuse(f"{path} has format version {version!r:.20}; expected {FORMAT_VERSION}")
     if tokenizer and hash != tokenizer.hash:
-        got = " ".join(str(hash).split())[:12]
-        refuse(f"{path} was written with tokenizer {got}, this one is {tokenizer.hash[:12]}")
+        refuse(f"{path} was written with tokenizer {' '.join(hash[:12].split())}, this one is {tokenizer.hash[:12]}")
     if info.get("dtype") not in ("uint16", "uint32") or not all(type(n) is int and 0 < n < 2**48 for n in counts):
         refuse(f"{beside} does not describe a token file")
     if tokenizer and V != tokenizer.vocab_size:  # the ids are read without a look at their range
@@ -641,12 +634,11 @@ def in_range(kind, low, high, open_low=False):
 
 
 def say(text, stream=None):
-    """Print at once to stdout, or to a stream; what its encoding lacks is replaced. A reader of the stream who left, or
-    a disk too full for it, does not end the program."""
+    """Print at once to stdout, or to a stream; a reader who left, or a full disk, does not end the program."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)  # ? for what it lacks
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -672,8 +664,8 @@ class Progress(contextlib.AbstractContextManager):
         if now - self.shown > 0.1 and now - self.start > 0.5 and sys.stderr.isatty():
             share = min(1.0, done / self.total)
             left = clock(min((now - self.start) * (1 - share) / max(share, 1e-9), 359_999))
-            line = f"{self.what} [{'#' * round(30 * share):30}] {share:4.0%}, {left} left "
-            print("\r" + line, end="", file=sys.stderr, flush=True)
+            bar = f"[{'#' * round(30 * share):30}] {share:4.0%}"
+            print(f"\r{self.what} {bar}, {left} left ", end="", file=sys.stderr, flush=True)
             self.shown = now
 
     def __exit__(self, *_):
@@ -687,16 +679,13 @@ TEXT = f"text with stories that end in {END}; .jsonl or a .json array with a fie
 TOOLS = ("decode", "explain", "stats")  # commands of extras/tokens.py
 
 
-def size_of(paths):
-    return sum(path.stat().st_size for path in text_files(paths))
-
-
 def run_train(args):
     V, least = args.vocab_size, 256 + 1 + args.reserve
     if V < least:
         raise ValueError(f"--vocab-size is {V}; expected at least {least} (256 bytes, {END}, {args.reserve} reserved)")
     check_out(args.out, args.files)
-    with Progress("reading", size_of(args.files)) as reading, Progress("merging", V - least) as merging:
+    size = sum(map(os.path.getsize, text_files(args.files)))
+    with Progress("reading", size) as reading, Progress("merging", V - least) as merging:
         merges = train(pieces(args.files, reading), V - least, merging)
     if len(merges) < V - least:
         raise ValueError(f"--vocab-size is {V}, but this text gives {least + len(merges)}; lower it or add text")
@@ -708,7 +697,7 @@ def run_encode(args):
     tokenizer = Tokenizer.load(args.tokenizer)
     for out in (args.out, args.out + ".json"):
         check_out(out, [*args.files, args.tokenizer])
-    with Progress("encoding", size_of(args.files)) as progress:
+    with Progress("encoding", sum(map(os.path.getsize, text_files(args.files)))) as progress:
         info = write_tokens(pieces(args.files), tokenizer, args.out, progress)
     note(f"{args.out}: {info['tokens']:,} tokens, {info['stories']:,} stories, {info['bytes']:,} bytes of text")
 

@@ -384,7 +384,7 @@ def refuse_specials(tokenizer, text, allowed, disallowed):
         place += len(name)
 
 
-def encode_iterable(tokenizer, chunks, allowed, disallowed):
+def encode_chunks(tokenizer, chunks, allowed, disallowed):
     """Yield the ids of tokenizer.encode("".join(chunks)): at white space after ASCII, those of all before it, now
     certain; at the end if merges cross words, specials are disallowed, or an allowed one has white space inside."""
     names = tokenizer.special_names("allowed_special", allowed)

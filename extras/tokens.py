@@ -7,12 +7,13 @@
 bpe.py's command line finds this file when it is used.
 """
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from bpe import END, TEXT, Parser, Progress, Tokenizer, pieces, read_tokens, size_of
+from bpe import END, TEXT, Parser, Progress, Tokenizer, pieces, read_tokens, text_files
 
 
 def merge_steps(tokenizer, word):
@@ -47,7 +48,7 @@ def stats(args):
     """Show how a text is spread over the entries of a vocabulary."""
     tokenizer = Tokenizer.load(args.tokenizer)
     uses, stories, size = np.zeros(tokenizer.vocab_size, np.int64), 0, 0
-    with Progress("encoding", size_of(args.files)) as progress:
+    with Progress("encoding", sum(map(os.path.getsize, text_files(args.files)))) as progress:
         for ids, more_stories, more_bytes in tokenizer.encode_documents(pieces(args.files)):
             uses += np.bincount(ids, minlength=len(uses))
             stories, size = stories + more_stories, size + more_bytes
