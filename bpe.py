@@ -6,9 +6,8 @@
 Section 1 says what is computed: pre-tokens, and the trainer that rescans everything for each merge. 2 finds the same
 merges fast, 3 turns text into ids and back, 4 is tokenizer.json, 5 reads stories, 6 keeps ids in files, 7 and 8 are
 command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
-
-Found when they are used: words.py and merges.py of fast/ do the same to long texts. Of extras/, documents.py reads
-JSON, formats.py the tokenizers of other systems; tokens.py has the commands decode, explain and stats.
+Found when they are used: fast/ does the same to long texts; of extras/, documents.py reads JSON, formats.py the
+tokenizers of other systems, and tokens.py has the commands decode, explain and stats.
 """
 
 import argparse
@@ -182,6 +181,7 @@ def find_extra(name, what=None):
 # == 3  the tokenizer ==================================================================================================
 
 LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # bytes of text: 0.3 s in Python; 0.5 ms
+CACHED = 64  # characters of a pre-token whose ids are cached: longer ones seldom come again
 
 
 class Tokenizer:
@@ -263,8 +263,8 @@ class Tokenizer:
             return
         for text, special in segments:
             words = self.pretokens(text.decode("utf-8", "surrogateescape"))
-            ids = [*chain.from_iterable(map(self._cached_ids, words)), *[special] * (special >= 0)]
-            yield np.array(ids, self.dtype), int(special >= 0), len(text)
+            ids = chain.from_iterable((self._cached_ids if len(w) <= CACHED else self.word_ids)(w) for w in words)
+            yield np.array([*ids, *[special] * (special >= 0)], self.dtype), int(special >= 0), len(text)
 
     def segments(self, text, names):
         """Bytes -> (plain text, the id of the special token behind it; -1 at the end), ...; the longest name wins."""

@@ -135,11 +135,9 @@ def generate_story(p, cfg, tokenizer, ops, prompt, seed, max_new_tokens, **filte
     those of `probabilities`. ValueError if the prompt is no text.
     """
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-cfg.seq_len :]
-    decoding, decoder = tinygpt.Decoding(p, cfg, ops), bpe.Decoder(tokenizer, ids[-1])
     filters["banned"] = never_drawn(cfg, tokenizer)
-    for token in generate(decoding, ids, seed, tokenizer.end, max_new_tokens, **filters):
-        yield decoder.push(token)
-    yield decoder.finish()
+    new = generate(tinygpt.Decoding(p, cfg, ops), ids, seed, tokenizer.end, max_new_tokens, **filters)
+    yield from tokenizer.decode_iterable(new, ids[-1])
 
 
 def print_story(p, cfg, tokenizer, args, seed):

@@ -174,6 +174,7 @@ def test_a_word_of_a_megabyte_and_a_full_cache_change_nothing(tokenizer):
     small._cached_ids = functools.lru_cache(3)(small.word_ids)
     assert [small.encode(text) for text in STORIES * 2] == [tokenizer.encode(text) for text in STORIES * 2]
     assert small._cached_ids.cache_info().currsize == 3
+    assert small.encode("a" * 65) == small.encode("a") * 65 and small._cached_ids.cache_info().currsize == 3
 
 
 def test_specials_are_text_unless_allowed(tokenizer):

@@ -26,7 +26,7 @@ from helpers import (
 import bpe
 import tinygpt
 import train
-from extras import data, stories
+from extras import data, documents, stories
 
 
 def prepare(*words, seq_len=TINY.seq_len):
@@ -121,7 +121,7 @@ def test_an_encoded_text_without_its_description_is_made_again(place, text):
 
 def test_token_files_of_a_tokenizer_train_as_their_text_does(place, text, tokenizer):
     tokenizer.save(place / "t.json")
-    bpe.write_tokens(bpe.documents([text]), tokenizer, place / "t.bin")
+    bpe.write_tokens(documents.documents([text]), tokenizer, place / "t.bin")
     trained("--data", text, "--tokenizer", "t.json", "--steps", 2)
     trained("--data", "t.bin", "--tokenizer", "t.json", "--steps", 2)
     assert model_bytes() == model_bytes("runs/tiny-2")
@@ -158,7 +158,7 @@ def test_without_data_it_trains_on_generated_stories_and_says_so(place, monkeypa
 def write_token_files(text, tokenizer):
     """a.bin, b.bin and v.bin, which can be encoded again in another order of their stories: as many tokens."""
     tokenizer.save("t.json")
-    told = list(bpe.documents([text]))
+    told = list(documents.documents([text]))
     for name, part in (("a", told[:30]), ("b", told[30:]), ("v", told[:20])):
         bpe.write_tokens(part, tokenizer, f"{name}.bin")
         bpe.write_tokens(part[::-1], tokenizer, f"{name}-reversed.bin")

@@ -43,7 +43,7 @@ from tiers import fast, needs_fast
 import bpe
 import tinygpt
 import train
-from extras import plan, resume, stories
+from extras import documents, plan, resume, stories
 
 # == 1  what is held out ===============================================================================================
 
@@ -826,7 +826,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(place, text, tokenizer, wh
     if "token" in what:
         tokenizer.save("own.json")
         bpe.Tokenizer.from_merges(tokenizer.merges[:20]).save("other.json")
-        bpe.write_tokens(bpe.documents([text]), tokenizer, "tokens.bin")
+        bpe.write_tokens(documents.documents([text]), tokenizer, "tokens.bin")
     words, piece = BAD[what]
     words = [str(text) if word == "TEXT" else word for word in words]
     message = refusal(train.main, "train.py", "--size", "tiny", "--steps", "1", *words)
