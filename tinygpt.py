@@ -1352,15 +1352,6 @@ def find_size(name):
     raise ValueError(f"there is no size {name}; expected one of {', '.join(sizes)}{more}")
 
 
-def flops_per_token(cfg):
-    """Floating-point operations to train on one token: 2 for each weight of a product forward, 4 backward; causal
-    attention sees T/2 keys on average, in two products forward and four backward (lookups count nothing)."""
-    _, _, weights = count_parameters(cfg)
-    tied, T, L = cfg.vocab_size * cfg.width * cfg.tied, cfg.seq_len, cfg.layers
-    keys = sum(T / 2 if not (w := layer_window(cfg, i)) or w >= T else w - w * w / (2 * T) for i in range(L))
-    return round(6 * (weights + tied) + 12 * keys * cfg.heads * cfg.head_width)
-
-
 def overrides(words):
     """FIELD=VALUE words -> {field of Config: value}. ValueError for another field or a value of another kind."""
     kinds, changes = {field.name: field.type for field in dataclasses.fields(Config)}, {}
@@ -1436,24 +1427,6 @@ class Decoding:
 FORMAT, FORMAT_VERSION = "tinygpt", "1"
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
-
-
-def lock_file(file):
-    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
-    it; OSError where the file system has no locks."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 ABANDONED = 3600  # seconds: a file under way that has not been written to for so long is that of a killed process
@@ -1556,12 +1529,6 @@ def read_safetensors(path, dtypes=DTYPES):
         refuse(f"it is damaged: its checksum is {found}, expected {written[:8]!r}; take an earlier one or a copy")
     arrays = [np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape) for _, dtype, shape, begin in rows]
     return {row[0]: x for row, x in zip(rows, arrays)}, metadata
-
-
-def read_metadata(path):
-    """The metadata of a checkpoint that was written here, without its tensors."""
-    with open(path, "rb") as f:
-        return json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
 
 
 class Checkpoint(NamedTuple):

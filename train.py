@@ -70,7 +70,11 @@ class Batches:
         self.epoch = None
 
     def begin_epoch(self, epoch):
-        """Draw where the windows of an epoch are cut, and their order."""
+        """Draw where the windows of an epoch are cut, and their order. ValueError if a mapped file is no longer whole:
+        reading behind its end would kill the process."""
+        tokens = self.tokens
+        if isinstance(tokens, np.memmap) and os.path.getsize(tokens.filename) < tokens.nbytes:
+            raise ValueError(f"{tokens.filename} was cut short while it was read: restore it, then --resume")
         rng = np.random.Generator(np.random.Philox(key=[self.seed, (1 << 32) + epoch]))  # 0: weights, 1: sampling
         self.epoch, self.offset = epoch, int(rng.integers(1, self.T + 1))  # the first window ends at the offset
         self.order = rng.permutation(self.per_epoch)
@@ -673,8 +677,9 @@ class Run:
         """Where to resume from, for the line that ends a run."""
         path = self.folder / "last.safetensors"
         try:
-            return f"last good checkpoint: {path}, step {tinygpt.read_metadata(path)['step']}"
-        except (OSError, ValueError, KeyError):
+            _, metadata = tinygpt.read_safetensors(path)
+            return f"last good checkpoint: {path}, step {metadata['step']}"
+        except (OSError, ValueError, LookupError):
             return f"no checkpoint is in {self.folder} yet"
 
     def finish(self):
@@ -774,13 +779,17 @@ def begin_run(args, ranks, started):
 def resume_run(args, ranks):
     """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
     continue."""
-    folder = args.out or newest_run()
+    folder, flags = args.out or newest_run(), flags_given(args)
     if not folder or not (folder / "last.safetensors").exists():
+        if args.out and not flags:
+            raise ValueError(
+                f"{folder} has no checkpoint to go on with; name the folder of the run, or flags to begin one"
+            )
         note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
         return None
     log = open_log(folder)
     try:
-        run = read_run(folder, log, flags_given(args), ranks.count)
+        run = read_run(folder, log, flags, ranks.count)
         ranks.rows(run.settings.batch_size)
         return run
     except BaseException:
@@ -806,6 +815,8 @@ def read_run(folder, log, flags=None, processes=1):
     run.saved, run.saved_at = (state.step, run.evaluated), time.monotonic()
     log.truncate(min(int(place["log_bytes"]), os.path.getsize(log.name)))  # behind it: updates that are made again
     log.seek(0, os.SEEK_END)
+    if Path(log.name).read_bytes()[-1:] not in (b"", b"\n"):  # the disk lost the end of a line
+        log.write("\n")
     return run
 
 
@@ -821,22 +832,26 @@ def make_ops(s, cfg, ranks):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a function: True after Ctrl-C or SIGTERM. A second one acts as it always did."""
+    """Yield a function: True after Ctrl-C, SIGTERM or SIGHUP, a closed terminal. A second one acts as it always did."""
     received, old = [], {}
+
+    def restore():
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
     def receive(number, frame):
         received.append(number)
-        for name, handler in old.items():
-            signal.signal(name, handler)
+        restore()
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not the main thread: no signals come here
-            old[name] = signal.signal(name, receive)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP; where nohup ignores it, it stays ignored
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            with contextlib.suppress(ValueError):  # not the main thread: no signals come here
+                old[number] = signal.signal(number, receive)
     try:
         yield lambda: bool(received)
     finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
+        restore()
 
 
 # == 11  command line ==================================================================================================

@@ -200,10 +200,10 @@ class Side:
 
 
 def measure(size, modes, rounds, threads, dtype, kernels, environment):
-    import tinygpt
+    from extras import plan
 
     (cfg, batch), modes = shape_of(size), [mode for mode in modes if mode in TABLES or size in SHAPES]
-    tokens, flops = batch * cfg.seq_len, tinygpt.flops_per_token(cfg)
+    tokens, flops = batch * cfg.seq_len, plan.flops_per_token(cfg)
     sides = {name: Side(name, size, threads, dtype, kernels, environment) for name in ("ours", *modes)}
     for side in sides.values():
         side.turn(1)

@@ -1,17 +1,17 @@
 """The loss curve of a run, which train.py shows at its end: in the terminal, and as loss.png where matplotlib is."""
 
-import json
-
 import numpy as np
 
 import bpe
+from extras import report
 
 
 def draw_curve(folder):
     """Show the loss curve of the log in `folder`; write loss.png there where matplotlib is installed."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    steps = [e["step"] for e in entries if "loss" in e]
-    losses = [e["loss"] for e in entries if "loss" in e]
+    log = report.read_log(folder / "log.jsonl", folder.name)
+    for problem in log.problems:
+        bpe.note(f"{folder / 'log.jsonl'}: {problem}")
+    steps, losses = ([int(row["step"]) for row in log.updates], [row["loss"] for row in log.updates])
     if len(steps) < 2:
         return
     bpe.note(terminal_curve(steps, losses))
@@ -26,7 +26,7 @@ def draw_curve(folder):
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each update")
     smooth = np.convolve(losses, np.ones(max(1, len(losses) // 50)) / max(1, len(losses) // 50), "valid")
     axes.plot(steps[len(steps) - len(smooth) :], smooth, color="C0", label="training, mean")
-    valid = [(e["step"], e["val_nats"]) for e in entries if "val_nats" in e]
+    valid = [(row["step"], row["nats"]) for row in log.validations]
     axes.plot(*zip(*valid), "o-", color="C1", label="validation") if valid else None
     axes.set(xlabel="update", ylabel="nats per token")
     axes.legend()

@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 
 import bpe
-import tinygpt
 import train
 from extras import plan, stories, warmup
 
@@ -55,7 +54,7 @@ def find_stories(args, cfg, batch_size, steps):
         tokens = steps * batch_size * cfg.seq_len
     else:  # as many as fit the time at 60% of the machine's peak: fewer are read
         seconds = 60 * (args.minutes or 5) if not args.epochs else 300
-        tokens = 0.6 * seconds * plan.measure_peak() / tinygpt.flops_per_token(cfg)
+        tokens = 0.6 * seconds * plan.measure_peak() / plan.flops_per_token(cfg)
     size = 2**24 * math.ceil(4.2 * tokens / 2**24)  # some 4 bytes a token; in steps, so that it seldom changes
     source = stories.get(Path("data"), size)
     return [str(source.train)], [str(source.valid)], source.name

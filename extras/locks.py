@@ -1,9 +1,28 @@
 """A file that one process at a time writes: the log of a run, the table of a sweep."""
 
+import os
+
 import bpe
-import tinygpt
 
 BUSY = "another process writes the run"  # extras/sweep.py looks for it
+
+
+def lock_file(file):
+    """Lock an open file until it is closed or its process ends, however it ends. False if another process has locked
+    it; OSError where the file system has no locks."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 2**30, os.SEEK_SET)  # a byte that nobody reads: Windows locks it for readers, too
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def lock_log(folder):
@@ -16,7 +35,7 @@ def open_locked(path, busy):
     `busy`, if another process has locked it."""
     file = open(path, "a", encoding="utf-8", newline="\n")
     try:
-        if not tinygpt.lock_file(file):
+        if not lock_file(file):
             file.close()
             raise ValueError(f"{busy}; wait for its end or name another --out")
     except OSError as error:  # some network file systems have no locks

@@ -89,6 +89,10 @@ def plan_steps(minutes, s, cfg, valid_tokens, batches, ranks, started):
 
     pace = measure_pace(run_update, 60 * minutes)
     passed = time.monotonic() - started
+    if passed > 60 * minutes:
+        bpe.note(
+            f"--minutes {minutes:g} went into preparing, {bpe.clock(passed)}: one update is made; take more minutes"
+        )
     steps = max(1, int((60 * minutes - passed) * (1 - OVERHEAD) / pace))
     scoring = scoring_seconds(valid_tokens, s.batch_size * cfg.seq_len / pace / ranks.count)
     bpe.note(
@@ -123,6 +127,15 @@ def scoring_seconds(tokens, speed):
     """Seconds to score so many tokens in a process that trains `speed` tokens a second: there is no backward, which
     takes about 2/3 of an update."""
     return tokens / (2.5 * speed)
+
+
+def flops_per_token(cfg):
+    """Floating-point operations to train on one token: 2 for each weight of a product forward, 4 backward; causal
+    attention sees T/2 keys on average, in two products forward and four backward (lookups count nothing)."""
+    _, _, weights = tinygpt.count_parameters(cfg)
+    tied, T, L = cfg.vocab_size * cfg.width * cfg.tied, cfg.seq_len, cfg.layers
+    keys = sum(T / 2 if not (w := tinygpt.layer_window(cfg, i)) or w >= T else w - w * w / (2 * T) for i in range(L))
+    return round(6 * (weights + tied) + 12 * keys * cfg.heads * cfg.head_width)
 
 
 def measure_peak():

@@ -117,7 +117,7 @@ def list_sizes():
     bpe.say(f"{'size':20} {'parameters':>12} {'no embedding':>13} {'MFLOP/token':>12} {'MiB':>7}  from")
     for size, cfg in tinygpt.find_sizes().items():
         total, _, inner = tinygpt.count_parameters(cfg)
-        flops, memory = tinygpt.flops_per_token(cfg) / 1e6, "-"
+        flops, memory = plan.flops_per_token(cfg) / 1e6, "-"
         if tinygpt.find_ops().name == "fast":  # the memory of other tables is not planned
             micro_batch_size = train.usual_micro_batch(train.Settings.batch_size, cfg.seq_len)
             memory = f"{plan.memory_needed(cfg, micro_batch_size) / 2**20:,.0f}"

@@ -6,6 +6,7 @@ when it resumes.
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +34,13 @@ def check(folder, checkpoint, flags):
         if name not in s.flags or flags[name] != s.flags[name]:
             flag = name.replace("_", "-")
             raise ValueError(f"--resume goes on under the run's own settings; leave out --{flag}, or {other}")
+    if gone := [path for paths in s.files for path in paths if not Path(path).exists()]:
+        made = (
+            f"it was made of {s.data}; put it back, or {other} and the same text"
+            if s.data
+            else f"put it back, or {other}"
+        )
+        raise ValueError(f"{gone[0]}, which the run in {folder} reads, is gone; {made}")
     check_precision(s, folder)
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
+from extras import locks
 from extras.generate import generate, grammar_version, hash_story
 
 END = bpe.END
@@ -125,7 +126,7 @@ def folder_lock(path: Path):
     with open(path.with_name("stories.lock"), "ab") as file:
         try:
             waiting = False
-            while not tinygpt.lock_file(file):
+            while not locks.lock_file(file):
                 if not waiting:
                     print(f"stories: another process is writing {path}; waiting ...", file=sys.stderr)
                 waiting = True

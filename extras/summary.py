@@ -29,7 +29,7 @@ def describe(run):
     of_ranks = f" of each of {processes} ranks" if processes > 1 else ""
     bpe.note(
         f"model     {s.size}: {total:,} parameters ({inner:,} without embeddings), "
-        f"{tinygpt.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
+        f"{plan.flops_per_token(cfg) / 1e6:.1f} MFLOP per token trained\n"
         f"          {begun}{', '.join(f'{name} {value}' for name, value in shown.items())}\n"
         f"data      {data.name}: {len(data.train):,} tokens, {len(data.valid):,} for validation{held_out}; "
         f"ln V = {math.log(cfg.vocab_size):.2f}\n"
@@ -50,7 +50,7 @@ def share_and_time_left(run, count):
     """The end of the line of an update, number `count` of this process: the first one's time is that of compiling."""
     s, cfg = run.settings, run.state.cfg
     speed = s.batch_size * cfg.seq_len / run.pace
-    line = f" | {speed * tinygpt.flops_per_token(cfg) / run.peak:.0%} of NumPy's BLAS"
+    line = f" | {speed * plan.flops_per_token(cfg) / run.peak:.0%} of NumPy's BLAS"
     left = bpe.clock(plan.seconds_left(s.steps - run.state.step, run.pace))
     return line + (f" | {left} left" if count > 1 else "")
 

@@ -99,6 +99,12 @@ def test_a_steady_machine_keeps_the_promise_and_the_plan_says_when_it_ends(place
     assert f"scoring all {valid} validation tokens, about 0:{plan[5]} ..." in err
 
 
+def test_minutes_shorter_than_their_preparation_are_said(place, text, monkeypatch):
+    err, _ = by_the_clock(monkeypatch, text, lambda n: 1.0 if n else 30.0, "--minutes", 0.5)
+    assert "--minutes 0.5 went into preparing, 0:34: one update is made; take more minutes" in err
+    assert read_log()[0]["settings"]["steps"] == 1
+
+
 def test_the_time_left_is_that_of_the_last_updates_without_compilation(place, text, monkeypatch):
     err, _ = by_the_clock(monkeypatch, text, lambda n: 0.5 if n else 100.0, "--steps", 101)
     found = lefts(err)

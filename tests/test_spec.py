@@ -27,6 +27,7 @@ from conftest import (
 from tiers import WITHOUT_FAST, fast, needs_fast
 
 import tinygpt
+from extras import plan
 from tinygpt import OPS, Config, find_size, find_sizes
 
 GOLDENS = {
@@ -861,7 +862,7 @@ def test_floating_point_operations_are_those_of_the_products():
     seen = [np.mean([min(t + 1, w) for t in range(1000)]) for w in (1000, 100, 1000)]
     # forward 2 a weight, and 2 D for each score and for its share of the value; backward twice that
     expected = 6 * matrices + 12 * sum(seen) * 6 * 4
-    assert tinygpt.flops_per_token(cfg) == pytest.approx(expected, rel=0.01)
+    assert plan.flops_per_token(cfg) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_layout_has_matrices_first_and_no_gaps():

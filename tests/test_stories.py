@@ -22,8 +22,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tinygpt
-from extras import generate, stories
+from extras import generate, locks, stories
 
 MIB = 1 << 20
 
@@ -443,7 +442,7 @@ def test_processes_that_need_different_amounts_all_get_true_stories(server, tmp_
 
 def test_a_waiting_process_says_so_in_one_line_and_then_uses_the_files(server, tmp_path):
     with open(tmp_path / "stories.lock", "ab") as lock:
-        assert tinygpt.lock_file(lock)
+        assert locks.lock_file(lock)
         waiting = start(tmp_path, 900_000)
         line = waiting.stderr.readline()
         path = tmp_path / stories.TRAIN.name
@@ -532,7 +531,7 @@ def no_locks(_):
 
 
 def test_without_locks_one_line_says_so_and_the_download_continues(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tinygpt, "lock_file", no_locks)
+    monkeypatch.setattr(locks, "lock_file", no_locks)
     assert stories.get(tmp_path, 900_000).name.startswith("TinyStoriesV2")
     assert f"cannot lock {tmp_path} (No locks available)" in capsys.readouterr().err.splitlines()[0]
 
@@ -642,7 +641,7 @@ def count(path):
 
 def test_two_writers_of_generated_stories_never_write_to_one_file(tmp_path, monkeypatch):
     """Even without locks: each writes to a file of its own and renames it when it is whole."""
-    monkeypatch.setattr(tinygpt, "lock_file", no_locks)
+    monkeypatch.setattr(locks, "lock_file", no_locks)
     real, inner = stories.generate, []
 
     def generate(seed, split="train"):

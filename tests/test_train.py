@@ -619,7 +619,10 @@ def test_out_that_holds_a_run_is_refused_and_left_as_it_was(place, text):
 # == interrupted runs ==================================================================================================
 
 
-@pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGINT", 5), ("SIGTERM", 7), ("SIGTERM", 11)])
+HANGUP = [("SIGHUP", 3), ("SIGHUP", 6)] if hasattr(signal, "SIGHUP") else []
+
+
+@pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGINT", 5), ("SIGTERM", 7), ("SIGTERM", 11), *HANGUP])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(place, text, finished, name, step):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, step, lambda: signal.raise_signal(getattr(signal, name)))
@@ -637,6 +640,65 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(place, text, finished, 
     assert [e["step"] for e in read_log() if "loss" in e] == list(range(1, 13))
     assert [e for e in read_log() if "val_nats" in e] == [e for e in read_log(finished.folder) if "val_nats" in e]
     assert first + then == finished.out
+
+
+@pytest.mark.skipif(not HANGUP, reason="this system has no SIGHUP")
+def test_a_hangup_that_nohup_ignores_does_not_stop_a_run(place, text, finished, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGHUP))
+        trained("--data", text, *LONG)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert model_bytes() == model_bytes(finished.folder)
+
+
+@pytest.mark.parametrize("damage", [b"{not JSON}\n", b"\0" * 40 + b"\n", b'{"step": 3, "loss"'])
+def test_a_damaged_line_of_the_log_does_not_end_a_run(place, text, finished, monkeypatch, damage):
+    """As a power loss leaves it: the run goes on behind it, on a line of its own, and says which one it left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        assert invoke(train.main, "--size", "tiny", "--data", text, *LONG)[0] == 130
+    log = Path("runs", "tiny", "log.jsonl")
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:-1]) + damage)
+    status, _, err = invoke(train.main, "--resume")
+    assert status == 0, err
+    assert f"log.jsonl: Line {len(lines)} is left out" in err
+    assert model_bytes() == model_bytes(finished.folder)
+    assert json.loads(log.read_bytes().splitlines()[len(lines)])["step"] > 0
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_token_file_that_is_cut_short_while_it_is_read_ends_in_one_line(place, text, tokenizer, monkeypatch, size):
+    """At the next epoch, here the next update: reading a page that the file no longer has would kill the process."""
+    told = list(documents.documents([text]))[:4]
+    tokenizer.save("t.json")
+    tokens = [bpe.write_tokens(told, tokenizer, name)["tokens"] for name in ("t.bin", "v.bin")][0]
+    interrupt_at(monkeypatch, 0, lambda: os.truncate("t.bin", size))
+    batch = ["--batch-size", -(-tokens // TINY.seq_len) + 1, "--micro-batch-size", 1, "--steps", 3]
+    words = ["--data", "t.bin", "--val-data", "v.bin", "--tokenizer", "t.json", *batch]
+    message = refusal(train.main, "train.py", "--size", "tiny", *words)
+    assert "t.bin was cut short while it was read: restore it, then --resume" in message
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\0" * 7, b"\xff" * 99, b"\x02" + bytes(7) + b"[]", b"\x04" + bytes(7) + b"null"]
+)
+def test_the_line_that_ends_a_run_bears_a_damaged_checkpoint(place, text, damage):
+    path = Path("runs", "tiny", "last.safetensors")
+    trained("--data", text, "--steps", 1)
+    path.write_bytes(damage)
+    run = SimpleNamespace(folder=path.parent)
+    assert train.Run.last_good(run) == f"no checkpoint is in {path.parent} yet"
+
+
+def test_resume_of_a_named_run_that_is_not_there_begins_none(place, text):
+    message = refusal(train.main, "train.py", "--resume", "--out", "runs/moved")
+    assert f"{Path('runs', 'moved')} has no checkpoint to go on with" in message
+    assert not Path("runs").exists()
+    trained("--data", text, "--steps", 1, "--resume", "--out", "runs/moved")
+    assert Path("runs", "moved", "last.safetensors").exists()
 
 
 def test_signals_are_as_before_when_a_run_is_over(place, text):
@@ -706,10 +768,11 @@ def test_resume_reads_the_tokens_of_its_run_though_the_text_has_changed(stopped,
     assert model_bytes() == model_bytes(finished.folder)
 
 
-def test_resume_says_which_tokens_are_gone(stopped):
+def test_resume_says_which_tokens_are_gone_and_what_they_were_made_of(stopped):
     (gone,) = Path("data", "tokens").glob("*/train.bin")
     gone.unlink()
-    assert str(gone) in refusal(train.main, "train.py", "--resume")
+    message = refusal(train.main, "train.py", "--resume")
+    assert f"{gone}, which the run in {stopped} reads, is gone; it was made of s.txt; put it back" in message
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "cut", "foreign", "model alone"])
