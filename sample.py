@@ -17,7 +17,57 @@ import numpy as np
 import bpe
 import tinygpt
 
-# == 1  from logits to a token =========================================================================================
+# == 1  decoding =======================================================================================================
+
+
+class Decoding:
+    """One text that grows: the keys and values of the window's tokens, so that each is computed once.
+
+    When the window is full, its newer half is run again as one block, and the text goes on without end. Within what is
+    kept the logits are those of `tinygpt.forward` on the whole window.
+    """
+
+    def __init__(self, p, cfg, ops):
+        self.p, self.cfg, self.ops = p, cfg, ops
+        self.window = []
+        dtype = p["embed_w"].dtype
+        self.kv = np.empty((cfg.layers, 1, cfg.seq_len, 2, cfg.kv_heads, cfg.head_width), dtype)
+        self.steps = ops.steps and ops.steps(p, cfg, self.kv)
+
+    def append(self, ids):
+        """Read token ids (at least one) -> what the head reads of the last (1, C); None where it is left to `steps`."""
+        start, new = len(self.window), list(ids)
+        if start + len(new) > self.cfg.seq_len:
+            start, new = 0, (self.window + new)[-max(1, self.cfg.seq_len // 2) :]
+        tokens = np.array([new], np.int64)  # (1, T)
+        tinygpt.check_tokens(tokens, start, self.cfg)
+        self.window = self.window[:start] + new
+        if self.steps and len(new) == 1:
+            return None
+        ops = tinygpt.with_forward_buffers(self.ops, self.cfg, 1, len(new), self.kv.dtype)
+        x, _ = tinygpt.forward(self.p, tokens, self.cfg, ops, (self.kv, start))
+        if self.steps:
+            self.steps.copy_from_cache(start, start + len(new))
+        return x[:, -1]
+
+    def feed(self, ids):
+        """Append token ids (at least one) -> logits (V,) of what follows them."""
+        x = self.append(ids)
+        if self.steps:
+            return self.steps.logits(self.window[-1], x, len(self.window) - 1)
+        return self.ops.head_logits(x, self.p, self.cfg, self.ops)[0]
+
+    def draw(self, ids, uniforms, stop, **filters):
+        """Append token ids, draw one with each of `uniforms` and append it, with no Python in between -> ids, at least
+        one, at most as many as the window takes, up to `stop`; the last is not yet appended. For a table with steps."""
+        x = self.append(ids)
+        last = len(self.window) - 1
+        drawn = self.steps.draw(self.window[-1], x, last, uniforms[: self.cfg.seq_len - last], stop, **filters)
+        self.window += drawn[:-1]
+        return drawn
+
+
+# == 2  from logits to a token =========================================================================================
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
@@ -77,7 +127,7 @@ def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
         ids, uniforms, yielded = drawn[-1:], uniforms[len(drawn) :], yielded + len(drawn)
 
 
-# == 2  the model ======================================================================================================
+# == 3  the model ======================================================================================================
 
 
 def newest_run(folder=Path("runs")):
@@ -125,7 +175,7 @@ def never_drawn(cfg, tokenizer):
     return [*reserved, *range(tokenizer.vocab_size, cfg.vocab_size)]
 
 
-# == 3  the story ======================================================================================================
+# == 4  the story ======================================================================================================
 
 
 def generate_story(p, cfg, tokenizer, ops, prompt, seed, max_new_tokens, **filters):
@@ -136,7 +186,7 @@ def generate_story(p, cfg, tokenizer, ops, prompt, seed, max_new_tokens, **filte
     """
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-cfg.seq_len :]
     filters["banned"] = never_drawn(cfg, tokenizer)
-    new = generate(tinygpt.Decoding(p, cfg, ops), ids, seed, tokenizer.end, max_new_tokens, **filters)
+    new = generate(Decoding(p, cfg, ops), ids, seed, tokenizer.end, max_new_tokens, **filters)
     yield from tokenizer.decode_iterable(new, ids[-1])
 
 

@@ -3,13 +3,12 @@
     python tinygpt.py check        # every gradient against finite differences, with the errors found
 
 Part I is the specification, in NumPy, and is complete: a reader who stops there has read the whole model and its
-gradients. Part II compiles the primitives that the sublayers call, in plain Numba. Part III holds what surrounds a
-model: tables of functions to run it on, sizes, decoding, checkpoints, and the checks that each table agrees with
-calculus and with the others. The folder fast/ computes the same sublayers at the limit of the machine.
+gradients. Part II compiles the primitives that the sublayers call, in plain Numba. Part III is what surrounds a model.
+The folder fast/ computes the same sublayers at the limit of the machine.
 
     Part I    1 configuration and parameters    2 primitives    3 sublayers    4 the model
     Part II   5 compiling    6 products    7 attention    8 rows
-    Part III  9 threads, tables of ops    10 sizes    11 decoding    12 checkpoints    13 checks
+    Part III  9 threads, tables of ops    10 configurations    11 checkpoints    12 checks
 
 Symbols, here and everywhere:
 
@@ -25,7 +24,6 @@ Symbols, here and everywhere:
 returns only dx: one rule for accumulation over micro-batches, for tied weights and for kernels that work in place.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -61,11 +59,6 @@ CHOICES = {  # names that fields of Config may have; of norm and mlp, the keys o
     "mlp": ("gelu-tanh", "gelu", "silu", "relu2", "swiglu"),
     "init": ("fan-in", "gpt2", "normal", "torch", "lillm"),
 }
-
-
-def divisor_near(wish, n):
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return min(small + [n // d for d in small], key=lambda d: (abs(d - wish), d))
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,9 @@ class Config:
     mlp_dropout: float = 0.0  # of what the MLP adds
     init: str = "fan-in"  # whose rule: section 1.2
 
+    def __post_init__(self):
+        complete(self)  # section 10
+
     def defaults(self):
         """What the fields that are left at 0 become."""
         inner = {"kv_heads": self.heads, "head_width": self.width // self.heads, "hidden": 4 * self.width}
@@ -126,30 +122,6 @@ class Config:
     def up_width(self):
         """Columns of the MLP's first product: F, or 2 F where a gate stands before the values."""
         return 2 * self.hidden if self.mlp == "swiglu" else self.hidden
-
-    def __post_init__(self):
-        """Fill in the fields that are left at 0; ValueError if the fields do not fit together."""
-        for field in dataclasses.fields(self):
-            value, kind, choices = getattr(self, field.name), field.type, CHOICES.get(field.name)
-            number, most = kind in (int, float), 1 if field.name.endswith("dropout") else 2**31
-            if type(value) is not kind or (number and not 0 < value < most and not value == field.default == 0):
-                expected = "0 (off) to below 1" if most == 1 else f"a{' positive' * number} {kind.__name__}"
-                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} is {value!r}; expected one of {', '.join(choices)}")
-        if not self.head_width and self.width % self.heads:
-            near = divisor_near(self.heads, self.width)
-            raise ValueError(f"width {self.width} does not divide into heads={self.heads}; try heads={near}")
-        for name, default in self.defaults().items():
-            object.__setattr__(self, name, getattr(self, name) or default)
-        if self.heads % self.kv_heads:
-            near = divisor_near(self.kv_heads, self.heads)
-            raise ValueError(f"heads={self.heads} cannot share kv_heads={self.kv_heads}; try kv_heads={near}")
-        if self.positions.startswith("rope") and self.head_width % 2:
-            raise ValueError(f"positions={self.positions} turns pairs, but head_width={self.head_width} is odd")
-        if self.position_rows < self.seq_len:
-            few = f"position_rows={self.position_rows} is below seq_len={self.seq_len}"
-            raise ValueError(f"{few}; raise it or leave it")
 
 
 # == 1.2  parameters: one table, one flat buffer, named views ==========================================================
@@ -456,11 +428,18 @@ ACTIVATIONS = {
 # == 2.4  causal self-attention     o_t = sum_{s <= t} p_ts v_s,   p_t = softmax_s(scale q_t . k_s - slope (t - s)) ====
 
 
-def attention_forward(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
+def softmax(x):
+    """x (..., S) -> e^x / sum_s e^x, (..., S), without overflow; -inf becomes 0."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def attention_forward(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0, mask=None):
     """q (B, H, T, D), k and v (B, G, S, D) -> o (B, H, T, D).   Vaswani et al. 2017, arXiv:1706.03762.
 
     The T queries are the last of the S positions: query t sees keys 0 .. S - T + t, of them the last `window` (0: all).
     Head h reads keys h // (H / G) (Ainslie et al. 2023, arXiv:2305.13245); slopes (H,): ALiBi; rate: of dropout of p.
+    `mask` (T, S), True where a query sees a key, replaces the causal one; the kernels of other tables do not take it.
     """
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     keep = dropout and dropout.keep(ATTENTION_SITE, rate, (B, H, T, S), q.dtype)
@@ -469,9 +448,8 @@ def attention_forward(q, k, v, scale, slopes=None, window=0, dropout=None, rate=
     distance = np.arange(S - T, S)[:, None] - np.arange(S)  # (T, S)
     if slopes is not None:
         scores = scores - slopes.astype(q.dtype)[:, None, None] * distance.astype(q.dtype)
-    scores = np.where((distance >= 0) & (distance < (window or S)), scores, -math.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)  # (B, H, T, S)
+    seen = (distance >= 0) & (distance < (window or S)) if mask is None else mask
+    p = softmax(np.where(seen, scores, -math.inf))  # (B, H, T, S)
     kept = p if keep is None else p * keep
     o = kept.reshape(B, G, H // G, T, S) @ v_BG1SD
     return o.reshape(B, H, T, D), (q, k, v, p, scale, keep)
@@ -626,15 +604,14 @@ def embed_backward(dx, cache, g, cfg, ops):
     ops.embedding.backward(dx, lookup, g["lookup_w"], g["position_w"])
 
 
-def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
-    """x (B, T, C) -> x + attention(norm1(x)) out_w + out_b, (B, T, C), in layer number `index`.
+def self_attention_forward(n, p, cfg, ops, index=0, past=None, dropout=None):
+    """n (B, T, C) -> attention(n qkv_w + qkv_b) out_w + out_b, (B, T, C), in layer number `index`.
 
     past = (kv, start): kv (B, positions, 2, G, D) holds the keys and values of `start` earlier positions and takes the
     new ones; queries see all of them.
     """
-    (B, T, _), (H, G, D) = x.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
+    (B, T, _), (H, G, D) = n.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
     kv, start = past or (None, 0)
-    n, norm = ops.norms[cfg.norm].forward(x, p["norm1_w"], p["norm1_b"], cfg.norm_eps)
     qkv, qkv_linear = ops.linear.forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
     heads = qkv.reshape(B, T, H + 2 * G, D).transpose(0, 2, 1, 3)  # (B, H + 2 G, T, D)
     q, k, v = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
@@ -643,7 +620,7 @@ def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
         q, q_norm = ops.norms["rmsnorm"].forward(q, p["q_norm_w"], None, cfg.norm_eps)
         k, k_norm = ops.norms["rmsnorm"].forward(k, p["k_norm_w"], None, cfg.norm_eps)
     if cfg.positions.startswith("rope"):
-        cos, sin = (a[start : start + T] for a in rotation(cfg.seq_len, D, cfg.rope_theta, x.dtype.name))
+        cos, sin = (a[start : start + T] for a in rotation(cfg.seq_len, D, cfg.rope_theta, n.dtype.name))
         q, q_turn = ops.rotate.forward(q, cos, sin, cfg.positions == "rope-half")
         k, k_turn = ops.rotate.forward(k, cos, sin, cfg.positions == "rope-half")
     if past is not None:
@@ -653,18 +630,15 @@ def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
     scale = 1 / math.sqrt(D) if cfg.attention_scale else 1.0
     drop = (dropout, cfg.attention_dropout)
     o_BHTD, attention = ops.attention.forward(q, k, v, scale, slopes, layer_window(cfg, index), *drop)
-    o = o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D)
-    y, out_linear = ops.linear.forward(o, p["out_w"], p["out_b"])
-    keep = dropout and dropout.keep(OUT_SITE, cfg.out_dropout, y.shape, y.dtype)
-    cache = (norm, qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear, keep)
-    return x + (y if keep is None else y * keep), cache
+    y, out_linear = ops.linear.forward(o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D), p["out_w"], p["out_b"])
+    return y, (qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear)
 
 
-def attention_layer_backward(dy, cache, p, g, cfg, ops, index=0):
-    """dy (B, T, C) -> dx (B, T, C); adds into g."""
-    norm, qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear, keep = cache
+def self_attention_backward(dy, cache, g, cfg, ops):
+    """dy (B, T, C) -> dn (B, T, C); adds into g."""
+    qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear = cache
     B, T, _ = dy.shape
-    do = ops.linear.backward(dy if keep is None else dy * keep, out_linear, g["out_w"], g["out_b"])  # (B, T, H D)
+    do = ops.linear.backward(dy, out_linear, g["out_w"], g["out_b"])  # (B, T, H D)
     do_BHTD = do.reshape(B, T, cfg.heads, cfg.head_width).transpose(0, 2, 1, 3)
     dq, dk, dv = ops.attention.backward(do_BHTD, attention)
     if cfg.positions.startswith("rope"):
@@ -673,26 +647,52 @@ def attention_layer_backward(dy, cache, p, g, cfg, ops, index=0):
         dq = ops.norms["rmsnorm"].backward(dq, q_norm, g["q_norm_w"], None)
         dk = ops.norms["rmsnorm"].backward(dk, k_norm, g["k_norm_w"], None)
     dqkv = np.concatenate([dq, dk, dv], 1).transpose(0, 2, 1, 3).reshape(B, T, cfg.qkv_width)
-    dn = ops.linear.backward(dqkv, qkv_linear, g["qkv_w"], g["qkv_b"])
+    return ops.linear.backward(dqkv, qkv_linear, g["qkv_w"], g["qkv_b"])
+
+
+def attention_layer_forward(x, p, cfg, ops, index=0, past=None, dropout=None):
+    """x (B, T, C) -> x + self_attention(norm1(x)), (B, T, C)."""
+    n, norm = ops.norms[cfg.norm].forward(x, p["norm1_w"], p["norm1_b"], cfg.norm_eps)
+    y, attention = self_attention_forward(n, p, cfg, ops, index, past, dropout)
+    keep = dropout and dropout.keep(OUT_SITE, cfg.out_dropout, y.shape, y.dtype)
+    return x + (y if keep is None else y * keep), (norm, attention, keep)
+
+
+def attention_layer_backward(dy, cache, p, g, cfg, ops, index=0):
+    """dy (B, T, C) -> dx (B, T, C); adds into g."""
+    norm, attention, keep = cache
+    dn = self_attention_backward(dy if keep is None else dy * keep, attention, g, cfg, ops)
     return dy + ops.norms[cfg.norm].backward(dn, norm, g["norm1_w"], g["norm1_b"])
 
 
-def mlp_layer_forward(x, p, cfg, ops, index=0, dropout=None):
-    """x (B, T, C) -> x + f(norm2(x) up_w + up_b) down_w + down_b, (B, T, C)."""
-    n, norm = ops.norms[cfg.norm].forward(x, p["norm2_w"], p["norm2_b"], cfg.norm_eps)
+def mlp_forward(n, p, cfg, ops):
+    """n (B, T, C) -> f(n up_w + up_b) down_w + down_b, (B, T, C)."""
     h, up_linear = ops.linear.forward(n, p["up_w"], p["up_b"])  # (B, T, F), gated (B, T, 2 F)
     a, activation = ops.activations[cfg.mlp].forward(h)
     y, down_linear = ops.linear.forward(a, p["down_w"], p["down_b"])
+    return y, (up_linear, activation, down_linear)
+
+
+def mlp_backward(dy, cache, g, cfg, ops):
+    """dy (B, T, C) -> dn (B, T, C); adds into g."""
+    up_linear, activation, down_linear = cache
+    da = ops.linear.backward(dy, down_linear, g["down_w"], g["down_b"])  # (B, T, F)
+    dh = ops.activations[cfg.mlp].backward(da, activation)
+    return ops.linear.backward(dh, up_linear, g["up_w"], g["up_b"])
+
+
+def mlp_layer_forward(x, p, cfg, ops, index=0, dropout=None):
+    """x (B, T, C) -> x + mlp(norm2(x)), (B, T, C)."""
+    n, norm = ops.norms[cfg.norm].forward(x, p["norm2_w"], p["norm2_b"], cfg.norm_eps)
+    y, mlp = mlp_forward(n, p, cfg, ops)
     keep = dropout and dropout.keep(MLP_SITE, cfg.mlp_dropout, y.shape, y.dtype)
-    return x + (y if keep is None else y * keep), (norm, up_linear, activation, down_linear, keep)
+    return x + (y if keep is None else y * keep), (norm, mlp, keep)
 
 
 def mlp_layer_backward(dy, cache, p, g, cfg, ops, index=0):
     """dy (B, T, C) -> dx (B, T, C); adds into g."""
-    norm, up_linear, activation, down_linear, keep = cache
-    da = ops.linear.backward(dy if keep is None else dy * keep, down_linear, g["down_w"], g["down_b"])  # (B, T, F)
-    dh = ops.activations[cfg.mlp].backward(da, activation)
-    dn = ops.linear.backward(dh, up_linear, g["up_w"], g["up_b"])
+    norm, mlp, keep = cache
+    dn = mlp_backward(dy if keep is None else dy * keep, mlp, g, cfg, ops)
     return dy + ops.norms[cfg.norm].backward(dn, norm, g["norm2_w"], g["norm2_b"])
 
 
@@ -775,6 +775,12 @@ def loss_and_gradients(p, tokens, targets, weights, g, cfg, ops, dropout=None):
     if g is not None:
         backward(dx, caches, p, g, cfg, ops)
     return loss, nats
+
+
+def logits(p, tokens, cfg, ops):
+    """tokens (B, T) -> logits (B, T, V)."""
+    x, _ = forward(p, tokens, cfg, ops)
+    return ops.head_logits(x.reshape(-1, cfg.width), p, cfg, ops).reshape(*tokens.shape, -1)
 
 
 def check_tokens(tokens, start, cfg):
@@ -1192,7 +1198,7 @@ def cross_entropy_backward_numba(cache):
 
 
 # ######################################################################################################################
-# Part III: tables of ops, sizes, decoding, checkpoints, checks
+# Part III: tables of ops, configurations, checkpoints, checks
 # ######################################################################################################################
 
 # == 9  threads, tables of ops =========================================================================================
@@ -1223,8 +1229,7 @@ class Threads:
 THREADS = Threads()
 
 
-def set_threads(count):
-    """Run the kernels of every table with so many threads."""
+def set_threads(count):  # of every table
     THREADS.count = count
     if "fast" in sys.modules:
         sys.modules["fast"].POOL.resize(count)
@@ -1303,14 +1308,7 @@ def find_ops(kernels=None, dtype="float32"):
 
 
 def with_buffers(ops, cfg, B, T, dtype=np.float32, recompute=False):
-    """The table with buffers for micro-batches (B, T), if it works in any. With `recompute`, layers keep their inputs
-    alone; ValueError in one line if extras/ is not here."""
-    if recompute:
-        if importlib.util.find_spec("extras") is None:
-            raise ValueError("--recompute needs extras/plan.py; lower --micro-batch-size instead")
-        from extras import plan
-
-        ops = plan.recomputed(ops)
+    """The table with buffers for micro-batches (B, T), if it works in any; `recompute`: of layers that run twice."""
     return dataclasses.replace(ops, space=ops.make_space(cfg, B, T, dtype, recompute)) if ops.make_space else ops
 
 
@@ -1322,7 +1320,39 @@ def with_forward_buffers(ops, cfg, B, T, dtype=np.float32):
     return dataclasses.replace(ops, space=space | {"layers": space["layers"] * cfg.layers})
 
 
-# == 10  sizes =========================================================================================================
+# == 10  configurations: their fields, sizes ===========================================================================
+
+
+def divisor_near(wish, n):
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return min(small + [n // d for d in small], key=lambda d: (abs(d - wish), d))
+
+
+def complete(cfg):
+    """Fill in the fields of a new `Config` that are left at 0. ValueError if the fields do not fit together; without
+    tokens (vocab_size 0) it describes layers alone."""
+    for field in dataclasses.fields(cfg):
+        value, kind, choices = getattr(cfg, field.name), field.type, CHOICES.get(field.name)
+        number, most = kind in (int, float), 1 if field.name.endswith("dropout") else 2**31
+        off = value == 0 and (field.default == 0 or field.name == "vocab_size")
+        if type(value) is not kind or (number and not (off or 0 < value < most)):
+            expected = "0 (off) to below 1" if most == 1 else f"a{' positive' * number} {kind.__name__}"
+            raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+        if choices and value not in choices:
+            raise ValueError(f"{field.name} is {value!r}; expected one of {', '.join(choices)}")
+    if not cfg.head_width and cfg.width % cfg.heads:
+        near = divisor_near(cfg.heads, cfg.width)
+        raise ValueError(f"width {cfg.width} does not divide into heads={cfg.heads}; try heads={near}")
+    for name, default in cfg.defaults().items():
+        object.__setattr__(cfg, name, getattr(cfg, name) or default)
+    if cfg.heads % cfg.kv_heads:
+        near = divisor_near(cfg.kv_heads, cfg.heads)
+        raise ValueError(f"heads={cfg.heads} cannot share kv_heads={cfg.kv_heads}; try kv_heads={near}")
+    if cfg.positions.startswith("rope") and cfg.head_width % 2:
+        raise ValueError(f"positions={cfg.positions} turns pairs, but head_width={cfg.head_width} is odd")
+    if cfg.position_rows < cfg.seq_len:
+        raise ValueError(f"position_rows={cfg.position_rows} is below seq_len={cfg.seq_len}; raise it or leave it")
+
 
 # Ours is GPT-2's with rotation and norms of queries and keys. Bits per byte of 1m after 1.2M tokens, rate 8e-3: GPT-2's
 # 1.219, ALiBi 1.087, RoPE 1.075, RoPE with RMSNorm, SwiGLU and no biases 1.094, RoPE and QK-norm 1.061.
@@ -1336,20 +1366,20 @@ SIZES = {
 
 
 def find_sizes():
-    """{name: Config}: our sizes, then those that others built if extras/ is here."""
-    if importlib.util.find_spec("extras") is None:
+    """{name: Config}: our sizes, then those that others built if extras/recipes.py is here."""
+    try:
+        from extras import recipes
+    except ImportError:
         return SIZES
-    from extras import recipes
-
     return SIZES | recipes.SIZES
 
 
 def find_size(name):
     """The `Config` of a size. ValueError in one line if there is none of this name."""
-    if name in (sizes := find_sizes()):
-        return sizes[name]
-    more = "; more sizes need extras/recipes.py" if len(sizes) == len(SIZES) else ""
-    raise ValueError(f"there is no size {name}; expected one of {', '.join(sizes)}{more}")
+    if name not in (sizes := find_sizes()):
+        more = "; more sizes need extras/recipes.py" if len(sizes) == len(SIZES) else ""
+        raise ValueError(f"there is no size {name}; expected one of {', '.join(sizes)}{more}")
+    return sizes[name]
 
 
 def overrides(words):
@@ -1367,78 +1397,28 @@ def overrides(words):
     return changes
 
 
-# == 11  decoding ======================================================================================================
-
-
-class Decoding:
-    """One text that grows: the keys and values of the window's tokens, so that each is computed once.
-
-    When the window is full, its newer half is run again as one block, and the text goes on without end. Within what is
-    kept the logits are those of `forward` on the whole window.
-    """
-
-    def __init__(self, p, cfg, ops):
-        self.p, self.cfg, self.ops = p, cfg, ops
-        self.window = []
-        dtype = p["embed_w"].dtype
-        self.kv = np.empty((cfg.layers, 1, cfg.seq_len, 2, cfg.kv_heads, cfg.head_width), dtype)
-        self.steps = ops.steps and ops.steps(p, cfg, self.kv)
-
-    def append(self, ids):
-        """Read token ids (at least one) -> what the head reads of the last (1, C); None where it is left to `steps`."""
-        start, new = len(self.window), list(ids)
-        if start + len(new) > self.cfg.seq_len:
-            start, new = 0, (self.window + new)[-max(1, self.cfg.seq_len // 2) :]
-        tokens = np.array([new], np.int64)  # (1, T)
-        check_tokens(tokens, start, self.cfg)
-        self.window = self.window[:start] + new
-        if self.steps and len(new) == 1:
-            return None
-        ops = with_forward_buffers(self.ops, self.cfg, 1, len(new), self.kv.dtype)
-        x, _ = forward(self.p, tokens, self.cfg, ops, (self.kv, start))
-        if self.steps:
-            self.steps.copy_from_cache(start, start + len(new))
-        return x[:, -1]
-
-    def feed(self, ids):
-        """Append token ids (at least one) -> logits (V,) of what follows them."""
-        x = self.append(ids)
-        if self.steps:
-            return self.steps.logits(self.window[-1], x, len(self.window) - 1)
-        return self.ops.head_logits(x, self.p, self.cfg, self.ops)[0]
-
-    def draw(self, ids, uniforms, stop, **filters):
-        """Append token ids, draw one with each of `uniforms` and append it, with no Python in between -> ids, at least
-        one, at most as many as the window takes, up to `stop`; the last is not yet appended. For a table with steps."""
-        x = self.append(ids)
-        last = len(self.window) - 1
-        drawn = self.steps.draw(self.window[-1], x, last, uniforms[: self.cfg.seq_len - last], stop, **filters)
-        self.window += drawn[:-1]
-        return drawn
-
-
-# == 12  checkpoints ===================================================================================================
+# == 11  checkpoints ===================================================================================================
 #
 # A `.safetensors` file: the length of a JSON header (8 bytes, little-endian), the header, the tensors without gaps.
-# https://github.com/huggingface/safetensors#format. Parameters stand under the names of `layout`, in its order; the
-# header's metadata (strings) holds the configuration, the whole tokenizer, and a CRC-32 of the header and all tensors:
-# it finds any damage of up to four bytes in a row, at 1.9 GB/s where SHA-256 has 1.0. It is no proof against malice.
+# https://github.com/huggingface/safetensors#format. Parameters stand under the names of `layout`, in its order. The
+# metadata holds configuration, tokenizer, and a CRC-32 of it all: 1.9 GB/s where SHA-256, against malice, has 1.0.
 
 FORMAT, FORMAT_VERSION = "tinygpt", "1"
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
 
 
-ABANDONED = 3600  # seconds: a file under way that has not been written to for so long is that of a killed process
-
-
 def write_aside(path, chunks):
     """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
-    processes that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
-    path = Path(path)
+    processes that write one path at once, the last one to finish wins. A symbolic link stays one: what it points to is
+    written. OSError, which names `path`, if it cannot."""
+    given, path = str(path), Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
+        with open(path, "wb") as file:
+            return file.writelines(chunks)
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):  # another process may just have removed or renamed it
-            if time.time() - left.stat().st_mtime > ABANDONED:
+            if time.time() - left.stat().st_mtime > 3600:  # nobody writes to it any more: its process was killed
                 left.unlink()
     aside = f"{path}.{os.getpid()}-{os.urandom(8).hex()}.tmp"
     try:
@@ -1449,15 +1429,13 @@ def write_aside(path, chunks):
         os.replace(aside, path)
         if os.name == "posix":  # the folder's entry as well
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(aside)  # a full disk is not kept full
         if isinstance(error, OSError) and error.strerror and error.filename in (None, aside):
-            error.filename = str(path)
+            error.filename = given
         raise
 
 
@@ -1549,11 +1527,10 @@ def save_checkpoint(path, parameters, cfg, tokenizer, extra=None, metadata=None)
 def load_checkpoint(path):
     """A `Checkpoint` of finite numbers. ValueError if the file is not one, OSError if it cannot be read."""
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
-        found, version = (" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
-        newer = "; a later version of this program wrote it, so update" if found == FORMAT else ""
-        expected = f"expected format {FORMAT}, version {FORMAT_VERSION}{newer}"
-        raise ValueError(f"{path} has format {found}, version {version}; {expected}")
+    found = tuple(" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        newer = "; a later version of this program wrote it, so update" if found[0] == FORMAT else ""
+        raise ValueError(f"{path} has format, version {found}; expected {(FORMAT, FORMAT_VERSION)}{newer}")
     try:
         cfg, tokenizer = Config(**json.loads(metadata["config"])), metadata["tokenizer"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -1577,7 +1554,7 @@ def check_finite(path, tensors):
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity; take an earlier checkpoint, or train again")
 
 
-# == 13  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
+# == 12  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
 
 
 def gradient_error(analytic, numeric):
@@ -1615,45 +1592,9 @@ def check_model(cfg, ops, seed=0, B=2, h=1e-5):
     return errors
 
 
-def scaled_down(cfg):
-    """The same architecture with axes short enough for finite differences, of as many lengths as it allows."""
-    G = 1 if cfg.kv_heads == 1 else 2 if cfg.heads & (cfg.heads - 1) == 0 else 3  # 3: ALiBi at no power of two
-    H, D = G * (cfg.heads // cfg.kv_heads), 4
-    C = H * D + (0 if cfg.heads * cfg.head_width == cfg.width else 4)
-    shape = dict(vocab_size=11, seq_len=5, width=C, layers=2, heads=H, kv_heads=G, head_width=D, hidden=7)
-    return dataclasses.replace(cfg, **shape, position_rows=6, window=2 if cfg.window else 0)
-
-
-def main(argv=None):
-    here = [name for name in reversed(KERNELS) if name in OPS or importlib.util.find_spec(name)]
-    parser = argparse.ArgumentParser(description="Prove the model's gradients.")
-    add = parser.add_argument
-    add("command", choices=["check"], help="every gradient of the model against finite differences, in float64")
-    add("--size", default="1m", metavar="SIZE", help="of which architecture (default %(default)s), scaled down")
-    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="and these changes")
-    add("--kernels", nargs="+", choices=KERNELS, default=here, help="of these (default all)")
-    add("--seed", type=int, default=0, help="of the random parameters, tokens and directions")
-    args, limit = parser.parse_args(argv), 1e-6
-    try:
-        cfg = scaled_down(find_size(args.size)).changed(**overrides(args.set))
-        tables = {name: find_ops(name) for name in args.kernels}
-        if "fast" in tables:
-            from fast import BFLOAT16
-
-            tables["fast-bf16"] = BFLOAT16  # its driver takes float64 on every machine
-        errors = {name: dict(check_model(cfg, ops, args.seed)) for name, ops in tables.items()}
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"relative error of each gradient in float64, limit {limit:.0e}; {cfg}")
-    print(f"{'tensor':12s}" + "".join(f"{name:>12s}" for name in errors))
-    for t in layout(cfg):
-        print(f"{t.name:12s}" + "".join(f"{table[t.name]:12.1e}" for table in errors.values()))
-    worst = max(max(table.values()) for table in errors.values())
-    print(f"worst {worst:.1e}: {'passed' if worst < limit else 'FAILED'}")
-    return 0 if worst < limit else 1
-
-
 if __name__ == "__main__":
-    from tinygpt import main  # the module that fast/ imports, not a second copy of it
+    if importlib.util.find_spec("extras") is None:
+        sys.exit("tinygpt.py: the command line of the checks is extras/check.py, which is not here")
+    from extras.check import main  # which imports this file as the module that fast/ imports, too
 
     sys.exit(main())

@@ -826,8 +826,9 @@ def batches_of(data, cfg, seed):
 
 def make_ops(s, cfg, ranks):
     """The table of ops that trains, with buffers for a micro-batch."""
-    micro = math.gcd(ranks.rows(s.batch_size), s.micro_batch_size)
-    return tinygpt.with_buffers(tinygpt.find_ops(s.kernels, s.dtype), cfg, micro, cfg.seq_len, np.float32, s.recompute)
+    micro, ops = math.gcd(ranks.rows(s.batch_size), s.micro_batch_size), tinygpt.find_ops(s.kernels, s.dtype)
+    ops = import_extra("plan").recomputed(ops) if s.recompute else ops
+    return tinygpt.with_buffers(ops, cfg, micro, cfg.seq_len, np.float32, s.recompute)
 
 
 @contextlib.contextmanager

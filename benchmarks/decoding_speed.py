@@ -144,7 +144,7 @@ def measure(size, args, folder):
     for turn in range(args.rounds + 1):
         for threads in args.threads:
             fast.POOL.resize(threads)
-            decoding = tinygpt.Decoding(p, cfg, fast.FLOAT32)
+            decoding = sample.Decoding(p, cfg, fast.FLOAT32)
             stop = first if theirs else -1  # where llama2.c stops; random weights alone may as well go on
             our_turn(decoding, first, stop, min(steps, 3))  # what is made when it is first needed
             speed, ids = our_turn(decoding, first, stop, steps)

@@ -29,6 +29,7 @@ import bpe
 import sample
 import tinygpt
 import train
+from extras import check
 
 # == 1  watching the specification =====================================================================================
 
@@ -443,7 +444,7 @@ def stream(tops, cfg):
 
 def config_of(args):
     cfg = tinygpt.find_size(args.size)
-    cfg = tinygpt.scaled_down(cfg) if vars(args).get("scaled_down") else cfg
+    cfg = check.scaled_down(cfg) if vars(args).get("scaled_down") else cfg
     return cfg.changed(**tinygpt.overrides(args.set))
 
 

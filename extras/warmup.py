@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bpe
 import tinygpt
+from extras.check import scaled_down
 
 
 def compile_ahead(cfg, kernels):
@@ -21,5 +22,5 @@ def compile_ahead(cfg, kernels):
     bpe.note("compiling kernels, once on this machine ...")
     code = "import json, sys; sys.path.insert(0, sys.argv[1]); import fast, tinygpt; "
     code += "fast.compile_half(tinygpt.Config(**json.loads(sys.argv[2])), int(sys.argv[3]))"
-    words = [sys.executable, "-c", code, str(Path(tinygpt.__file__).parent), json.dumps(asdict(cfg))]
+    words = [sys.executable, "-c", code, str(Path(tinygpt.__file__).parent), json.dumps(asdict(scaled_down(cfg)))]
     return [subprocess.Popen([*words, half], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for half in "01"]

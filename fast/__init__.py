@@ -97,9 +97,9 @@ FIRST_HALF = {  # of the time to compile all kernels that train
 
 
 def compile_half(cfg, half):
-    """Compile kernels that train such a model in float32 into Numba's cache: those of FIRST_HALF (half 0) or all others
-    (half 1). Two processes take half of the time of one; nothing runs in them: 24 s of one core's time, 45 before."""
-    cfg = tinygpt.scaled_down(cfg)
+    """Compile kernels that train a model, a small one, in float32 into Numba's cache: those of FIRST_HALF (half 0) or
+    all others (half 1). Two processes take half of the time of one; nothing runs in them: 24 s of one core's time, 45
+    before."""
     POOL.compiles = lambda name: (name in FIRST_HALF) == (half == 0)
     p, (_, g) = views(layout(cfg), init_parameters(cfg, 0), cfg.layers), zero_gradients(cfg)
     tokens, ops = np.zeros((2, cfg.seq_len), np.int64), tinygpt.with_buffers(FLOAT32, cfg, 2, cfg.seq_len)

@@ -11,8 +11,8 @@ from tiers import fast
 import sample
 import tinygpt
 from extras import recipes
-from sample import generate, probabilities
-from tinygpt import OPS, Decoding
+from sample import Decoding, generate, probabilities
+from tinygpt import OPS
 
 every_table = pytest.mark.parametrize("table", TABLES)
 CFG = tiny_config(seq_len=23, position_rows=24)  # its newer half: 11

@@ -17,6 +17,7 @@ from conftest import DROPOUTS, FAMILIES, TABLES, ops_of, random_parameters, rela
 import bpe
 import tinygpt
 import train
+from extras import check
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
 
@@ -351,7 +352,7 @@ def test_the_committed_picture_is_what_its_command_writes(tmp_path, capsys):
 
 @pytest.mark.parametrize("size", ["1m", "88m", "graphcore-256x2", "gpt2", "2m", "tinystories-1m"])
 def test_a_picture_is_xml_that_shows_every_parameter_and_all_flops(size, tmp_path, capsys):
-    cfg = tinygpt.scaled_down(tinygpt.find_size(size))
+    cfg = check.scaled_down(tinygpt.find_size(size))
     flat, p = random_parameters(cfg)
     rows = explain.trace(p, cfg, np.zeros((1, cfg.seq_len), np.int64))
     svg = ElementTree.fromstring(explain.picture(size, cfg, rows))

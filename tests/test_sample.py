@@ -85,7 +85,7 @@ def test_threads_do_not_change_a_story(place, model):
 @pytest.mark.parametrize("prompt", ["", "Lily found", "Zo\u00eb \u65e5\u672c \U0001f600", "  two\n\nlines ", bpe.END])
 def test_what_is_printed_is_the_prompt_and_the_decoded_ids(place, model, prompt):
     ids = [model.tokenizer.end, *model.tokenizer.encode(prompt)]
-    decoding = tinygpt.Decoding(model.p, model.cfg, ops_of("fast"))
+    decoding = sample.Decoding(model.p, model.cfg, ops_of("fast"))
     banned = [i for name, i in model.tokenizer.specials.items() if name != bpe.END]
     new = list(sample.generate(decoding, ids, 7, model.tokenizer.end, 50, banned=banned, **FILTERS))
     out, err = told(model, "--prompt", prompt, "--seed", 7, "--max-new-tokens", 50)  # past the context of 32

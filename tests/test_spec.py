@@ -27,7 +27,7 @@ from conftest import (
 from tiers import WITHOUT_FAST, fast, needs_fast
 
 import tinygpt
-from extras import plan
+from extras import check, plan
 from tinygpt import OPS, Config, find_size, find_sizes
 
 GOLDENS = {
@@ -967,7 +967,7 @@ def test_a_config_takes_the_names_of_the_tables_and_no_others():
 
 @pytest.mark.parametrize("size", ["1m", "39m", "graphcore-768x12", "tinystories-33m"])
 def test_the_check_command_passes_and_prints_every_tensor(size, capsys):
-    assert tinygpt.main(["check", "--size", size]) == 0
+    assert check.main(["check", "--size", size]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     here = TABLES[:2] if WITHOUT_FAST else TABLES
@@ -979,13 +979,13 @@ def test_the_check_command_passes_and_prints_every_tensor(size, capsys):
 @pytest.mark.parametrize("arguments", [["--size", "nonesuch"], ["--set", "mlp=relu"], ["--set", "colour=1"]])
 def test_the_check_command_refuses_what_it_does_not_know(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        tinygpt.main(["check", *arguments])
+        check.main(["check", *arguments])
     assert end.value.code == 2 and arguments[1].split("=")[-1] in capsys.readouterr().err
 
 
 def test_the_check_command_fails_when_a_gradient_is_wrong(capsys, monkeypatch):
     monkeypatch.setitem(OPS, "numpy", with_mutant(OPS["numpy"], "mlp_layer_backward", "return dy + ", "return "))
-    assert tinygpt.main(["check"]) == 1
+    assert check.main(["check"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].endswith("FAILED")
 
 

@@ -28,7 +28,8 @@ from conftest import (
 from tiers import fast
 
 import tinygpt
-from tinygpt import OPS, Decoding, Dropout
+from sample import Decoding
+from tinygpt import OPS, Dropout
 
 LIMIT = 1e-6  # of gradient_error, for central differences at h = 1e-5
 every_table = pytest.mark.parametrize("table", TABLES)
