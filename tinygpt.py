@@ -449,7 +449,8 @@ def attention_forward(q, k, v, scale, slopes=None, window=0, dropout=None, rate=
     if slopes is not None:
         scores = scores - slopes.astype(q.dtype)[:, None, None] * distance.astype(q.dtype)
     seen = (distance >= 0) & (distance < (window or S)) if mask is None else mask
-    p = softmax(np.where(seen, scores, -math.inf))  # (B, H, T, S)
+    scores = np.where(seen, scores, -math.inf)
+    p = softmax(scores)  # (B, H, T, S)
     kept = p if keep is None else p * keep
     o = kept.reshape(B, G, H // G, T, S) @ v_BG1SD
     return o.reshape(B, H, T, D), (q, k, v, p, scale, keep)
@@ -610,8 +611,7 @@ def self_attention_forward(n, p, cfg, ops, index=0, past=None, dropout=None):
     past = (kv, start): kv (B, positions, 2, G, D) holds the keys and values of `start` earlier positions and takes the
     new ones; queries see all of them.
     """
-    (B, T, _), (H, G, D) = n.shape, (cfg.heads, cfg.kv_heads, cfg.head_width)
-    kv, start = past or (None, 0)
+    (B, T, _), (H, G, D), (kv, start) = n.shape, (cfg.heads, cfg.kv_heads, cfg.head_width), past or (None, 0)
     qkv, qkv_linear = ops.linear.forward(n, p["qkv_w"], p["qkv_b"])  # (B, T, D (H + 2 G))
     heads = qkv.reshape(B, T, H + 2 * G, D).transpose(0, 2, 1, 3)  # (B, H + 2 G, T, D)
     q, k, v = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
@@ -630,7 +630,8 @@ def self_attention_forward(n, p, cfg, ops, index=0, past=None, dropout=None):
     scale = 1 / math.sqrt(D) if cfg.attention_scale else 1.0
     drop = (dropout, cfg.attention_dropout)
     o_BHTD, attention = ops.attention.forward(q, k, v, scale, slopes, layer_window(cfg, index), *drop)
-    y, out_linear = ops.linear.forward(o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D), p["out_w"], p["out_b"])
+    o = o_BHTD.transpose(0, 2, 1, 3).reshape(B, T, H * D)
+    y, out_linear = ops.linear.forward(o, p["out_w"], p["out_b"])
     return y, (qkv_linear, q_norm, k_norm, q_turn, k_turn, attention, out_linear)
 
 
@@ -1265,8 +1266,7 @@ class Ops:
 
 def pairs_of(forward, backward, kinds):
     """{name: kind} -> {name: Pair of both functions for this kind}."""
-    bind = functools.partial
-    return {name: Pair(bind(forward, kind), bind(backward, kind)) for name, kind in kinds.items()}
+    return {name: Pair(*(functools.partial(f, kind) for f in (forward, backward))) for name, kind in kinds.items()}
 
 
 ACTIVATION_KINDS = {  # of `gate_row`: shape of s; c1, c3; whether values stand behind the gates
@@ -1527,10 +1527,10 @@ def save_checkpoint(path, parameters, cfg, tokenizer, extra=None, metadata=None)
 def load_checkpoint(path):
     """A `Checkpoint` of finite numbers. ValueError if the file is not one, OSError if it cannot be read."""
     tensors, metadata = read_safetensors(path)
-    found = tuple(" ".join(str(metadata.get(name)).split())[:40] for name in ("format", "version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        newer = "; a later version of this program wrote it, so update" if found[0] == FORMAT else ""
-        raise ValueError(f"{path} has format, version {found}; expected {(FORMAT, FORMAT_VERSION)}{newer}")
+    name, number = (" ".join(str(metadata.get(key)).split())[:40] for key in ("format", "version"))
+    if (name, number) != (FORMAT, FORMAT_VERSION):
+        expected = f"expected {FORMAT}, version {FORMAT_VERSION}; a newer one needs an update"
+        raise ValueError(f"{path} has format {name}, version {number}; {expected}")
     try:
         cfg, tokenizer = Config(**json.loads(metadata["config"])), metadata["tokenizer"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:

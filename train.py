@@ -96,27 +96,29 @@ class Batches:
 #
 # Loshchilov & Hutter 2019, arXiv:1711.05101. Parameters, gradient and both moments are flat buffers of one layout, in
 # which the matrices, embeddings among them, come first: p[:decayed]. They decay, by lr * decay as in PyTorch; gains and
-# biases do not. `adamw_spec` is what the kernel is tested against.
+# biases do not. `adamw` is the specification, which the kernel is tested against.
+
+ADAM_EPS = 1e-8
 
 
-def adamw_spec(p, g, m, v, decayed, scale, lr, decay, beta1, beta2, t):
-    """Update number t (from 1) of p, m, v in place; g, scaled by `scale`, is the gradient. Leaves g = 0."""
+def adamw(p, g, m, v, step, *, lr, beta1=0.9, beta2=0.999, weight_decay=0.01, decayed=None, scale=1.0):
+    """Update number `step` (from 1) of p, m, v in place; g times `scale` is the gradient. Leaves g = 0. Decays all of p
+    if `decayed` is None."""
     gradient = g * scale
     m[:] = beta1 * m + (1 - beta1) * gradient
     v[:] = beta2 * v + (1 - beta2) * gradient * gradient
-    step = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + ADAM_EPS)
-    step[:decayed] += decay * p[:decayed]
-    p -= lr * step
+    change = m / (1 - beta1**step) / (np.sqrt(v / (1 - beta2**step)) + ADAM_EPS)
+    change[:decayed] += weight_decay * p[:decayed]
+    p -= lr * change
     g[:] = 0
 
 
-ADAM_EPS = 1e-8
 NORM_BLOCK = 1 << 16  # elements whose squares are added up at a time
 
 
 @kernel
 def adamw_kernel(first, last, p, g, m, v, decayed, rates):
-    """`adamw_spec` for the elements first .. last - 1; rates: those of `State.adamw`, in its order."""
+    """`adamw` for the elements first .. last - 1; rates: those of `State.adamw`, in its order."""
     (scale, lr, decay, beta1, beta2, fix1, fix2, eps), number = rates, p.dtype.type
     b1, b2, c1, c2 = number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
     # of these elements, those that decay and those that do not; either may be none
@@ -139,6 +141,17 @@ def norm_kernel(first, last, x, squares):
         squares[i] = total
 
 
+def clip_gradients(gradient, max_norm):
+    """Scale a gradient (count,) in place so that its norm is at most max_norm, 0 is off -> the norm that it had, summed
+    in float64, block after block: the same for any number of threads."""
+    squares = np.empty(-(-gradient.size // NORM_BLOCK))
+    THREADS.run(norm_kernel, squares.size, gradient, squares)
+    norm = math.sqrt(float(squares.sum()))
+    if max_norm and norm > max_norm:
+        gradient *= gradient.dtype.type(max_norm / norm)
+    return norm
+
+
 class State:
     """What training changes: parameters, gradient, both moments (flat buffers) and the number of updates made."""
 
@@ -148,12 +161,6 @@ class State:
         self.gradient, self.grads = tinygpt.zero_gradients(cfg, parameters.dtype)
         self.m, self.v = np.zeros_like(parameters), np.zeros_like(parameters)
         self.decayed = tinygpt.count_parameters(cfg)[1]
-
-    def norm(self):
-        """Global norm of the gradient, summed in float64, block after block: the same for any number of threads."""
-        squares = np.empty(-(-self.gradient.size // NORM_BLOCK))
-        THREADS.run(norm_kernel, squares.size, self.gradient, squares)
-        return math.sqrt(float(squares.sum()))
 
     def adamw(self, lr, scale, s):
         """Apply AdamW to gradient * scale; the gradient is zero afterwards."""
@@ -251,11 +258,11 @@ def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
     tinygpt.add_lookup_gradient(state.grads)  # embed_w's second gradient, kept apart until all micro-batches are in
     ranks.sum(state.gradient)
     targets = max(1, targets)  # all windows may be empty
-    loss, norm, lr = nats / targets, state.norm() / targets, learning_rate(state.step, s)
+    norm = clip_gradients(state.gradient, s.grad_clip * targets) / targets  # one norm for all tensors
+    loss, lr = nats / targets, learning_rate(state.step, s)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss is {loss:.4g} at step {state.step + 1} (lr {lr:.1e}, grad norm {norm:.4g})")
-    clip = min(1.0, s.grad_clip / norm) if s.grad_clip and norm else 1.0  # one norm for all tensors
-    state.adamw(lr, clip / targets, s)
+    state.adamw(lr, 1 / targets, s)
     return loss, norm, lr
 
 

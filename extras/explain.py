@@ -98,6 +98,9 @@ def equation(row):
     return words if any(name.endswith("_b") for name in row.names) else words.removesuffix(" + b")
 
 
+BRANCHES = ("self_attention", "mlp")  # what a layer adds to x; its variables and ops are shown as the layer's own
+
+
 class Row(NamedTuple):
     """One op of the forward."""
 
@@ -128,7 +131,7 @@ def primitives(calls, sublayer=""):
         if name in EQUATIONS:
             yield sublayer, name, call
         else:
-            yield from primitives(call.calls, name)
+            yield from primitives(call.calls, sublayer if name in BRANCHES else name)
 
 
 def trace(p, cfg, tokens):
@@ -155,8 +158,9 @@ def trace(p, cfg, tokens):
 # == 3  golden numbers =================================================================================================
 #
 # A name is the path of a variable of the specification: `layers.1.attention_layer.qkv` is qkv in layer 1's call of
-# attention_layer_forward (gradients: attention_layer_backward), `layers.1.attention_layer.q_turn.x` is x in the call of
-# rotate_forward that returned the cache q_turn. A result without a name is called `out`, that of a backward `dx`.
+# attention_layer_forward, or of self_attention_forward inside it (gradients: ..._backward),
+# `layers.1.attention_layer.q_turn.x` is x in the call of rotate_forward that returned the cache q_turn. A result
+# without a name is called `out`, that of a backward `dx`.
 
 DTYPES = tinygpt.DTYPES | {"I64": np.dtype("<i8")}
 STEPS = 10
@@ -182,13 +186,10 @@ def golden_batch(step, B, T, V):
 class SpecState(train.State):
     """The state of training, updated by the specification of AdamW."""
 
-    def norm(self):
-        return math.sqrt(float((self.gradient * self.gradient).sum()))
-
     def adamw(self, lr, scale, s):
         self.step += 1
-        buffers = (self.parameters, self.gradient, self.m, self.v)
-        train.adamw_spec(*buffers, self.decayed, scale, lr, s.weight_decay, s.beta1, s.beta2, self.step)
+        more = {name: getattr(s, name) for name in ("weight_decay", "beta1", "beta2")} | {"decayed": self.decayed}
+        train.adamw(self.parameters, self.gradient, self.m, self.v, self.step, lr=lr, scale=scale, **more)
 
 
 SETTINGS = ("steps", "lr", "min_lr", "warmup_steps", "schedule", "batch_size", "micro_batch_size", "weight_decay")
@@ -252,6 +253,9 @@ class Named:
         elif "-> dx" in (vars(tinygpt)[call.code.co_name].__doc__ or ""):
             self.put(f"{path}.dx", call.result, call.code)
         for each in call.calls if path != "head_loss" else ():
+            if stem(each) in BRANCHES:
+                self.add(each, path)
+                continue
             cache = each.result[-1] if isinstance(each.result, tuple) else each.arguments.get("cache")
             for name in [name for name, x in call.names.items() if x is cache and isinstance(x, tuple)][:1]:
                 self.add(each, f"{path}.{name}")
@@ -294,7 +298,7 @@ def write_golden(path, cfg, flat, s, T):
         "parameters": "layout, section 1.2",
         "gradients": "loss_and_gradients and add_lookup_gradient, sections 4 and 1.2",
         "steps": "update of train.py",
-        **dict.fromkeys(("after", "moment1", "moment2"), "adamw_spec of train.py"),
+        **dict.fromkeys(("after", "moment1", "moment2"), "adamw of train.py"),
         "loss": "loss_and_gradients, section 4",
     }
     legend = {name: legend.get(name) or where.get(name.split(".")[0], "the batch") for name in [*tensors, *legend]}

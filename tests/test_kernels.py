@@ -78,10 +78,10 @@ def run_sublayer(cfg, table, dtype, name, flat, x, dy):
     """What the first `name` layer adds to x, what its backward adds to dy, and the gradients of its matrices."""
     p, (_, g) = tinygpt.views(tinygpt.layout(cfg), flat.astype(dtype), cfg.layers), tinygpt.zero_gradients(cfg, dtype)
     ops = tinygpt.with_buffers(ops_of(table), cfg, *x.shape[:2], np.dtype(dtype))
-    forward, backward = (getattr(ops, f"{name}_layer_{way}") for way in ("forward", "backward"))
+    layer = getattr(ops, f"{name}_layer")
     p, g, x, dy = p["layers"][0], g["layers"][0], x.astype(dtype), dy.astype(dtype)
-    y, cache = forward(x, p, cfg, ops)
-    added = {"y": y - x, "dx": backward(dy, cache, p, g, cfg, ops) - dy}
+    y, cache = layer.forward(x, p, cfg, ops)
+    added = {"y": y - x, "dx": layer.backward(dy, cache, p, g, cfg, ops) - dy}
     return added | {key: g[key].copy() for key in g if g[key] is not None and g[key].any()}
 
 

@@ -344,8 +344,8 @@ WRONG_FORWARDS = [  # with a backward that may agree: only the definition tells
     ("attention with dropout", "kept = p if keep is None else p * keep", "kept = p"),
     (
         "attention with dropout",
-        "p /= p.sum(-1, keepdims=True)",
-        "p = p if keep is None else p * keep; p /= p.sum(-1, keepdims=True) + 1e-300",
+        "kept = p if keep is None else p * keep\n    o =",
+        "kept = p if keep is None else p * keep; kept /= kept.sum(-1, keepdims=True) + 1e-300\n    o =",
     ),
     ("gelu-tanh", "GELU_CUBE * h * h * h", "GELU_CUBE * h * h"),
     ("gelu", "h / math.sqrt(2)", "h"),
@@ -696,7 +696,7 @@ def test_targets_that_the_model_does_not_have_are_refused(table):
 # -- configuration and parameters
 
 REFUSED = [
-    (dict(vocab_size=0), "vocab_size is 0; expected a positive int"),
+    (dict(width=0), "width is 0; expected a positive int"),
     (dict(seq_len=-5), "seq_len is -5; expected a positive int"),
     (dict(width=12.0), "width is 12.0; expected a positive int"),
     (dict(layers="2"), "layers is '2'; expected a positive int"),

@@ -193,7 +193,8 @@ def by_kernel(p, g, m, v, t):
 
 
 def by_spec(p, g, m, v, t):
-    train.adamw_spec(p, g, m, v, DECAYED, SCALE, LR, DECAY, BETA1, BETA2, t)
+    more = dict(lr=LR, beta1=BETA1, beta2=BETA2, weight_decay=DECAY, decayed=DECAYED, scale=SCALE)
+    train.adamw(p, g, m, v, t, **more)
 
 
 def test_adamw_kernel_is_the_spec_in_float64():
@@ -249,10 +250,15 @@ def test_norm_is_that_of_numpy(pool, threads):
     pool.resize(threads)
     state = fresh()
     state.gradient[:] = np.random.default_rng(0).standard_normal(state.gradient.size)
-    exact = float(np.linalg.norm(state.gradient.astype(np.float64)))
-    assert state.norm() == pytest.approx(exact, rel=1e-12)
+    before = state.gradient.copy()
+    exact = float(np.linalg.norm(before.astype(np.float64)))
+    for most in (0, 2 * exact):
+        assert train.clip_gradients(state.gradient, most) == pytest.approx(exact, rel=1e-12)
+        assert np.array_equal(state.gradient, before)
+    assert train.clip_gradients(state.gradient, exact / 3) == pytest.approx(exact, rel=1e-12)
+    assert np.array_equal(state.gradient, before * np.float32(1 / 3))
     state.gradient[0] = np.inf
-    assert state.norm() == math.inf
+    assert train.clip_gradients(state.gradient, 0) == math.inf
 
 
 def test_learning_rate_warms_up_then_falls_by_half_a_cosine():
