@@ -16,6 +16,7 @@ import numpy as np
 
 import bpe
 import tinygpt
+from bpe import in_range, note
 
 # == 1  decoding =======================================================================================================
 
@@ -203,57 +204,27 @@ def print_story(p, cfg, tokenizer, args, seed):
     return len(times) - 1, times[0] - start, times[-1] - times[0]
 
 
-def note(line):
-    print(line, file=sys.stderr, flush=True)
-
-
 # == 4  command line ===================================================================================================
 
 
 def make_parser():
     parser = bpe.Parser(prog="sample.py", description="Tell stories with a trained model.")
-    add = parser.add_argument
-    add("--prompt", default="", help="how the story begins (default: nothing, a story from its beginning)")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a .safetensors file of train.py, or a .bin of llama2.c (default: the newest run's last)",
-    )
-    add(
-        "--tokenizer",
-        type=Path,
-        metavar="FILE",
-        help="of a checkpoint that holds none, as llama2.c's",
-    )
-    add("--temperature", type=float, default=0.8, help="below 1 safer, above 1 wilder, 0 greedy (default %(default)s)")
-    add("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 is off (default %(default)s)")
-    add(
-        "--top-p",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="the likeliest that have P; 1 is off (default %(default)s)",
-    )
-    add("--max-new-tokens", type=int, default=400, metavar="N", help="longest story, in tokens (default %(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="number of stories (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the first story; each next one has the next (default %(default)s)")
-    add("--kernels", choices=tinygpt.KERNELS, help="table of ops (default the fastest that is here)")
-    add("--threads", type=int, metavar="N", help="threads to compute with (default: all cores)")
+
+    def add(flag, help, **more):
+        parser.add_argument(flag, help=help + " (default %(default)s)" * (more.get("default", "") != ""), **more)
+
+    add("--prompt", "how the story begins", default="", metavar="TEXT")
+    add("--checkpoint", "a .safetensors of train.py, a .bin of llama2.c; the newest run's by default", type=Path)
+    add("--tokenizer", "of a checkpoint that holds none, as llama2.c's", type=Path, metavar="FILE")
+    add("--temperature", "below 1 safer, above 1 wilder, 0 greedy", type=in_range(float, 0, 1e6), default=0.8)
+    add("--top-k", "only the K likeliest tokens; 0 is off", type=in_range(int, 0, 2**31), default=0, metavar="K")
+    add("--top-p", "the likeliest that have P; 1 is off", type=in_range(float, 0, 1, True), default=0.95, metavar="P")
+    add("--max-new-tokens", "longest story, in tokens", type=in_range(int, 0, 2**31), default=400, metavar="N")
+    add("--num-samples", "number of stories", type=in_range(int, 1, 2**31), default=1, metavar="N")
+    add("--seed", "of the first story; each next one has the next", type=in_range(int, 0, 2**63 - 1), default=0)
+    add("--kernels", "table of ops, by default the fastest that is here", choices=tinygpt.KERNELS)
+    add("--threads", "to compute with, by default all cores", type=in_range(int, 1, 1024), metavar="N")
     return parser
-
-
-def check_ranges(args):
-    """ValueError for a number out of its range."""
-    for name, low, high in (
-        ("temperature", 0, 1e6), ("top_k", 0, 2**31), ("top_p", 0, 1), ("max_new_tokens", 0, 2**31),
-        ("num_samples", 1, 2**31), ("seed", 0, 2**63 - 1), ("threads", 1, 1024),
-    ):  # fmt: skip
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{flag} {value} is out of range; expected {low} to {high}")
-        if flag == "--top-p" and value == 0:
-            raise ValueError("--top-p 0 keeps no token; for the likeliest one use --temperature 0")
 
 
 def main(argv=None):
@@ -262,7 +233,6 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console that lacks a character still gets the story
     try:
-        check_ranges(args)
         tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:
             tinygpt.set_threads(args.threads)
@@ -273,6 +243,9 @@ def main(argv=None):
         note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
         if (length := 1 + len(tokenizer.encode(args.prompt))) > cfg.seq_len:
             note(f"the prompt has {length} tokens, the context {cfg.seq_len}: only its end is read")
+        for name in tokenizer.specials:
+            if name in args.prompt:
+                note(f"{name} in the prompt is read as text, not as the token of that name")
         for seed in range(args.seed, args.seed + args.num_samples):
             if seed > args.seed:
                 print("\n---\n")

@@ -1529,7 +1529,7 @@ def load_checkpoint(path):
     tensors, metadata = read_safetensors(path)
     name, number = (" ".join(str(metadata.get(key)).split())[:40] for key in ("format", "version"))
     if (name, number) != (FORMAT, FORMAT_VERSION):
-        expected = f"expected {FORMAT}, version {FORMAT_VERSION}; a newer one needs an update"
+        expected = f"expected format {FORMAT}, version {FORMAT_VERSION}; a newer one needs an update"
         raise ValueError(f"{path} has format {name}, version {number}; {expected}")
     try:
         cfg, tokenizer = Config(**json.loads(metadata["config"])), metadata["tokenizer"]

@@ -264,6 +264,15 @@ def test_what_is_no_checkpoint_is_refused_by_its_name(place, model):
     assert "folder" in refusal(sample.main, "sample.py", "--checkpoint", "folder")
 
 
+@pytest.mark.parametrize("name", [bpe.END, "<|reserved_0|>"])
+def test_a_special_token_in_the_prompt_is_text_and_a_line_says_so(place, model, name):
+    words = ("--checkpoint", model.path, "--max-new-tokens", 1, "--kernels", "numpy")
+    status, out, err = invoke(sample.main, "--prompt", f"Lily{name}", *words)
+    assert status == 0 and out.startswith(f"Lily{name}")
+    assert f"{name} in the prompt is read as text" in err
+    assert "is read as text" not in invoke(sample.main, "--prompt", "Lily", *words)[2]
+
+
 def test_a_checkpoint_of_another_program_is_refused(place, model):
     tinygpt.write_safetensors("foreign", {"w": np.zeros(3, np.float32)}, {"format": "pt"})
     assert "expected format" in refusal(sample.main, "sample.py", "--checkpoint", "foreign")
