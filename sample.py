@@ -257,7 +257,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print()
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         parser.error(error)
     return 0
 

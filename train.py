@@ -766,8 +766,8 @@ def begin_run(args, ranks, started):
         for prompt in draft.prompts:
             data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
         cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
-        if args.max_memory:
-            draft = import_extra("plan").fit_memory(args.max_memory, draft, cfg)
+        if memory := import_extra("plan", optional=not args.max_memory):
+            draft = memory.fit_memory(args.max_memory, draft, cfg)
         batches = batches_of(data, cfg, draft.seed)
         if plan and not steps:
             steps = plan.plan_steps(args.minutes or 5, draft, cfg, len(data.valid), batches, ranks, started)
@@ -985,7 +985,7 @@ def run_command(parser, args, ranks, started):
     except OSError as error:
         again = f"; {run.last_good()}; then {command('train.py', '--resume', '--out', run.folder)}" if run else ""
         parser.error(error_line(error) + again)
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         note("left at once" + (f"; {run.last_good()}" if run else ""))

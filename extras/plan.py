@@ -1,6 +1,7 @@
 """What fits: how many updates into --minutes, how many sequences at a time into --max-memory; and --recompute."""
 
 import math
+import os
 import re
 import time
 from dataclasses import replace
@@ -30,6 +31,19 @@ def memory_needed(cfg, micro_batch_size, recompute=False):
     return BASE_MEMORY + tensors + evaluation + buffers(cfg, micro_batch_size, cfg.seq_len, recompute)
 
 
+def least_memory(cfg):
+    """Bytes of the process without buffers: parameters, gradients, both moments, all float32."""
+    return BASE_MEMORY + 4 * 4 * tinygpt.count_parameters(cfg)[0]
+
+
+def machine_memory():
+    """Bytes of this machine's memory; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 def size_in_bytes(text):
     """2G, 500M, 800000K -> bytes. ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])i?B?", text.strip(), re.IGNORECASE)
@@ -39,8 +53,14 @@ def size_in_bytes(text):
 
 
 def fit_memory(max_memory, s, cfg):
-    """Settings whose process stays below max_memory, in bytes: fewer sequences at a time, then recomputed layers.
-    ValueError if one sequence is too much."""
+    """Settings whose process stays below max_memory, in bytes: fewer sequences at a time, then recomputed layers. None:
+    the settings as they are, if this machine has the memory. ValueError if one sequence is too much."""
+    if not max_memory:
+        needed = memory_needed(cfg, s.micro_batch_size, s.recompute) if s.kernels == "fast" else least_memory(cfg)
+        if needed > (there := machine_memory()):
+            found = f"{s.size} needs {needed / 2**20:,.0f} MiB of memory, this machine has {there / 2**20:,.0f}"
+            raise ValueError(f"{found}; take --max-memory {0.8 * there / 2**30:.1f}G or a smaller --size")
+        return s
     if s.kernels != "fast":
         raise ValueError(f"--max-memory is about the buffers of --kernels fast; leave it out with {s.kernels}")
     fits = [n for n in train.divisors(s.batch_size) if n <= s.micro_batch_size]

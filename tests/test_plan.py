@@ -149,6 +149,24 @@ def test_max_memory_takes_fewer_sequences_before_it_recomputes():
         chosen(["--max-memory=100M"], cfg)
 
 
+@pytest.mark.parametrize("kernels", ["numpy", pytest.param("fast", marks=needs_fast)])
+def test_a_model_larger_than_the_machine_ends_in_one_line(place, text, monkeypatch, kernels):
+    words = ["--data", text, "--steps", 1, "--kernels", kernels]
+    message = refusal(train.main, "train.py", *words, "--set", "width=2147483628", "heads=2")
+    assert "MiB of memory, this machine has" in message and "a smaller --size" in message
+    monkeypatch.setattr(plan, "machine_memory", lambda: 2**20)
+    assert "1m needs" in refusal(train.main, "train.py", "--size", "1m", *words)
+    assert not list(place.glob("runs/*"))
+
+
+def test_a_machine_that_gives_no_memory_ends_in_one_line(place, text, monkeypatch):
+    def refuse(*_):
+        raise MemoryError("Unable to allocate 5 TiB")
+
+    monkeypatch.setattr(tinygpt, "init_parameters", refuse)
+    assert "Unable to allocate 5 TiB" in refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--steps", 1)
+
+
 @pytest.mark.parametrize("words", [["--max-memory", "much"], ["--micro-batch-size", "some"], ["--max-memory", "2"]])
 def test_a_size_of_memory_that_is_none_is_refused_in_one_line(words, capsys):
     with pytest.raises(SystemExit) as stop:
