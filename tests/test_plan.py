@@ -152,7 +152,7 @@ def test_max_memory_takes_fewer_sequences_before_it_recomputes():
 @pytest.mark.parametrize("kernels", ["numpy", pytest.param("fast", marks=needs_fast)])
 def test_a_model_larger_than_the_machine_ends_in_one_line(place, text, monkeypatch, kernels):
     words = ["--data", text, "--steps", 1, "--kernels", kernels]
-    message = refusal(train.main, "train.py", *words, "--set", "width=2147483628", "heads=2")
+    message = refusal(train.main, "train.py", *words, "--set", "width=500000000", "heads=2")
     assert "MiB of memory, this machine has" in message and "a smaller --size" in message
     monkeypatch.setattr(plan, "machine_memory", lambda: 2**20)
     assert "1m needs" in refusal(train.main, "train.py", "--size", "1m", *words)
