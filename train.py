@@ -147,7 +147,7 @@ def clip_gradients(gradient, max_norm):
     squares = np.empty(-(-gradient.size // NORM_BLOCK))
     THREADS.run(norm_kernel, squares.size, gradient, squares)
     norm = math.sqrt(float(squares.sum()))
-    if max_norm and norm > max_norm:
+    if max_norm and max_norm < norm < math.inf:
         gradient *= gradient.dtype.type(max_norm / norm)
     return norm
 
@@ -761,15 +761,14 @@ def begin_run(args, ranks, started):
         if draft.dropout:
             cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
         steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
-        plan = None if args.epochs else import_extra("plan", optional=not args.minutes)  # refused now if it is missing
+        plan = import_extra("plan", optional=not (args.minutes or args.recompute))  # refused now if it is missing
         data = prepare_data(args, draft, cfg, steps, tokenizer, folder)
         for prompt in draft.prompts:
             data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
         cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
-        if memory := import_extra("plan", optional=not args.max_memory):
-            draft = memory.fit_memory(args.max_memory, draft, cfg)
+        draft = plan.fit_memory(args.max_memory, draft, cfg) if plan else draft
         batches = batches_of(data, cfg, draft.seed)
-        if plan and not steps:
+        if plan and not steps and not args.epochs:
             steps = plan.plan_steps(args.minutes or 5, draft, cfg, len(data.valid), batches, ranks, started)
         steps = steps or math.ceil((args.epochs or 1) * batches.per_epoch / draft.batch_size)
         known = {name: getattr(draft, name) for name in ("micro_batch_size", "recompute")}

@@ -185,7 +185,8 @@ def relative(found, expected):
 def mutant(function, old, new):
     """`function` of tinygpt with `old` in its source, or in that of a branch that it calls, replaced: what a good test
     must tell from the original."""
-    called = [vars(tinygpt).get(name) for name in function.__code__.co_names if name.startswith(("self_att", "mlp_"))]
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    called = [vars(tinygpt).get(name) for name in names if name.startswith(("self_attention_", "mlp_"))]
     source = "\n\n".join(inspect.getsource(f) for f in (*filter(None, called), function))
     assert source.count(old) == 1, f"{function.__name__} no longer says {old!r} once; choose another mutation"
     namespace = dict(vars(tinygpt))

@@ -57,7 +57,7 @@ def test_without_extras_a_line_says_what_is_lost_and_training_goes_on(alone, tmp
     assert status == 0, err
     missing = [line for line in err.splitlines() if "is not here" in line and not line.startswith("precision")]
     assert missing == ["extras/ is not here: no lock on the run, no plan by the clock, no loss curve"]
-    refused = ["--minutes 1", "--max-memory 2G", "--recipe published", "--list-sizes", "--size 15m"]
+    refused = ["--minutes 1", "--max-memory 2G", "--recompute", "--recipe published", "--list-sizes", "--size 15m"]
     for flags in map(str.split, refused):
         status, _, err = python(alone, *words, *flags)
         assert status == 2 and len(err.splitlines()) == 1 and err.startswith("train.py: error: "), err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = {"README.md": 200, "bpe.py": 750, "tinygpt.py": 1600, "train.py": 1005, "sample.py": 300}
+LINES = {"README.md": 200, "bpe.py": 750, "tinygpt.py": 1600, "train.py": 1004, "sample.py": 300}
 # train.py is still longer than it should be, 800 lines. It may only shrink.
 PARTS = {  # of a file, from the line that begins with these words to the next part: at most so many lines
     "tinygpt.py": {"# Part I: ": 750, "# Part II: ": 400},

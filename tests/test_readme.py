@@ -31,9 +31,17 @@ def check(folder, *kernels):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
 
-def test_a_norm_is_added_in_three_edits_and_proved(tmp_path):
-    source = (ROOT / "tinygpt.py").read_text(encoding="utf-8")
-    (tmp_path / "tinygpt.py").write_text(edited(source), encoding="utf-8")
+@pytest.fixture
+def source(tmp_path):
+    """tinygpt.py with the norm, its text; beside where it belongs, the command line of the checks."""
+    (tmp_path / "extras").mkdir()
+    for name in ("__init__.py", "check.py"):
+        shutil.copy(ROOT / "extras" / name, tmp_path / "extras")
+    return edited((ROOT / "tinygpt.py").read_text(encoding="utf-8"))
+
+
+def test_a_norm_is_added_in_three_edits_and_proved(tmp_path, source):
+    (tmp_path / "tinygpt.py").write_text(source, encoding="utf-8")
     missing = check(tmp_path, "fast")
     assert missing.returncode == 2 and "--kernels fast needs the folder fast/ beside tinygpt.py" in missing.stderr
     done = check(tmp_path, "numpy", "numba")
@@ -42,17 +50,15 @@ def test_a_norm_is_added_in_three_edits_and_proved(tmp_path):
 
 
 @needs_fast
-def test_a_norm_without_a_kernel_is_refused_by_fast_in_one_line(tmp_path):
-    source = (ROOT / "tinygpt.py").read_text(encoding="utf-8")
-    (tmp_path / "tinygpt.py").write_text(edited(source), encoding="utf-8")
+def test_a_norm_without_a_kernel_is_refused_by_fast_in_one_line(tmp_path, source):
+    (tmp_path / "tinygpt.py").write_text(source, encoding="utf-8")
     shutil.copytree(ROOT / "fast", tmp_path / "fast", ignore=shutil.ignore_patterns("__pycache__"))
     refused = check(tmp_path, "fast")
     assert refused.returncode == 2 and "has no kernel" in refused.stderr and "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("kernels", ["numpy", "numba"])
-def test_the_same_norm_with_a_wrong_sign_is_not_proved(tmp_path, kernels):
-    source = edited((ROOT / "tinygpt.py").read_text(encoding="utf-8"))
+def test_the_same_norm_with_a_wrong_sign_is_not_proved(tmp_path, source, kernels):
     wrong = source.replace("r * (dn - sign * (dn * n)", "r * (dn + sign * (dn * n)")
     assert wrong != source
     (tmp_path / "tinygpt.py").write_text(wrong, encoding="utf-8")
