@@ -417,8 +417,8 @@ def read_own(text):
 # == 5  stories in files, text in memory ===============================================================================
 
 # Wherever white space follows something else a pre-token begins: here a text may be cut and its parts looked at alone.
-CUT = r"(?<=[!-~])(?=[ \n])"
-CUT_BYTES, LAST_CUT = regex.compile(CUT.encode()), regex.compile("(?r)" + CUT)  # (?r) searches from the end
+CUT, WIDE = r"(?<=\S)(?=\s)", rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+CUT_BYTES, LAST_CUT = regex.compile(rb"(?<=\S)(?<!%b)(?=\s|%b)" % (WIDE, WIDE)), regex.compile("(?r)" + CUT)
 LAYOUTS = 2  # one more when `pieces` reads other stories from the same file: what was made of it before is out of date
 JSON_START = regex.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.){0,99}"\s*:')  # of an object or an array of objects
 

@@ -16,7 +16,7 @@ from itertools import chain
 
 import regex
 
-from bpe import BYTE, CHARACTER, END, LAST_CUT, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids
+from bpe import BYTE, CHARACTER, CUT_BYTES, END, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids
 from extras.documents import whole
 
 # == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
@@ -368,7 +368,7 @@ def check_same(tokenizer, path, read, *data):
 
 # == 7  calls that only some others have ===============================================================================
 
-LAST_CUT_BYTES = regex.compile(LAST_CUT.pattern.encode())
+LAST_CUT_BYTES = regex.compile(b"(?r)" + CUT_BYTES.pattern)
 
 
 def refuse_specials(tokenizer, text, allowed, disallowed):
@@ -385,15 +385,15 @@ def refuse_specials(tokenizer, text, allowed, disallowed):
 
 
 def encode_chunks(tokenizer, chunks, allowed, disallowed):
-    """Yield the ids of tokenizer.encode("".join(chunks)): at white space after ASCII, those of all before it, now
+    """Yield the ids of tokenizer.encode("".join(chunks)): at white space, those of all before it, now
     certain; at the end if merges cross words, specials are disallowed, or an allowed one has white space inside."""
     names = tokenizer.special_names("allowed_special", allowed)
-    waits = disallowed or isinstance(tokenizer, SpacedTokenizer) or any(set(name) & set(" \n") for name in names)
+    waits = disallowed or isinstance(tokenizer, SpacedTokenizer) or any(regex.search(r"\s", name) for name in names)
     held = bytearray()
     for chunk in chunks:
         seen = len(held)
         held += bytes_of(chunk)
-        if not waits and (cut := LAST_CUT_BYTES.search(held, max(0, seen - 1))):
+        if not waits and (cut := LAST_CUT_BYTES.search(held, max(0, seen - 4))):
             yield from tokenizer.encode(held[: cut.start()], allowed)
             del held[: cut.start()]
     yield from tokenizer.encode(held, allowed, disallowed)

@@ -2,40 +2,45 @@
 
 The algorithm is that of bpe.merge_pairs. The idea: its dictionaries and lists as arrays, so that a merge is ten times
 as fast; 4,096 entries are made of the counted words of 12.5 MB in 0.01 s. A cell is a token of a word, at the place of
-the token's first byte. A pair keeps its count and a chain of the cells where it begins; a hash table finds it.
+the token's first byte. A pair keeps its count and a chain of the cells where it begins; a hash table finds it. Of each
+distinct word a byte takes 13 bytes of memory: neighbours are found by the lengths of tokens, words by their block.
 """
 
 import numpy as np
 
 from fast.words import U, called, distinct_words, hash_slot, kernel
 
-TOKEN, BEFORE, AFTER, WORD = range(4)  # columns of cells, int32 (bytes, 4): its token, its neighbours, its word
-KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of links, their number
-CELL, NEXT = range(2)  # of links, int32 (links, 2)
+# Columns of cells, int32 (bytes, 3): a token at its first byte and -length at its last, if it has several bytes, or -1
+# between them; of the pair that begins here the next cell and the previous one, -1 where there is none.
+TOKEN, NEXT, PREVIOUS = range(3)
+KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of cells, their number
 START, LENGTH = range(2)  # of tokens, int64 (tokens, 2): where the bytes of a token stand in `raw`
-PAIRS, CHAINED, HEAP, TOKENS = range(4)  # of used, int64 (4,): how many there are of each
+PAIRS, HEAP, TOKENS = range(3)  # of used, int64 (3,): how many there are of each
+BLOCK = 4  # blocks of 1 << BLOCK bytes: each knows the word of its first byte
+NARROW = (1 << 30) - 1  # bytes of words up to which cells, and rows of at most two pairs a byte, are numbered by int32
 
 
 def train(pieces, num_merges, progress=None):
     """bpe.train of the (bytes, ends) of bpe.as_pieces."""
     raw, words = distinct_words(pieces)  # 256 single bytes, then the words; (start, stop, how often) of each
     size, limit = len(raw), 256 + min(num_merges, len(raw))
-    cells, links = np.empty((size, 4), np.int32), np.empty((3 * size, 2), np.int32)  # of links a join makes two at most
+    index = np.int32 if size <= NARROW else np.int64
+    cells, blocks = np.empty((size, 3), index), np.zeros((size >> BLOCK) + 1, index)
     tokens, merges = np.ones((limit, 2), np.int64), np.empty((limit, 2), np.int32)
     tokens[:256, START] = np.arange(256)
-    used = np.array([0, 0, 0, 256])
+    used = np.array([0, 0, 256])
     pairs, heap = np.empty((min(size, 1 << 16), 5), np.int64), np.empty((min(size, 1 << 16), 2), np.int64)
-    slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
-    count_first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap)
+    slots = np.full(2 << len(pairs).bit_length(), -1, index)
+    count_first_pairs(raw, words, blocks, cells, tokens, used, pairs, slots, heap)
     for goal in [*range(256, limit, 256), limit]:
-        while need := merge_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, goal):
+        while need := merge_pairs(raw, words, blocks, cells, tokens, merges, used, pairs, slots, heap, goal):
             pairs, heap = (np.concatenate([old, np.empty((need, old.shape[1]), np.int64)]) for old in (pairs, heap))
-            slots = np.full(2 << len(pairs).bit_length(), -1, np.int32)
+            slots = np.full(2 << len(pairs).bit_length(), -1, index)
             fill_slots(pairs, slots, used)
         if progress:
             progress(int(used[TOKENS]) - 256)
-    made, raw = int(used[TOKENS]), raw.tobytes()
-    vocab = [raw[start : start + length] for start, length in tokens[:made].tolist()]
+    made = int(used[TOKENS])
+    vocab = [raw[start : start + length].tobytes() for start, length in tokens[:made].tolist()]
     return [(vocab[left], vocab[right]) for left, right in merges[256:made].tolist()]
 
 
@@ -49,25 +54,41 @@ def find_slot(pairs, slots, key):
 
 
 @called
-def count_pair(pairs, slots, links, used, left, right, times, cell):
-    """Add `times` to the count of a pair, and this cell to its chain."""
+def add_pair(pairs, slots, cells, used, left, right, times, cell):
+    """Add `times` to the count of a pair, and this cell to the end of its chain."""
     key = np.int64(left) << 32 | right
     at = find_slot(pairs, slots, key)
-    link = used[CHAINED]
-    used[CHAINED] += 1
-    links[link, CELL] = cell
-    links[link, NEXT] = -1
     if slots[at] < 0:
         slots[at] = used[PAIRS]
         used[PAIRS] += 1
         pair = pairs[slots[at]]
-        pair[KEY], pair[COUNT], pair[FIRST], pair[LINKS] = key, 0, link, 0
+        pair[KEY], pair[COUNT], pair[FIRST], pair[LAST], pair[LINKS] = key, 0, -1, -1, 0
+    pair = pairs[slots[at]]
+    cells[cell, NEXT], cells[cell, PREVIOUS] = -1, pair[LAST]
+    if pair[LAST] >= 0:
+        cells[pair[LAST], NEXT] = cell
     else:
-        pair = pairs[slots[at]]
-        links[pair[LAST], NEXT] = link
-    pair[LAST] = link
+        pair[FIRST] = cell
+    pair[LAST] = cell
     pair[COUNT] += times
     pair[LINKS] += 1
+
+
+@called
+def remove_pair(pairs, slots, cells, left, right, times, cell):
+    """Take `times` from the count of a pair, and this cell out of its chain."""
+    pair = pairs[slots[find_slot(pairs, slots, np.int64(left) << 32 | right)]]
+    after, before = cells[cell, NEXT], cells[cell, PREVIOUS]
+    if before >= 0:
+        cells[before, NEXT] = after
+    else:
+        pair[FIRST] = after
+    if after >= 0:
+        cells[after, PREVIOUS] = before
+    else:
+        pair[LAST] = before
+    pair[COUNT] -= times
+    pair[LINKS] -= 1
 
 
 @kernel
@@ -129,21 +150,22 @@ def sift_down(heap, used, raw, tokens, pairs):
 
 
 @kernel
-def count_first_pairs(raw, words, cells, links, tokens, used, pairs, slots, heap):
+def count_first_pairs(raw, words, blocks, cells, tokens, used, pairs, slots, heap):
     """Write the cells of the words as they are before any merge; count their pairs; make the heap."""
     for w in range(len(words)):
         start, stop = words[w, 0], words[w, 1]
         for i in range(start, stop):
-            cells[i, TOKEN], cells[i, WORD] = raw[i], w
-            cells[i, BEFORE], cells[i, AFTER] = i - 1 if i > start else -1, i + 1 if i + 1 < stop else -1
+            cells[i, TOKEN] = raw[i]
+            if i & ((1 << BLOCK) - 1) == 0:
+                blocks[i >> BLOCK] = w
             if i + 1 < stop:
-                count_pair(pairs, slots, links, used, raw[i], raw[i + 1], words[w, 2], i)
+                add_pair(pairs, slots, cells, used, raw[i], raw[i + 1], words[w, 2], i)
     for k in range(used[PAIRS]):
         push_pair(heap, used, k, raw, tokens, pairs)
 
 
 @kernel
-def merge_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, heap, limit):
+def merge_pairs(raw, words, blocks, cells, tokens, merges, used, pairs, slots, heap, limit):
     """Merge until there are `limit` tokens or no pair is left. Return 0, or the room that pairs need to continue."""
     while used[TOKENS] < limit and used[HEAP]:
         pair = heap[0, 1]
@@ -160,23 +182,22 @@ def merge_pairs(raw, words, cells, links, tokens, merges, used, pairs, slots, he
         used[TOKENS] += 1
         merges[new, 0], merges[new, 1] = left, right
         tokens[new, LENGTH] = tokens[left, LENGTH] + tokens[right, LENGTH]
-        link = pairs[pair, FIRST]
-        while link >= 0:  # in the order of cells, for in aaa the left pair is joined
-            i, link = links[link, CELL], links[link, NEXT]
-            j = cells[i, AFTER]
-            if cells[i, TOKEN] != left or j < 0 or cells[j, TOKEN] != right:
-                continue  # joined to another neighbour by an earlier merge
+        while pairs[pair, FIRST] >= 0:  # in the order of cells, for in aaa the left pair is joined
+            i = pairs[pair, FIRST]
+            j, k, w = i + tokens[left, LENGTH], i + tokens[new, LENGTH], blocks[i >> BLOCK]
+            while words[w, 1] <= i:
+                w += 1
+            start, stop, times = words[w]
+            remove_pair(pairs, slots, cells, left, right, times, i)
+            if i > start:
+                h = i - 1 if cells[i - 1, TOKEN] >= 0 else i + cells[i - 1, TOKEN]
+                remove_pair(pairs, slots, cells, cells[h, TOKEN], left, times, h)
+                add_pair(pairs, slots, cells, used, cells[h, TOKEN], new, times, h)
+            if k < stop:
+                remove_pair(pairs, slots, cells, right, cells[k, TOKEN], times, j)
+                add_pair(pairs, slots, cells, used, new, cells[k, TOKEN], times, i)
             tokens[new, START] = i
-            times, h, k = words[cells[i, WORD], 2], cells[i, BEFORE], cells[j, AFTER]
-            cells[i, TOKEN], cells[j, TOKEN], cells[i, AFTER] = new, -1, k
-            if h >= 0:
-                pairs[slots[find_slot(pairs, slots, np.int64(cells[h, TOKEN]) << 32 | left)], COUNT] -= times
-                count_pair(pairs, slots, links, used, cells[h, TOKEN], new, times, h)
-            if k >= 0:
-                cells[k, BEFORE] = i
-                pairs[slots[find_slot(pairs, slots, right << 32 | cells[k, TOKEN])], COUNT] -= times
-                count_pair(pairs, slots, links, used, new, cells[k, TOKEN], times, i)
-        pairs[pair, COUNT] = 0
+            cells[j, TOKEN], cells[i, TOKEN], cells[k - 1, TOKEN] = -1, new, i - k
         for k in range(first, used[PAIRS]):
             if pairs[k, COUNT]:
                 push_pair(heap, used, k, raw, tokens, pairs)

@@ -205,18 +205,24 @@ def insert_word(table, arena, used, row, words, i, size, first, second):
 
 @kernel
 def count_words(batch, classes, cache):
-    """Count the pre-tokens of a batch: the value of a row is the number of times that its word occurred."""
+    """Count the pre-tokens of a batch: the value of a row is the number of times that its word occurred. False where
+    the table is two thirds full: continue with a larger one, from `starts`, which moves along."""
     text, words, starts, stops, _ = batch
     table, arena, used = cache
     for k in range(len(starts)):
         i, stop = starts[k], stops[k]
         while i < stop:
+            if 6 * used[ROWS] > len(table):
+                starts[k] = i
+                return False
             size, first, second = read_word(text, words, i, stop, classes)
             row, first = find_row(table, arena, words, i, size, first, second)
             if table[row + 2] == U0:
                 insert_word(table, arena, used, row, words, i, size, first, second)
             table[row + 3] += U1
             i += size
+        starts[k] = stop
+    return True
 
 
 @kernel
@@ -230,6 +236,18 @@ def copy_rows(table, wider):
                 row = (row + 4) & (len(wider) - 4)
             for k in range(4):
                 wider[row + k] = table[old + k]
+
+
+@kernel
+def spell_words(table, stored, rows, words, raw):
+    """Write the bytes of the words in these rows of a table to where they stand in raw; stored: the arena as bytes."""
+    for w in range(len(rows)):
+        first, second = table[4 * rows[w]], table[4 * rows[w] + 1]
+        for k in range(words[w, 1] - words[w, 0]):
+            if table[4 * rows[w] + 2] > U(16):
+                raw[words[w, 0] + k] = stored[np.int64(second << U(3)) + k]
+            else:
+                raw[words[w, 0] + k] = (first if k < 8 else second) >> U(8 * (k & 7)) & FIRST_BYTE
 
 
 # == 4  merging: Tokenizer.word_ids of the words that the table does not hold ==========================================
@@ -407,6 +425,7 @@ def pair_table(ranks):
 
 BATCH = 1 << 18  # bytes of text in a call of a kernel: what it reads and writes stays in a core's cache
 PADDING = 24  # bytes that a kernel may read after the last
+ENCODED = (1 << 31) - 1  # bytes of a batch: `merge_long` numbers them in 31 bits
 
 
 class Batch:
@@ -467,7 +486,9 @@ class Encoder:
         self.encode(Batch([(b"", -1)]))  # compiles, once for all threads
 
     def encode(self, batch):
-        """The ids of a batch, (n,)."""
+        """The ids of a batch, (n,). ValueError for a text too long to encode whole and without a place to cut it."""
+        if batch.room > ENCODED:
+            raise ValueError(f"{batch.size} bytes without white space; expected at most {ENCODED}: insert line breaks")
         try:
             cache = self.idle.pop()  # of a thread that no longer encodes
         except IndexError:
@@ -494,22 +515,18 @@ def distinct_words(pieces):
     number of each pre-token, int64 (words, 3))."""
     table, arena, used, end = np.zeros(1 << 16, np.uint64), np.empty(0, np.uint64), np.zeros(2, np.int64), END.encode()
     for batch in batches((story, -1) for text, _ in pieces for story in text.split(end)):
-        # At most: 256 words of one byte, else one for two bytes; one integer of the arena for 8 bytes and one a word.
-        rows, stored = used + [256 + batch.room // 2, batch.room // 8 + batch.room // 17]
-        if 6 * rows > len(table):
-            wider = np.zeros(4 << int(3 * rows // 2).bit_length(), np.uint64)
-            copy_rows(table, wider)
-            table = wider
+        stored = used[ARENA] + batch.room // 8 + batch.room // 17  # at most: an integer for 8 bytes, and one a word
         if stored > len(arena):
             arena = np.concatenate([arena, np.empty(stored, np.uint64)])
-        count_words(batch.arrays, character_classes(), (table, arena, used))
-    rows = table.reshape(-1, 4)
-    rows = rows[rows[:, 2] > 0]
-    rows = rows[np.argsort(rows[:, 2] > 16, kind="stable")]
-    lengths = rows[:, 2].astype(np.int64)
-    short = np.ascontiguousarray(rows[lengths <= 16, :2]).view(np.uint8)  # (short words, 16)
-    raw = [np.arange(256, dtype=np.uint8), short[np.arange(16) < lengths[: len(short), None]]]
-    stored = arena.view(np.uint8)
-    raw += [stored[8 * int(row[1]) :][: int(row[2])] for row in rows[len(short) :]]
+        while not count_words(batch.arrays, character_classes(), (table, arena, used)):
+            wider = np.zeros(2 * len(table), np.uint64)
+            copy_rows(table, wider)
+            table = wider
+    rows = np.flatnonzero(table[2::4])
+    lengths = table[2::4][rows].astype(np.int64)
     stops = 256 + np.cumsum(lengths)
-    return np.concatenate(raw), np.stack([stops - lengths, stops, rows[:, 3].astype(np.int64)], 1)
+    words = np.stack([stops - lengths, stops, table[3::4][rows].astype(np.int64)], 1)
+    raw = np.empty(256 + int(lengths.sum()), np.uint8)
+    raw[:256] = np.arange(256)
+    spell_words(table, arena.view(np.uint8), rows, words, raw)
+    return raw, words

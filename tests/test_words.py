@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from itertools import product
 from pathlib import Path
 
@@ -235,7 +236,54 @@ def test_a_cut_inside_a_run_of_white_space_would_change_the_pretokens():
     """Negative control: not every place is one to cut at."""
     assert bpe.count_pretokens(["a   b"]) != bpe.count_pretokens(["a ", "  b"])
     assert bpe.count_pretokens(["a   b"]) == bpe.count_pretokens(["a", "   b"])
-    assert [place.start() for place in bpe.regex.finditer(bpe.CUT, "a  b\n\nc d\u00e9 e")] == [1, 4, 7]
+    places = bpe.regex.finditer(bpe.CUT, "a  b\n\nc d\u00e9 e\u3000\tf\xa0")
+    assert [place.start() for place in places] == [1, 4, 7, 10, 12, 15]
+
+
+@pytest.mark.parametrize("around", ["\u65e5", "b!7\u00e9"])
+def test_a_text_is_cut_before_any_white_space_that_follows_something_else_and_nowhere_else(around):
+    """In UTF-8 at the places where the str is cut; the pre-tokens of the parts are those of the whole."""
+    text = "".join(f"{a}{w}{a}{w}{v}" for a in around for w in WHITE for v in WHITE)
+    places = [place.start() for place in bpe.regex.finditer(bpe.CUT, text)]
+    assert len(places) > 500 * len(around)
+    cut = [place.start() for place in bpe.CUT_BYTES.finditer(text.encode())]
+    assert cut == [len(text[:place].encode()) for place in places]
+    parts = [text[i:j] for i, j in zip([0, *places], [*places, None])]
+    assert [word for part in parts for word in bpe.SPLIT.findall(part)] == bpe.SPLIT.findall(text)
+
+
+def chinese(size, blank, seed=8):
+    """Some bytes of random words of 2 to 30 characters, with this and full stops between them."""
+    rng = random.Random(seed)
+    words = ("".join(map(chr, rng.choices(range(0x4E00, 0xA000), k=rng.randint(2, 30)))) for _ in range(size // 49))
+    return "".join(word + rng.choice([blank, blank, "\u3002" + blank]) for word in words)
+
+
+@pytest.mark.parametrize("blank", [" ", "\u3002"])  # with white space and without any
+def test_training_takes_at_most_25_bytes_of_memory_for_a_byte_of_distinct_words(blank):
+    text = chinese(6_000_000, blank).encode()
+    train_compiled(text, 3)  # compiles
+    tracemalloc.start()
+    try:
+        train_compiled(text, 300)
+        assert tracemalloc.get_traced_memory()[1] < 25 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", [chinese(30_000, " "), "the little cat and the aaaa aaab aaa " * 50])
+def test_more_bytes_of_words_than_int32_counts_give_the_same_merges(text, monkeypatch):
+    narrow = train_compiled(text, 150)
+    monkeypatch.setattr("fast.merges.NARROW", 20)
+    assert train_compiled(text, 150) == narrow == bpe.train_spec([text], 150)
+
+
+@pytest.mark.parametrize("text", ["x" * 1000, "\u65e5\u3002" * 300])
+def test_a_text_too_long_for_the_encoder_and_without_a_place_to_cut_it_is_refused(tokenizer, text, monkeypatch):
+    assert by_kernels(tokenizer, [text + " " + text])
+    monkeypatch.setattr(words, "ENCODED", 900)
+    with pytest.raises(ValueError, match=f"{len(text.encode())} bytes without white space; expected at most 900"):
+        by_kernels(tokenizer, [text])
 
 
 def test_specials_in_a_long_text_are_refused_with_their_place(tokenizer, long_text):
