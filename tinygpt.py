@@ -8,7 +8,7 @@ The folder fast/ computes the same sublayers at the limit of the machine.
 
     Part I    1 configuration and parameters    2 primitives    3 sublayers    4 the model
     Part II   5 compiling    6 products    7 attention    8 rows
-    Part III  9 threads, tables of ops    10 configurations    11 checkpoints    12 checks
+    Part III  9 threads, tables of ops    10 configurations    11 checkpoints
 
 Symbols, here and everywhere:
 
@@ -24,6 +24,7 @@ Symbols, here and everywhere:
 returns only dx: one rule for accumulation over micro-batches, for tied weights and for kernels that work in place.
 """
 
+import _thread
 import contextlib
 import dataclasses
 import functools
@@ -32,11 +33,11 @@ import importlib.util
 import json
 import math
 import os
+import queue
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,7 @@ import numba
 import numpy as np
 from llvmlite import binding
 from numba import njit, types
+from numba.core.caching import FunctionCache, NullCache
 from numba.extending import overload, register_jitable
 
 # ######################################################################################################################
@@ -816,9 +818,9 @@ inlined(mix)
 
 
 def kernel(function):
-    """Compile `function` when it is first called. Numba's cache keeps it under a name that holds the options."""
+    """Compile `function` when THREADS first run it. A `Cache` keeps it under a name that holds the options."""
     function.__qualname__ += f"-{zlib.crc32(repr(JIT | {'fastmath': sorted(FASTMATH)}).encode()):08x}"
-    return njit(**JIT, nogil=True, cache=True)(function)
+    return njit(**JIT, nogil=True)(function)
 
 
 def as_rows(x):
@@ -1199,32 +1201,103 @@ def cross_entropy_backward_numba(cache):
 
 
 # ######################################################################################################################
-# Part III: tables of ops, configurations, checkpoints, checks
+# Part III: tables of ops, configurations, checkpoints
 # ######################################################################################################################
 
 # == 9  threads, tables of ops =========================================================================================
 
 
-def count_cores():
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """The number of cores that this process may use: of those it sees, what the quotas of its container allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lines = Path(groups).read_text(encoding="utf-8").splitlines() if os.path.exists(groups) else ()
+    for _, kinds, path in (line.split(":", 2) for line in lines):  # `kinds` are "" in version 2 of control groups
+        version_1 = "cpu" in kinds.split(",")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
+        group = Path(root, "cpu" * version_1, path.strip("/"))
+        for folder in (group, *group.parents):  # a container may see the folders from its own on alone
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" and -1: no quota
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                cores = min(cores, -(-quota // period)) if quota > 0 else cores
+    return max(1, cores)
+
+
+@functools.cache
+def note_once(line):
+    """Print to stderr, the first time."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Cache(FunctionCache):
+    @contextlib.contextmanager
+    def _guard_against_spurious_io_errors(self):  # around Numba's loads and saves
+        with contextlib.suppress(OSError):  # a full disk
+            try:
+                yield
+            except Exception:  # what pickle says of a file that a loss of power cut short: it is compiled again
+                self.flush()
+
+
+def open_cache(function):
+    """Numba's cache of a function; one that keeps nothing where no folder can be written."""
+    try:
+        return Cache(function)
+    except RuntimeError:
+        note_once("no folder can be written to keep compiled kernels in; NUMBA_CACHE_DIR names another")
+        return NullCache()
 
 
 class Threads:
     """The threads that run kernels. `count` may change between two runs."""
 
-    def __init__(self):
-        self.count, self.executor = count_cores(), ThreadPoolExecutor(1024)  # which starts a thread when it needs one
+    def __init__(self, count=None):
+        self.count = count or count_cores()
+        self.begin()
+        getattr(os, "register_at_fork", dict)(after_in_child=self.begin)
+
+    def begin(self):
+        """Have no threads yet, as in a child process: fork copies none."""
+        self.jobs, self.started = queue.SimpleQueue(), 0
+
+    def start(self, helpers):
+        """Start threads up to so many, as far as the system allows -> their number. Nobody waits for one to begin:
+        threading.Thread waits for ever where memory ends just then."""
+        try:
+            while self.started < helpers:
+                _thread.start_new_thread(serve, (self.jobs,))
+                self.started += 1
+        except (RuntimeError, MemoryError) as error:
+            note_once(f"{error}: computing with the threads that there are")
+        return min(helpers, self.started)
 
     def run(self, kernel, tasks, *args, unit=1):
-        """kernel(first, last, *args) on shares of the tasks 0 .. tasks - 1, one a thread, in whole `unit`s."""
+        """kernel(first, last, *args) on shares of the tasks 0 .. tasks - 1, in whole `unit`s; a thread that is free,
+        this one too, takes the next share."""
+        if not getattr(kernel, "signatures", True):  # not compiled yet: importing touches no file
+            kernel._cache = open_cache(kernel.py_func)
         units = -(-tasks // unit)
         shares = max(1, min(self.count, units))
         cuts = [min(tasks, i * units // shares * unit) for i in range(shares + 1)]
-        jobs = [self.executor.submit(kernel, *share, *args) for share in zip(cuts[1:], cuts[2:])]
-        kernel(cuts[0], cuts[1], *args)
-        for job in jobs:
-            job.result()
+        left, done = iter([*zip(cuts, cuts[1:])]), queue.SimpleQueue()
+
+        def work():
+            for share in left:
+                try:
+                    done.put(kernel(*share, *args))  # None
+                except BaseException as error:
+                    done.put(error)
+
+        for _ in range(self.start(shares - 1)):
+            self.jobs.put(work)
+        work()
+        for error in [done.get() for _ in range(shares)]:
+            if error:
+                raise error
+
+
+def serve(jobs):
+    while True:
+        jobs.get()()
 
 
 THREADS = Threads()
@@ -1293,6 +1366,8 @@ KERNELS = ("fast", "numba", "numpy")  # names of tables, the fastest first
 def find_ops(kernels=None, dtype="float32"):
     """The table of a name in KERNELS, by default the fastest that is here. bfloat16 is a property of `fast`: its large
     products round their operands to it. ValueError in one line if there is no such table."""
+    if numba.config.DISABLE_JIT and not kernels:
+        kernels = note_once("NUMBA_DISABLE_JIT is set, so nothing is compiled: --kernels numpy") or "numpy"
     kernels = kernels or KERNELS[importlib.util.find_spec("fast") is None]
     if kernels not in KERNELS or dtype not in ("float32", "bfloat16"):
         raise ValueError(f"kernels={kernels}, dtype={dtype}: expected {' or '.join(KERNELS)}, float32 or bfloat16")
@@ -1300,10 +1375,10 @@ def find_ops(kernels=None, dtype="float32"):
         raise ValueError(f"--dtype {dtype} is about the products of --kernels fast; leave it out with {kernels}")
     if kernels != "fast":
         return OPS[kernels]
-    if importlib.util.find_spec("fast") is None:
-        raise ValueError("--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba")
-    from fast import table
-
+    try:
+        from fast import table
+    except ImportError as error:
+        raise ValueError(f"--kernels fast needs fast/ beside tinygpt.py ({error}); use --kernels numba") from None
     return table(dtype)
 
 
@@ -1552,44 +1627,6 @@ def check_finite(path, tensors):
     for name, x in tensors.items():
         if not np.isfinite(x).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity; take an earlier checkpoint, or train again")
-
-
-# == 12  checks: gradients against central differences, (f(x + h) - f(x - h)) / 2h =====================================
-
-
-def gradient_error(analytic, numeric):
-    """The largest |a - n| / (max(|a|, |n|) + 0.01): below 1e-6 where |a - n| < 1e-8 + 1e-6 max(|a|, |n|)."""
-    size = np.maximum(np.abs(analytic), np.abs(numeric))
-    return float((np.abs(analytic - numeric) / (size + 0.01)).max())
-
-
-def check_model(cfg, ops, seed=0, B=2, h=1e-5):
-    """[(tensor, relative error)]: for each parameter tensor, the gradient of the whole model in float64 along a random
-    direction against the central difference along it."""
-    rng = np.random.default_rng(seed)
-    flat = init_parameters(cfg, seed, np.float64)
-    flat += 0.2 * rng.standard_normal(flat.shape)  # biases and gains away from 0 and 1
-    p, (gradient, grads) = views(layout(cfg), flat, cfg.layers), zero_gradients(cfg, np.float64)
-    tokens = rng.integers(0, cfg.vocab_size, (B, cfg.seq_len + 1))
-    weights, dropout = rng.uniform(0.5, 1.5, (B, cfg.seq_len)), Dropout(seed, 0, 0)
-
-    def loss(g=None):
-        return loss_and_gradients(p, tokens[:, :-1], tokens[:, 1:], weights, g, cfg, ops, dropout=dropout)[0]
-
-    loss(grads)
-    add_lookup_gradient(grads)
-    errors = []
-    for t in layout(cfg):
-        place = slice(t.offset, t.offset + math.prod(t.shape))
-        kept, slopes = flat[place].copy(), []
-        direction = rng.standard_normal(kept.size)
-        direction /= np.linalg.norm(direction)
-        for step in (h, -h):
-            flat[place] = kept + step * direction
-            slopes.append(loss() / (2 * step))
-        flat[place] = kept
-        errors.append((t.name, gradient_error(gradient[place] @ direction, sum(slopes))))
-    return errors
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import CACHE_LINE, compiles_for, jitted, stamped
+from fast.jit import CACHE_LINE, callback, compiles_for, jitted
 from fast.memory import I8, I32, I64, load, multiply_add, peek, poke, splat, store
 from fast.pack import (
     SQUARE,
@@ -368,7 +368,7 @@ def dtype_of(kind):
 
 def addressed(function, count, result=types.void):
     kind = result(*[types.intp] * count)
-    return numba.cfunc(kind, cache=True, error_model="numpy", _nrt=False)(stamped(function))
+    return callback(kind, error_model="numpy", _nrt=False)(function)
 
 
 @functools.cache

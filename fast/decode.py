@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 
 from fast.attention import attention_arguments, first_seen, norm_columns, turn_pair
 from fast.draw import add_offsets, draw_token, quantise_head, screen_error
-from fast.jit import COMPILE, inlined, stamped
+from fast.jit import COMPILE, callback, inlined
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
 from fast.rows import ACTIVATION, NO_NORM, activation_rows, exp, maximum, norm_rows
@@ -394,7 +394,7 @@ def compile_stage(dtype):
                 activate_panels(model, stage, first, last, zero)
         return ended
 
-    return numba.cfunc(types.int64(*[types.int64] * 7), cache=True, **COMPILE)(stamped(run_stage))
+    return callback(types.int64(*[types.int64] * 7), **COMPILE)(run_stage)
 
 
 @intrinsic
@@ -569,7 +569,7 @@ class Steps:
 
     def run(self, token, x, position, screened=False, **launch):
         """`step_kernel` from a token at this position or, if x (1, C) is given, from the head, which reads it."""
-        chunks, first_stage = 1 if self.one_thread else min(POOL.threads, self.threads), 0
+        chunks, first_stage = 1 if self.one_thread else min(POOL.threads, self.threads, POOL.cores), 0
         if x is not None:
             self.arrays["x"][:], first_stage = x.reshape(-1), len(self.stages) - 1
         if not screened and not self.stages[-1]["weights"]:

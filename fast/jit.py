@@ -12,15 +12,23 @@ Read from the top.
 """
 
 import contextlib
+import functools
 import hashlib
 import re
 from pathlib import Path
 
 import numba
 from llvmlite import binding
+from numba.core import sigutils
+from numba.core.caching import NullCache
+from numba.core.ccallback import CFunc
 from numba.extending import register_jitable
 
-from tinygpt import CACHE_LINE, CHOICES, GELU_CUBE, GELU_SCALE  # and its import sets the processor to compile for
+# and its import sets the processor to compile for
+from tinygpt import CACHE_LINE, CHOICES, GELU_CUBE, GELU_SCALE, open_cache
+
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, and fast/ is nothing without compiled code")
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # neither nnan nor ninf: a NaN must be seen
 # Numba's own error model checks divisions: no vectors. Kernels allocate nothing, so arrays need no reference counts.
@@ -48,10 +56,42 @@ def stamp():
 STAMP = stamp()
 
 
-def stamped(function):
-    """The function under a name that ends in STAMP: what Numba's cache files and symbols are called after."""
+class LateCache(NullCache):
+    """Numba's cache of a function, opened when it is compiled, so that importing touches no file; then the files of
+    other stamps are removed."""
+
+    def __init__(self, function):
+        self.function, self.opened = function, NullCache()
+
+    cache_path = property(lambda self: self.opened.cache_path)
+
+    def load_overload(self, *key):
+        self.opened = open_cache(self.function)
+        if self.cache_path:
+            remove_once(self.cache_path)
+        return self.opened.load_overload(*key)
+
+    def save_overload(self, *key):
+        self.opened.save_overload(*key)
+
+
+def cached(compiler, function):
+    """compiler(function), kept in Numba's cache under a name that ends in STAMP, after which files are called."""
     function.__qualname__ += f"-{STAMP}"
-    return function
+    compiled = compiler(function)
+    compiled._cache = LateCache(function)
+    return compiled
+
+
+def callback(signature, **options):
+    """numba.cfunc, cached."""
+
+    def compile(function):
+        compiled = cached(lambda f: CFunc(f, sigutils.normalize_signature(signature), {}, options), function)
+        compiled.compile()
+        return compiled
+
+    return compile
 
 
 def remove_old_kernels(folder):
@@ -61,6 +101,9 @@ def remove_old_kernels(folder):
         if found and found[1] != STAMP:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+remove_once = functools.cache(remove_old_kernels)
 
 
 def compiles_for(feature):

@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fast.jit import CACHE_LINE, COMPILE, STAMP, compiles_for, inlined, stamped
+from fast.jit import CACHE_LINE, COMPILE, STAMP, callback, compiles_for, inlined
 from fast.memory import (
     I8,
     I32,
@@ -331,7 +331,7 @@ def provide_product(dtype):
     for name, (function, count) in functions.items():
         kind, address = types.void(*[types.intp] * count), 1
         if POOL.compiles is None or POOL.compiles(name):
-            compiled[name] = numba.cfunc(kind, cache=True, **COMPILE)(stamped(function))
+            compiled[name] = callback(kind, **COMPILE)(function)
             address = compiled[name].address
         binding.add_symbol(symbol(name, number), address)
     return compiled  # and kept: machine code lives as long as the object that it belongs to

@@ -8,11 +8,16 @@ tasks to a ThreadPoolExecutor. What happens at a launch, and why:
    woken, which takes 100 us, and nobody takes the interpreter's lock, which takes 70; a launch takes a few us.
 3. All threads draw task numbers from one counter until there are no more: a slow thread does fewer, none waits.
 4. The caller closes the gate and waits for the helpers that are still inside; one that comes later turns back.
-5. A helper that has looked SPINS times without a launch goes to sleep; the next launch wakes it.
+5. A helper that has looked SPINS times without a launch goes to sleep; the next launch wakes it. With more threads
+   than cores one that comes too late sleeps at once, and no more are woken than there are cores: those that look for a
+   launch would take the time of those that work.
 
 Read `kernel` and `Pool.run` first, then what they are made of, from the top.
 """
 
+import _thread
+import functools
+import os
 import threading
 from types import FunctionType
 
@@ -22,9 +27,9 @@ from numba import njit, types
 from numba.core import cgutils, compiler
 from numba.extending import intrinsic
 
-from fast.jit import COMPILE, stamped
+from fast.jit import COMPILE, cached
 from fast.memory import word_at
-from tinygpt import THREADS, aligned
+from tinygpt import THREADS, aligned, count_cores, note_once
 
 # The words of a launch. Each that threads contend for has a cache line of its own.
 
@@ -168,13 +173,13 @@ def kernel(function):
     body = njit(**COMPILE, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
     copy = FunctionType(code, {"open_gate": open_gate, "body": body, "__name__": function.__module__})
     copy.__qualname__ = function.__qualname__
-    return njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(stamped(copy))
+    return cached(njit(**COMPILE, no_cfunc_wrapper=True, nogil=True), copy)
 
 
-@njit(**COMPILE, nogil=True, cache=True)
-@stamped
-def serve(at, slot, seen, spins):
-    """Take part in every launch after number `seen`, until none has come for `spins` looks; the last one's number."""
+@functools.partial(cached, njit(**COMPILE, nogil=True))
+def serve(at, slot, seen, spins, crowded):
+    """Take part in every launch after number `seen`, until none has come for `spins` looks or, if there are more
+    threads than cores, one is over already; the last one's number."""
     idle = 0
     while idle < spins:
         idle += 1
@@ -183,6 +188,8 @@ def serve(at, slot, seen, spins):
             seen, idle = number, 0
             if fetch_add(at + 8 * GATE, 1) < CLOSED:
                 join(at, slot)
+            elif crowded:
+                idle = spins
             fetch_add(at + 8 * GATE, -1)
     return seen
 
@@ -191,45 +198,68 @@ class Pool:
     """The threads that run tasks. One caller computes at a time; others wait for it."""
 
     def __init__(self):
+        self.threads, self.cores = THREADS.count, count_cores()
+        self.compiles = None  # or a function: True for the names of kernels that `run` is to compile, and not to run
+        self.begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self):
+        """Have no helpers yet, as in a child process: fork copies no threads, and locks as they are."""
         self.lock, self.changed = threading.Lock(), threading.Condition()
-        self.threads, self.helpers, self.asleep, self.wakes, self.stopping = THREADS.count, [], 0, 0, False
+        self.team = 0  # number of the helpers that a launch may count on; those before have left, or will
+        self.started, self.serving, self.asleep, self.wakes = 0, 0, 0, 0  # helpers; of any team, not ended; asleep
         self.words = aligned(WORDS, np.int64)
         self.words[GATE] = CLOSED
-        self.compiles = None  # or a function: True for the names of kernels that `run` is to compile, and not to run
 
     def resize(self, threads):
         """Use `threads` threads from now on; they start when there is work."""
-        with self.lock:
-            self.stopping = True
-            self.wake()
-            for helper in self.helpers:
-                helper.join()
-            self.threads, self.helpers, self.stopping = threads, [], False
-
-    def wake(self):
-        with self.changed:
-            self.wakes += 1
+        with self.lock, self.changed:
+            self.team += 1
             self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.serving)
+            self.threads, self.started = threads, 0
 
-    def help(self, slot, seen):
-        while not self.stopping:
-            seen = serve(self.words.ctypes.data, slot, seen, SPINS)
+    def start(self):
+        """Start helpers, as many as the system allows. None is waited for: threading.Thread waits for ever for one that
+        found no memory to begin with."""
+        try:
+            while self.started + 1 < self.threads:
+                place = (self.started + 1, int(self.words[LAUNCH]), self.team, self.words)
+                _thread.start_new_thread(self.help, place)
+                self.started += 1
+        except (RuntimeError, MemoryError) as error:
+            note_once(f"{error}: computing with the threads that there are")
+
+    def help(self, slot, seen, team, words):
+        with self.changed:
+            if team != self.team:
+                return
+            self.serving += 1
+        while team == self.team:
+            seen = serve(words.ctypes.data, slot, seen, SPINS, self.threads > self.cores)
             with self.changed:
                 wakes, self.asleep = self.wakes, self.asleep + 1
-                self.changed.wait_for(lambda: self.wakes != wakes or self.stopping)  # noqa: B023
+                self.changed.wait_for(lambda: self.wakes != wakes or team != self.team)  # noqa: B023
                 self.asleep -= 1
+        with self.changed:
+            self.serving -= 1
+            self.changed.notify_all()
+
+    def wake(self):
+        """Wake the helpers that sleep, or as many as there are cores for."""
+        with self.changed:
+            self.wakes += 1
+            self.changed.notify(min(self.asleep, max(1, self.cores - 1)))
 
     def run(self, function, count, *args):
         """function(task, slot, *args) for each task; slot is the thread's number, for its own scratch memory."""
         if self.compiles is not None:
             return self.compiles(function.__name__) and function(self.words.ctypes.data, 0, *args)
         with self.lock:
-            if count > 1 and self.threads > len(self.helpers) + 1:
-                seen = int(self.words[LAUNCH])
-                for slot in range(1, self.threads):
-                    self.helpers.append(threading.Thread(target=self.help, args=(slot, seen), daemon=True))
-                    self.helpers[-1].start()
-            if self.asleep:
+            if count > 1 and self.threads > self.started + 1:
+                self.start()
+            if self.asleep and self.serving - self.asleep < max(1, self.cores - 1):
                 self.wake()
             function(self.words.ctypes.data, count, *args)
             if self.words[FAILED]:

@@ -7,7 +7,7 @@ top: how kernels are compiled, the scanner, the table of words, merging, batches
 
 import functools
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import chain, islice
 
 import numba
@@ -16,8 +16,8 @@ import regex
 from numba.extending import register_jitable
 
 from bpe import CUT_BYTES, END
-from fast.jit import stamped
-from tinygpt import count_cores
+from fast.jit import cached
+from tinygpt import Threads, count_cores
 
 # == 1  how kernels are compiled =======================================================================================
 
@@ -28,7 +28,7 @@ called = register_jitable(**COMPILE)  # of kernels: compiled into those that cal
 
 def kernel(function):
     """`function`, compiled when it is first called; the name in Numba's cache changes with the sources of fast/."""
-    return numba.njit(**COMPILE, no_cfunc_wrapper=True, nogil=True, cache=True)(stamped(function))
+    return cached(numba.njit(**COMPILE, no_cfunc_wrapper=True, nogil=True), function)
 
 
 # == 2  the scanner ====================================================================================================
@@ -464,17 +464,32 @@ def batches(segments, size=BATCH):
 
 def map_in_order(function, items, threads):
     """Yield function(item) for each item, in order, on so many threads; reads no more items ahead than they need."""
-    if threads == 1:
+    pool, waiting = encoding_threads(threads), deque()
+    if threads == 1 or pool.start(threads) == 0:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+
+    def work(job, item):
+        if job.set_running_or_notify_cancel():
+            try:
+                job.set_result(function(item))
+            except BaseException as error:
+                job.set_exception(error)
+
+    def first_result():
+        job, item = waiting.popleft()
+        return function(item) if job.cancel() else job.result()  # here, if no thread has taken it
+
+    for item in items:
+        waiting.append((Future(), item))
+        pool.jobs.put(functools.partial(work, *waiting[-1]))
+        if len(waiting) > 2 * threads:
+            yield first_result()
+    while waiting:
+        yield first_result()
+
+
+encoding_threads = functools.cache(Threads)  # of a number of threads: started once, not for each text
 
 
 class Encoder:

@@ -21,6 +21,7 @@ from conftest import (
 )
 
 import tinygpt
+from extras import check
 from tinygpt import OPS, THREADS
 
 LIMITS = {np.float64: 1e-12, np.float32: 2e-5}  # relative to the specification in float64
@@ -115,7 +116,7 @@ def test_a_new_norm_and_a_new_activation_run_without_a_kernel(monkeypatch):
         activations=tinygpt.ACTIVATIONS | OPS["numba"].activations,
     )
     cfg = tiny_config(norm="mine", mlp="own", norm_bias=False)
-    assert max(error for _, error in tinygpt.check_model(cfg, table)) < 1e-6
+    assert max(error for _, error in check.check_model(cfg, table)) < 1e-6
 
 
 # -- bytes

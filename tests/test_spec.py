@@ -286,7 +286,7 @@ def derivative_error(case, forward=None, backward=None):
             continue
         numeric = numerical_gradient(lambda: (forward(*arguments)[0] * dout).sum(), arguments[i])
         assert analytic.shape == numeric.shape
-        errors.append(tinygpt.gradient_error(analytic, numeric))
+        errors.append(check.gradient_error(analytic, numeric))
     return max(errors)
 
 
@@ -421,7 +421,7 @@ def test_finite_differences_tell_a_wrong_backward(name, old, new):
 
 def test_the_check_of_the_whole_model_tells_a_sublayer_that_forgets_its_residual():
     wrong = with_mutant(OPS["numpy"], "mlp_layer_backward", "return dy + ", "return ")
-    errors = tinygpt.check_model(tiny_config(), wrong)
+    errors = check.check_model(tiny_config(), wrong)
     assert max(error for _, error in errors) > 100 * LIMIT
 
 
@@ -480,7 +480,7 @@ def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
         return out if name == "head" else (out * dout).sum()
 
     if name != "embed":
-        assert tinygpt.gradient_error(dx, numerical_gradient(loss, x)) < LIMIT
+        assert check.gradient_error(dx, numerical_gradient(loss, x)) < LIMIT
     rng, touched = np.random.default_rng(1), set()
     for t in tinygpt.layout(cfg):
         here = slice(t.offset, t.offset + math.prod(t.shape))
@@ -491,7 +491,7 @@ def test_a_sublayers_gradients_are_its_derivatives(name, family, table):
             slopes.append(loss())
         flat[here] = kept
         numeric = np.array([(slopes[0] - slopes[1]) / 2e-5])
-        assert tinygpt.gradient_error(np.array([gradient[here] @ direction]), numeric) < LIMIT, t.name
+        assert check.gradient_error(np.array([gradient[here] @ direction]), numeric) < LIMIT, t.name
         touched |= {t.name} if gradient[here].any() else set()
     of_name = {"embed": ("embed_w", "position_w", "embed_norm_w", "embed_norm_b")}
     of_name["head"] = ("embed_w" if cfg.tied else "head_w", "head_b", "norm_w", "norm_b")
@@ -575,7 +575,7 @@ MODELS = {
 @every_table
 @pytest.mark.parametrize("cfg", MODELS.values(), ids=MODELS)
 def test_the_models_gradients_are_its_derivatives(cfg, table):
-    errors = tinygpt.check_model(cfg, ops_of(table), seed=1)
+    errors = check.check_model(cfg, ops_of(table), seed=1)
     assert [name for name, _ in errors] == [t.name for t in tinygpt.layout(cfg)]
     assert max(error for _, error in errors) < LIMIT, errors
 

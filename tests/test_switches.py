@@ -28,6 +28,7 @@ from conftest import (
 from tiers import fast
 
 import tinygpt
+from extras import check
 from sample import Decoding
 from tinygpt import OPS, Dropout
 
@@ -57,7 +58,7 @@ def test_any_two_choices_meet_in_a_combination():
 @every_table
 @every_combination
 def test_the_models_gradients_are_its_derivatives(cfg, table):
-    errors = tinygpt.check_model(cfg, ops_of(table), seed=1)
+    errors = check.check_model(cfg, ops_of(table), seed=1)
     assert [name for name, _ in errors] == [t.name for t in tinygpt.layout(cfg)]
     assert max(error for _, error in errors) < LIMIT, errors
 

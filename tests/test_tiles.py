@@ -21,6 +21,7 @@ from test_kernels import around, bytes_of_any_threads, guarded
 import fast
 import tinygpt
 import train
+from extras import check
 from fast import bf16, workspace
 
 HAS_UNIT = bf16.why_not() is None
@@ -267,7 +268,7 @@ def test_kernels_agree_with_the_spec_beyond_what_they_work_on_at_a_time(mlp, blo
 
 @pytest.mark.parametrize("shape", [dict(), dict(width=36, hidden=70, seq_len=33, position_rows=33, layers=1)])
 def test_gradients_through_the_driver_are_derivatives(shape, blocks):
-    errors = tinygpt.check_model(tiny_config(**shape), ops_of("fast-bf16"), seed=2)
+    errors = check.check_model(tiny_config(**shape), ops_of("fast-bf16"), seed=2)
     assert max(error for _, error in errors) < 1e-6, errors
 
 
