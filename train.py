@@ -96,14 +96,11 @@ class Batches:
 #
 # Loshchilov & Hutter 2019, arXiv:1711.05101. Parameters, gradient and both moments are flat buffers of one layout, in
 # which the matrices, embeddings among them, come first: p[:decayed]. They decay, by lr * decay as in PyTorch; gains and
-# biases do not. `adamw` is the specification, which the kernel is tested against.
-
-ADAM_EPS = 1e-8
+# biases do not. `adamw` is the specification: --kernels numpy runs it, and the kernel is tested against it.
 
 
 def adamw(p, g, m, v, step, *, lr, beta1=0.9, beta2=0.999, weight_decay=0.01, decayed=None, scale=1.0):
-    """Update number `step` (from 1) of p, m, v in place; g times `scale` is the gradient. Leaves g = 0. Decays all of p
-    if `decayed` is None."""
+    """Update number `step` (from 1) of p, m, v in place from g * scale; leaves g = 0. decayed=None: all of p decays."""
     gradient = g * scale
     m[:] = beta1 * m + (1 - beta1) * gradient
     v[:] = beta2 * v + (1 - beta2) * gradient * gradient
@@ -113,6 +110,7 @@ def adamw(p, g, m, v, step, *, lr, beta1=0.9, beta2=0.999, weight_decay=0.01, de
     g[:] = 0
 
 
+ADAM_EPS = 1e-8
 NORM_BLOCK = 1 << 16  # elements whose squares are added up at a time
 
 
@@ -141,11 +139,12 @@ def norm_kernel(first, last, x, squares):
         squares[i] = total
 
 
-def clip_gradients(gradient, max_norm):
+def clip_gradients(gradient, max_norm, compiled=True):
     """Scale a gradient (count,) in place so that its norm is at most max_norm, 0 is off -> the norm that it had, summed
     in float64, block after block: the same for any number of threads."""
-    squares = np.empty(-(-gradient.size // NORM_BLOCK))
-    THREADS.run(norm_kernel, squares.size, gradient, squares)
+    squares = np.empty(-(-gradient.size // NORM_BLOCK)) if compiled else np.square(gradient, dtype=np.float64)
+    if compiled:
+        THREADS.run(norm_kernel, squares.size, gradient, squares)
     norm = math.sqrt(float(squares.sum()))
     if max_norm and max_norm < norm < math.inf:
         gradient *= gradient.dtype.type(max_norm / norm)
@@ -162,12 +161,15 @@ class State:
         self.m, self.v = np.zeros_like(parameters), np.zeros_like(parameters)
         self.decayed = tinygpt.count_parameters(cfg)[1]
 
-    def adamw(self, lr, scale, s):
+    def adamw(self, lr, scale, s, compiled=True):
         """Apply AdamW to gradient * scale; the gradient is zero afterwards."""
         self.step += 1
+        buffers = (self.parameters, self.gradient, self.m, self.v)
+        if not compiled:
+            rates = {"lr": lr, "beta1": s.beta1, "beta2": s.beta2, "weight_decay": s.weight_decay, "scale": scale}
+            return adamw(*buffers, self.step, **rates, decayed=self.decayed)
         fix1, fix2 = 1 / (1 - s.beta1**self.step), 1 / (1 - s.beta2**self.step)  # bias correction
         rates = (float(scale), lr, float(s.weight_decay), s.beta1, s.beta2, fix1, fix2, ADAM_EPS)
-        buffers = (self.parameters, self.gradient, self.m, self.v)
         THREADS.run(adamw_kernel, self.parameters.size, *buffers, self.decayed, rates)
 
 
@@ -258,11 +260,12 @@ def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
     tinygpt.add_lookup_gradient(state.grads)  # embed_w's second gradient, kept apart until all micro-batches are in
     ranks.sum(state.gradient)
     targets = max(1, targets)  # all windows may be empty
-    norm = clip_gradients(state.gradient, s.grad_clip * targets) / targets  # one norm for all tensors
+    compiled = ops.name != "numpy"  # the specification compiles nothing
+    norm = clip_gradients(state.gradient, s.grad_clip * targets, compiled) / targets  # one norm for all tensors
     loss, lr = nats / targets, learning_rate(state.step, s)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise FloatingPointError(f"loss is {loss:.4g} at step {state.step + 1} (lr {lr:.1e}, grad norm {norm:.4g})")
-    state.adamw(lr, 1 / targets, s)
+    state.adamw(lr, 1 / targets, s, compiled)
     return loss, norm, lr
 
 
