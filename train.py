@@ -791,9 +791,7 @@ def resume_run(args, ranks):
     folder, flags = args.out or newest_run(), flags_given(args)
     if not folder or not (folder / "last.safetensors").exists():
         if args.out and not flags:
-            raise ValueError(
-                f"{folder} has no checkpoint to go on with; name the folder of the run, or flags to begin one"
-            )
+            raise ValueError(f"{folder} has no checkpoint to go on with; name another, or flags to begin a run there")
         note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
         return None
     log = open_log(folder)

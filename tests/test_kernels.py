@@ -348,12 +348,11 @@ def test_helpers_that_went_to_sleep_wake_up(own_pool):
 
 
 def test_a_pool_can_be_resized_while_idle(own_pool):
-    before = threading.active_count()
     for threads in (2, 1, 3, 3, 1):
         own_pool.resize(threads)
         assert_runs(own_pool)
         assert_runs(own_pool)
-    assert threading.active_count() <= before  # helpers of the old sizes have ended
+    assert own_pool.serving == 0  # helpers of the old sizes have ended
 
 
 def test_two_callers_at_once_both_get_right_results():
