@@ -186,7 +186,7 @@ def golden_batch(step, B, T, V):
 class SpecState(train.State):
     """The state of training, updated by the specification of AdamW."""
 
-    def adamw(self, lr, scale, s):
+    def adamw(self, lr, scale, s, compiled=True):
         self.step += 1
         more = {name: getattr(s, name) for name in ("weight_decay", "beta1", "beta2")} | {"decayed": self.decayed}
         train.adamw(self.parameters, self.gradient, self.m, self.v, self.step, lr=lr, scale=scale, **more)

@@ -393,7 +393,7 @@ def test_validation_leaves_training_with_dropout_as_it_is(place, text):
 class Kept(train.State):
     """A state whose update keeps the gradient that AdamW would use."""
 
-    def adamw(self, lr, scale, s):
+    def adamw(self, lr, scale, s, compiled=True):
         self.kept = self.gradient * self.gradient.dtype.type(scale)
 
 
