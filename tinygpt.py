@@ -1378,7 +1378,8 @@ def find_ops(kernels=None, dtype="float32"):
     try:
         from fast import table
     except ImportError as error:
-        raise ValueError(f"--kernels fast needs fast/ beside tinygpt.py ({error}); use --kernels numba") from None
+        message = "--kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba"
+        raise ValueError(f"{message} ({error})") from None
     return table(dtype)
 
 
