@@ -5,9 +5,8 @@
 
 Section 1 says what is computed: pre-tokens, and the trainer that rescans everything for each merge. 2 finds the same
 merges fast, 3 turns text into ids and back, 4 is tokenizer.json, 5 reads stories, 6 keeps ids in files, 7 and 8 are
-command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte.
-Found when they are used: fast/ does the same to long texts; of extras/, documents.py reads JSON, formats.py the
-tokenizers of other systems, and tokens.py has the commands decode, explain and stats.
+command lines. Merges are ordered pairs of byte strings; an id is a position in a vocabulary, never a byte. Used where
+they are: fast/ for long texts; extras/ for JSON, tokenizers of other systems, the commands decode, explain and stats.
 """
 
 import argparse
@@ -31,7 +30,7 @@ import regex
 
 # == 1  pre-tokens, and the trainer as a specification =================================================================
 
-END = "<|endoftext|>"  # stands after every document; merges never cross it
+END = "<|endoftext|>"  # stands after every document; merges never cross it, nor other special tokens
 
 # GPT-2's: English contractions, then runs of letters, of digits, of other signs, each with at most one space before
 # it, then white space, which leaves its last character to the run that follows. Radford et al. 2019.
@@ -40,13 +39,12 @@ SPLIT = regex.compile(PATTERN)  # every text is the concatenation of SPLIT.finda
 BYTES = [bytes([b]) for b in range(256)]
 
 
-def train_spec(texts, num_merges):
+def train_spec(texts, num_merges, specials=(END,)):
     """The merges, in order: the most frequent pair of neighbours, of equals the greater; join it everywhere; again.
 
-    Pairs are counted inside pre-tokens and may overlap (aaa has two). Fewer merges where no pair is left.
-    Sennrich et al. 2016, arXiv:1508.07909.
+    Pairs in a pre-token may overlap (aaa has two). Fewer merges where none is left. Sennrich 2016, arXiv:1508.07909.
     """
-    words = {tuple(BYTES[b] for b in word): n for word, n in count_pretokens(texts).items()}
+    words = {tuple(BYTES[b] for b in word): n for word, n in count_pretokens(texts, specials).items()}
     merges = []
     while len(merges) < num_merges:
         counts = Counter()
@@ -61,13 +59,19 @@ def train_spec(texts, num_merges):
     return merges
 
 
-def count_pretokens(texts):
-    """A document, documents or `pieces` -> {pre-token as bytes: how often it occurs}."""
-    counts = Counter()
+def count_pretokens(texts, specials=(END,)):
+    """A document, documents or `pieces`, split at special tokens -> {pre-token as bytes: how often it occurs}."""
+    counts, special = Counter(), regex.compile(any_of(specials))
     for text, _ in as_pieces(texts):
-        for story in text.decode("utf-8", "surrogateescape").split(END):  # bytes that are not UTF-8 come back below
-            counts.update(SPLIT.findall(story))
+        for plain in special.split(text.decode("utf-8", "surrogateescape")):  # bytes that are not UTF-8 come back below
+            counts.update(SPLIT.findall(plain))
     return {word.encode("utf-8", "surrogateescape"): n for word, n in counts.items()}
+
+
+def any_of(names):
+    """A name, or names of special tokens -> the regular expression of one of them, the longest first."""
+    names = {names} if isinstance(names, str) else {*names}
+    return "|".join(map(regex.escape, sorted(names - {""}, key=lambda name: (-len(name), name)))) or r"(?!)"
 
 
 def join_pair(word, pair):
@@ -86,13 +90,13 @@ def join_pair(word, pair):
 TRAIN_LONG = 1 << 22  # bytes of text: 0.4 s in Python
 
 
-def train(texts, num_merges, progress=None):
+def train(texts, num_merges, progress=None, specials=(END,)):
     """The merges of train_spec, of documents or `pieces`; of long texts by fast/merges.py. Calls progress(merges_done).
     Memory, and the time that a merge takes, grow with the distinct words, not the text."""
     pieces, size = read_ahead(texts, TRAIN_LONG)
     if size >= TRAIN_LONG and (merges := find_fast("merges")):
-        return merges.train(pieces, num_merges, progress)
-    return merge_pairs(count_pretokens(pieces), num_merges, progress)
+        return merges.train(pieces, num_merges, progress, specials)
+    return merge_pairs(count_pretokens(pieces, specials), num_merges, progress)
 
 
 def merge_pairs(words, num_merges, progress=None):
@@ -152,11 +156,9 @@ def descending(pair, reverse=bytes(range(255, -1, -1))):
 def read_ahead(texts, enough):
     """as_pieces(texts), and their bytes, counted until there are enough."""
     pieces, first, size = as_pieces(texts), [], 0
-    for piece in pieces:
+    while size < enough and (piece := next(pieces, None)):
         first.append(piece)
         size += len(piece[0])
-        if size >= enough:
-            break
     return chain(first, pieces), size
 
 
@@ -180,32 +182,27 @@ def find_extra(name, what=None):
 
 # == 3  the tokenizer ==================================================================================================
 
+UNKNOWN_BYTE = "the text has byte 0x{:02x}, for which this vocabulary has no token"
 LONG, LONG_WHEN_LOADED = 1 << 20, 1 << 11  # bytes of text: 0.3 s in Python; 0.5 ms
 CACHED = 64  # characters of a pre-token whose ids are cached: longer ones seldom come again
 
 
 class Tokenizer:
     """vocab[id] -> bytes; merges [(left, right)] of byte strings, earlier ones first; specials {name: id}. The
-    vocabulary holds every byte, both halves and the result of every merge, the special token that ends a story, and no
-    string twice. byte_ids: the id of each byte, in a subclass where that is not the token of this byte alone."""
+    vocabulary holds both halves and the result of every merge, and no string twice; a text with a byte that it lacks is
+    refused. byte_ids: the id of each byte, in a subclass where that is not the token of this byte alone."""
 
     ending = END  # the special token that ends a story
+    allowed_special = ()  # of calls that do not say it; tokenizer.allowed_special = "all" does what `tokenizers` does
     pretokens = SPLIT.findall  # plain text -> the parts that are encoded one by one
 
     def __init__(self, vocab, merges, specials, byte_ids=None):
         self.vocab, self.merges, self.specials = list(vocab), list(merges), dict(specials)
         self.vocab_size = len(self.vocab)
         self.dtype = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")  # of ids in arrays and files
-        if self.ending not in self.specials:
-            raise ValueError(f"the vocabulary has no special token {self.ending}, which ends a story")
-        if "" in self.specials:
-            raise ValueError("a special token is empty")
         apart = {*self.specials.values(), *(byte_ids or ())}
         ids = {token: i for i, token in enumerate(self.vocab) if i not in apart}
-        self.end, self._ids = self.specials[self.ending], ids
-        self._byte_ids = list(byte_ids or map(ids.get, BYTES))
-        if missing := [f"0x{b:02x}" for b, i in enumerate(self._byte_ids) if i is None]:
-            raise ValueError(f"the vocabulary has no token for byte {missing[0]}; expected all 256")
+        self._ids, self._byte_ids = ids, list(byte_ids or (ids.get(byte, -1) for byte in BYTES))  # -1: it has none
         if len(set(self.strings())) < self.vocab_size:
             raise ValueError("the vocabulary holds a token twice")
         for left, right in self.merges:
@@ -215,22 +212,28 @@ class Tokenizer:
         self._cached_ids, self._encoder, self._seen = functools.lru_cache(1 << 16)(self.word_ids), None, 0
 
     @classmethod
-    def from_merges(cls, merges, reserve=8):
-        """Ids 0-255 are the bytes in order of value, then come the merges in order, END, and so many special tokens
-        that no text contains, kept for templates and fine-tuning."""
-        names = [END, *(f"<|reserved_{i}|>" for i in range(reserve))]
+    def from_merges(cls, merges, reserve=8, specials=(END,)):
+        """Ids: the bytes by value, the merges, the special tokens, all in order; some for templates and fine-tuning."""
+        names = [*specials, *(f"<|reserved_{i}|>" for i in range(reserve))]
         vocab = BYTES + [left + right for left, right in merges]
         specials = {name: len(vocab) + i for i, name in enumerate(names)}
         return cls(vocab + [name.encode() for name in names], merges, specials)
 
+    @functools.cached_property
+    def end(self):
+        """The id of the special token that ends a story; ValueError where there is none."""
+        if self.ending not in self.specials:
+            raise ValueError(f"the vocabulary has no special token {self.ending}, which ends a story")
+        return self.specials[self.ending]
+
     # -- text to ids
 
-    def encode(self, text, allowed_special=(), disallowed_special=()):
-        """str or any bytes -> list of ids. Names in allowed_special (a set, or "all") become their ids, longest first;
-        one of disallowed_special ("all": those not allowed) is a ValueError; other names of specials are plain text."""
+    def encode(self, text, allowed_special=None, disallowed_special=()):
+        """str or any bytes -> list of ids. Names in allowed_special (or "all") become their ids, the longest first; one
+        of disallowed_special ("all": those not allowed) is a ValueError; other names of specials are plain text."""
         return self.encode_array(text, allowed_special, disallowed_special).tolist()
 
-    def encode_array(self, text, allowed_special=(), disallowed_special=(), threads=None):
+    def encode_array(self, text, allowed_special=None, disallowed_special=(), threads=None):
         """The same as an array, of a long text on all cores or so many threads."""
         text = bytes_of(text)
         if disallowed_special:
@@ -243,13 +246,12 @@ class Tokenizer:
         pieces, size = read_ahead(documents, LONG)
         return self._encode(((text, self.end if ends else -1) for text, ends in pieces), size, threads)
 
-    def encode_iterable(self, chunks, allowed_special=(), disallowed_special=()):
+    def encode_iterable(self, chunks, allowed_special=None, disallowed_special=()):
         """Yield the ids of encode("".join(chunks)), those of a word as soon as it cannot change any more."""
         return find_extra("formats", "encode_iterable").encode_chunks(self, chunks, allowed_special, disallowed_special)
 
     def compiled(self, size):
-        """The encoder of fast/words.py if it takes so many more bytes sooner than plain Python, else None: loading it
-        takes as long as plain Python takes for LONG bytes, and all texts so far count."""
+        """The encoder of fast/words.py where loading it pays, after LONG bytes in all texts so far; else None."""
         if size >= LONG_WHEN_LOADED:
             self._seen += size
             if self._encoder is None and self._seen >= LONG and (words := find_fast("words")):
@@ -268,25 +270,26 @@ class Tokenizer:
 
     def segments(self, text, names):
         """Bytes -> (plain text, the id of the special token behind it; -1 at the end), ...; the longest name wins."""
-        pattern = "|".join(map(regex.escape, sorted(names, key=lambda name: (-len(name), name)))).encode()
         start = 0
-        for match in regex.finditer(pattern, text) if names else ():
+        for match in regex.finditer(any_of(names).encode(), text) if names else ():
             yield text[start : match.start()], self.specials[match.group().decode()]
             start = match.end()
         yield text[start:], -1
 
     def special_names(self, what, names):
-        """A set of names of special tokens, or "all" -> the names, each of them known."""
-        if isinstance(names, str) and names != "all":
-            raise ValueError(f'{what}={names!r}: expected "all" or a set of names')
-        names = set(self.specials if names == "all" else names)
-        for name in names - self.specials.keys():
-            raise ValueError(f"{what} has {name!r}; this tokenizer has {', '.join(self.specials)}")
-        return names
+        """A name or names, "all", or None for self.allowed_special -> the set of names of special tokens."""
+        names = self.allowed_special if names is None else names
+        names = self.specials if names == "all" else [names] if isinstance(names, str) else names
+        if unknown := [name for name in names if name not in self.specials]:
+            raise ValueError(f"{what} has {unknown[0]!r}; this tokenizer has {', '.join(self.specials) or 'none'}")
+        return set(names)
 
     def first_ids(self, word):
-        """The ids of a pre-token before any merge."""
-        return [self._byte_ids[b] for b in word.encode("utf-8", "surrogateescape")]
+        """The ids of a pre-token before any merge. ValueError for a byte without one."""
+        ids = [self._byte_ids[b] for b in word.encode("utf-8", "surrogateescape")]
+        if -1 in ids:
+            raise ValueError(UNKNOWN_BYTE.format(word.encode("utf-8", "surrogateescape")[ids.index(-1)]))
+        return ids
 
     def word_ids(self, word):
         """One pre-token -> its ids."""
@@ -316,8 +319,6 @@ class Tokenizer:
     def byte_lengths(self):
         """Bytes of text in each token, (V,): none in the end of a story."""
         return np.array([len(token) * (i != self.end) for i, token in enumerate(self.vocab)])
-
-    # -- files
 
     def strings(self):
         """id -> its key in vocab.json: a special's name, else the characters that stand for its bytes."""
@@ -360,9 +361,8 @@ class Tokenizer:
         """As tokenizer.json; as what the name ends in: .tiktoken, vocab.json. ValueError if that cannot hold it."""
         from tinygpt import write_aside
 
-        files = [(path, self.to_json().encode())]
-        if str(path).endswith((".tiktoken", "vocab.json")):
-            files = find_extra("formats", path).to_files(self, Path(path))
+        other = str(path).endswith((".tiktoken", "vocab.json"))
+        files = find_extra("formats", path).to_files(self, Path(path)) if other else [(path, self.to_json().encode())]
         for name, data in files:
             check_out(name)
             write_aside(name, [data])
@@ -518,8 +518,8 @@ FORMAT_VERSION = 1
 
 
 def write_tokens(documents, tokenizer, path, progress=None, threads=None):
-    """Write the ids of documents or `pieces`, the end of each included, as raw little-endian integers; beside them, as
-    JSON, what they are; return that. Calls progress(bytes of text done). Any number of threads writes equal bytes."""
+    """Write the ids of documents or `pieces`, the end of each included, as raw little-endian integers, and beside them
+    as JSON what they are; return that. Calls progress(bytes of text done). Any number of threads writes equal bytes."""
     from tinygpt import write_aside
 
     beside = Path(f"{path}.json")
@@ -551,9 +551,8 @@ def write_tokens(documents, tokenizer, path, progress=None, threads=None):
 
 
 def read_tokens(path, tokenizer=None, check=True):
-    """A token file -> (ids, mapped read-only, its description from the JSON; crc32 is computed if missing). ValueError
-    where the two do not belong together, or where it was written with another tokenizer. check=False does not read the
-    content: for a file that has not changed since it was checked."""
+    """A token file -> (ids, mapped read-only, its description from the JSON, with a crc32). ValueError where the two do
+    not belong together, or another tokenizer wrote them. check=False: do not read the content, which was checked."""
 
     def refuse(what):
         raise ValueError(f"{what}; encode the text again") from None

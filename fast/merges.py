@@ -8,6 +8,7 @@ distinct word a byte takes 13 bytes of memory: neighbours are found by the lengt
 
 import numpy as np
 
+from bpe import END
 from fast.words import U, called, distinct_words, hash_slot, kernel
 
 # Columns of cells, int32 (bytes, 3): a token at its first byte and -length at its last, if it has several bytes, or -1
@@ -20,9 +21,9 @@ BLOCK = 4  # blocks of 1 << BLOCK bytes: each knows the word of its first byte
 NARROW = (1 << 30) - 1  # bytes of words up to which cells, and rows of at most two pairs a byte, are numbered by int32
 
 
-def train(pieces, num_merges, progress=None):
+def train(pieces, num_merges, progress=None, specials=(END,)):
     """bpe.train of the (bytes, ends) of bpe.as_pieces."""
-    raw, words = distinct_words(pieces)  # 256 single bytes, then the words; (start, stop, how often) of each
+    raw, words = distinct_words(pieces, specials)  # 256 single bytes, then the words; (start, stop, how often) of each
     size, limit = len(raw), 256 + min(num_merges, len(raw))
     index = np.int32 if size <= NARROW else np.int64
     cells, blocks = np.empty((size, 3), index), np.zeros((size >> BLOCK) + 1, index)

@@ -15,7 +15,7 @@ import numpy as np
 import regex
 from numba.extending import register_jitable
 
-from bpe import CUT_BYTES, END
+from bpe import CUT_BYTES, END, UNKNOWN_BYTE, any_of
 from fast.jit import cached
 from tinygpt import Threads, count_cores
 
@@ -350,7 +350,8 @@ def merge_long(ids, n, pairs, heap, before, after):
 
 @kernel
 def encode_words(batch, vocabulary, cache, space):
-    """Write the ids of each segment of a batch, then its end where that is not -1; return how many.
+    """Write the ids of each segment of a batch, then its end where that is not -1; return how many, or -1 - b where
+    byte b has no id, which is -1.
 
     The value of a row is the number of ids, 1 or 2, in two bits, and these in 31 bits each, the second one higher; or
     3, and where in the arena their number stands, with the ids behind it.
@@ -381,6 +382,8 @@ def encode_words(batch, vocabulary, cache, space):
                     continue
             for k in range(size):
                 ids[n + k] = byte_ids[text[i + k]]
+                if ids[n + k] < 0:
+                    return -1 - np.int64(text[i + k])
             if size <= SHORT:
                 made = merge_short(ids[n:], size, pairs, heap)
             else:
@@ -512,6 +515,8 @@ class Encoder:
         heap = np.empty(2 * batch.room + SHORT, np.uint64)  # a merge takes one pair and adds two at most
         n = encode_words(batch.arrays, self.vocabulary, cache, (ids, heap, before, after))
         self.idle.append(cache)
+        if n < 0:
+            raise ValueError(UNKNOWN_BYTE.format(-1 - n))
         return ids[:n].astype(self.dtype)
 
     def run(self, segments, threads=None):
@@ -525,11 +530,12 @@ class Encoder:
 # == 6  counting, for the trainer ======================================================================================
 
 
-def distinct_words(pieces):
-    """The (bytes, ends) of bpe.as_pieces -> (the 256 bytes, then their distinct pre-tokens, uint8; start, stop and
-    number of each pre-token, int64 (words, 3))."""
-    table, arena, used, end = np.zeros(1 << 16, np.uint64), np.empty(0, np.uint64), np.zeros(2, np.int64), END.encode()
-    for batch in batches((story, -1) for text, _ in pieces for story in text.split(end)):
+def distinct_words(pieces, specials=(END,)):
+    """The (bytes, ends) of bpe.as_pieces, split at special tokens -> (the 256 bytes, then their distinct pre-tokens,
+    uint8; start, stop and number of each pre-token, int64 (words, 3))."""
+    table, arena, used = np.zeros(1 << 16, np.uint64), np.empty(0, np.uint64), np.zeros(2, np.int64)
+    special = regex.compile(any_of(specials).encode())
+    for batch in batches((plain, -1) for text, _ in pieces for plain in special.split(text)):
         stored = used[ARENA] + batch.room // 8 + batch.room // 17  # at most: an integer for 8 bytes, and one a word
         if stored > len(arena):
             arena = np.concatenate([arena, np.empty(stored, np.uint64)])

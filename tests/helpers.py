@@ -269,9 +269,9 @@ def by_python(tokenizer, text, allowed=()):
     return np.concatenate([ids for ids, _, _ in tokenizer._encode(segments, 0)]).tolist()
 
 
-def train_compiled(texts, num_merges):
+def train_compiled(texts, num_merges, **more):
     """bpe.train by fast/merges.py, however short the texts are."""
-    return fast.merges.train(bpe.as_pieces(texts), num_merges)
+    return fast.merges.train(bpe.as_pieces(texts), num_merges, **more)
 
 
 def write(path, data):

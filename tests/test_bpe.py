@@ -121,6 +121,25 @@ def test_merges_cross_neither_pretokens_nor_the_end_of_a_story(train):
 
 
 @pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
+def test_merges_cross_no_special_token_that_the_trainer_is_given(train):
+    text = f"ab<a>cd<a b>ef{END}\u00e9\u00e9"
+    for names, plain in [
+        ((END, "<a>", "<a b>"), ["ab", "cd", "ef", "\u00e9\u00e9"]),
+        ({"<a>", "<a b>", "<a"}, ["ab", "cd", f"ef{END}\u00e9\u00e9"]),  # without END, as others train
+        ("<a b>", ["ab<a>cd", f"ef{END}\u00e9\u00e9"]),  # a name alone
+        (["b<", "\u00e9"], ["a", f"a>cd<a b>ef{END}"]),
+        ((), [text]),
+    ]:
+        merges = train([text], 100, specials=names)
+        assert merges == bpe.train_spec([text.encode()], 100, names) == train(plain, 100, specials=())
+    rng = random.Random(28)
+    for _ in range(100):
+        names = {"".join(rng.choices("ab<\u00e9", k=rng.randint(1, 3))) for _ in range(rng.randint(1, 3))}
+        text = "".join(rng.choices("ab<\u00e9 ", k=40))
+        assert train(text, 20, specials=names) == bpe.train_spec(text, 20, names), (names, text)
+
+
+@pytest.mark.parametrize("train", [bpe.train, train_compiled, bpe.train_spec])
 def test_training_stops_when_no_pair_is_left(train):
     assert train([], 5) == train([""], 5) == train(["a b c"], 0) == train(["abc"], 0) == []
     assert train(["a1b"], 5) == []
@@ -188,8 +207,45 @@ def test_specials_are_text_unless_allowed(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(some) == text
     with pytest.raises(ValueError, match=r"allowed_special has '<\|other\|>'; this tokenizer has <\|endoftext\|>"):
         tokenizer.encode(text, {"<|other|>"})
-    with pytest.raises(ValueError, match='expected "all" or a set of names'):
-        tokenizer.encode(text, END)
+    assert tokenizer.encode(text, END) == some  # a name alone, too
+    with pytest.raises(ValueError, match="allowed_special has 'any'"):
+        tokenizer.encode(text, "any")
+
+
+def test_a_tokenizer_that_is_told_its_special_tokens_once_needs_not_be_told_again(tokenizer):
+    told, text = with_specials(tokenizer, "<a>"), f"a<a>{END}b"
+    assert told.encode(text) == told.encode(text, ()) != told.encode(text, "all")
+    for allowed in ("all", {"<a>"}):
+        told.allowed_special = allowed
+        assert told.encode(text) == list(told.encode_iterable(text)) == told.encode(text, allowed)
+        assert told.encode_array(text).tolist() == told.encode(text) != told.encode(text, ())
+    with pytest.raises(ValueError, match=r"special token <\|endoftext\|> at position 4"):
+        told.encode(text, disallowed_special="all")
+    assert list(told.encode_documents([text]))[0][0].tolist() == [
+        *told.encode(text, ()),
+        told.end,
+    ]  # what it holds is text
+
+
+def test_only_what_needs_the_end_of_a_story_refuses_a_tokenizer_without_one(tokenizer, tmp_path):
+    for names in ((), ("<a>", "<b>")):
+        bare = bpe.Tokenizer.from_merges(tokenizer.merges, 0, names)
+        bare.save(tmp_path / "t.json")
+        bare = bpe.Tokenizer.load(tmp_path / "t.json")
+        assert list(bare.specials) == list(names) and bare.encode("<b>", "all")[-1:] != bare.encode("<b>") or not names
+        for text in STORIES:
+            assert bare.encode(text) == tokenizer.encode(text) and bare.decode(bare.encode(text)) == text
+        for call in (
+            lambda x: bpe.write_tokens(STORIES, x, tmp_path / "t.bin"),
+            lambda x: list(x.encode_documents("a")),
+        ):
+            with pytest.raises(ValueError, match=r"has no special token <\|endoftext\|>, which ends a story$"):
+                call(bare)
+        with pytest.raises(ValueError, match=r"has no special token <\|endoftext\|>, which ends a story$"):
+            bare.end  # noqa: B018
+        assert not list(tmp_path.glob("t.bin*"))
+    with pytest.raises(ValueError, match="has 'x'; this tokenizer has none"):
+        bpe.Tokenizer.from_merges([], 0, ()).encode("", {"x"})
 
 
 def test_the_longest_special_wins_and_the_leftmost_before_it(tokenizer):
@@ -387,8 +443,6 @@ def changed(dotted, value):
         (changed("post_processor.type", "TemplateProcessing"), "post_processor.type"),
         (changed("model.end_of_word_suffix", "</w>"), "end_of_word_suffix"),
         (changed("model.ignore_merges", True), "ignore_merges"),
-        (changed("added_tokens", []), "no special token <|endoftext|>"),
-        (changed("added_tokens", None), "no special token <|endoftext|>"),
         (changed("added_tokens", [3]), "damaged"),
         (changed("added_tokens.0.lstrip", True), "lstrip"),
         (changed("added_tokens.0.id", 5), "two ids"),
@@ -410,9 +464,31 @@ def test_a_file_that_is_not_ours_to_read_is_refused_in_one_line(text, message, t
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
-def test_a_vocabulary_lacking_a_byte_or_holding_one_twice_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="no token for byte 0x41"):
-        bpe.Tokenizer([b"<none>" if token == b"A" else token for token in tokenizer.vocab], [], tokenizer.specials)
+@pytest.mark.parametrize("kernels", ["python", "fast"])
+def test_a_text_is_refused_only_if_it_has_a_byte_that_the_vocabulary_lacks(tokenizer, kernels, monkeypatch):
+    lost = {b"A", b"\xa9"}
+    vocab = [token if token not in lost else b"none%d" % i for i, token in enumerate(tokenizer.vocab)]
+    merges = [(a, b) for a, b in tokenizer.merges if not lost & {a, b, a + b}]
+    part = bpe.Tokenizer(vocab, merges, tokenizer.specials)
+    whole = bpe.Tokenizer(tokenizer.vocab, merges, tokenizer.specials)
+    if kernels == "fast":
+        monkeypatch.setattr(bpe, "LONG_WHEN_LOADED", 0)
+        monkeypatch.setattr(bpe, "LONG", 0)
+    for text in [*STORIES, *random_texts(31, 200), "a" * 300, "a story " * 99]:
+        data = text.encode()
+        if missing := [b for b in data if bytes([b]) in lost]:
+            with pytest.raises(ValueError, match=f"^the text has byte 0x{missing[0]:02x}, for which .* no token$"):
+                part.encode(text)
+        else:
+            assert part.encode(text) == whole.encode(text) and part.decode(part.encode(text)) == text
+    for text in ("aA" * 200, b"\xa9", ["a", "bA"], b"x" * 300 + b"A"):
+        with pytest.raises(ValueError, match="^the text has byte 0x(41|a9), for which this vocabulary has no token$"):
+            list(part.encode_documents(text))
+    assert part.encode("again") == whole.encode("again")  # after what was refused
+    assert (part._encoder is not None) == (kernels == "fast")
+
+
+def test_a_vocabulary_holding_a_token_twice_is_refused():
     with pytest.raises(ValueError, match="token twice"):
         bpe.Tokenizer.from_merges([(b"a", b"a"), (b"a", b"a")])
     with pytest.raises(ValueError, match="token twice"):

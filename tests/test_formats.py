@@ -201,6 +201,32 @@ def test_tokenizers_reads_our_vocab_and_merges_and_gives_the_same_ids(tokenizer,
         assert tokenizer.encode(text) == theirs.encode(text).ids
 
 
+@pytest.mark.parametrize("names", [[END], ["[UNK]", "<pad>"], []])
+def test_a_tokenizer_of_tokenizers_without_all_bytes_gives_its_ids_and_refuses_other_texts(names, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]" if "[UNK]" in names else None))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=names, show_progress=False)
+    theirs.train_from_iterator(STORIES, trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = bpe.Tokenizer.load(tmp_path / "tokenizer.json")
+    known = {token for token in ours.vocab if len(token) == 1}
+    assert 40 < len(known) < 80 and list(ours.specials) == names
+    texts, refused = [*STORIES, "".join(STORIES) * 9, "the moon" + "".join(names), *random_texts(32, 200)], 0
+    for text in texts:
+        if missing := [b for b in text.encode() if bytes([b]) not in known]:
+            with pytest.raises(ValueError, match=f"^the text has byte 0x{missing[0]:02x}, for which"):
+                ours.encode(text)
+            refused += 1
+        else:
+            assert ours.encode(text, "all") == theirs.encode(text).ids and ours.decode(ours.encode(text)) == text
+            theirs.encode_special_tokens = True
+            assert ours.encode(text) == theirs.encode(text).ids == list(ours.encode_iterable([text]))
+            theirs.encode_special_tokens = False
+    assert 100 < refused < len(texts) - 5
+
+
 @cache
 def agreed():
     """The characters whose class regex, tiktoken and tokenizers agree on: their Unicode versions differ."""
@@ -260,8 +286,8 @@ def test_a_special_that_is_disallowed_is_an_error_where_it_stands_for_itself(tok
     assert more.encode("<a>", (), {"<a><b>"}) == more.encode("<a>")
     with pytest.raises(ValueError, match="disallowed_special has '<x>'"):
         more.encode("", (), {"<x>"})
-    with pytest.raises(ValueError, match='disallowed_special=.* expected "all" or a set'):
-        more.encode("", (), END)
+    with pytest.raises(ValueError, match=r"special token <\|endoftext\|> at position 0"):
+        more.encode(END, (), END)
 
 
 # -- llama2.c
