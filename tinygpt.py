@@ -1482,6 +1482,7 @@ def overrides(words):
 FORMAT, FORMAT_VERSION = "tinygpt", "1"
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
+MARKS_MOST, TEXTS_MOST = 1 << 22, 1 << 19  # of a header: bytes outside of texts, texts; a tensor takes some 80, and 5
 
 
 def write_aside(path, chunks):
@@ -1540,6 +1541,9 @@ def write_safetensors(path, tensors, metadata, dtypes=DTYPES):
 def parse_header(text, dtypes):
     """The JSON text of a header -> (metadata, [(name, dtype, shape, first byte)], number of bytes). ValueError or
     another error of the language unless its rows are those that `write_safetensors` writes for such tensors."""
+    outside = text.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 2 * TEXTS_MOST)[::2]
+    if sum(map(len, outside)) > MARKS_MOST:  # a value of three bytes, such as [], is an object of 70 in memory
+        raise ValueError("more values than tensors can need")
     header, rows, end = json.loads(text), [], 0
     metadata = header.pop("__metadata__", {})
     for name, row in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -1573,10 +1577,8 @@ def read_safetensors(path, dtypes=DTYPES):
             metadata, rows, end = parse_header(text, dtypes)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             refuse(f"its header is not that of a .safetensors file with tensors of {', '.join(dtypes)}")
-        if size < start + end:
-            refuse(f"it is cut short (its tensors end at byte {start + end}, the file at {size})")
-        if size > start + end:
-            refuse(f"{size - start - end} bytes follow its last tensor")
+        if size != start + end:
+            refuse(f"its tensors end at byte {start + end}, the file at {size}")
         data = f.read()
     written = metadata.pop("crc32", None)  # files of other writers have none
     if written and written != (found := checksum(json.loads(text), [data])):
