@@ -406,8 +406,8 @@ def read_own(text):
     """The tokenizer of a tokenizer.json that to_json wrote; None for any other text."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         data = json.loads(text)
-        specials = {token["content"]: token["id"] for token in data["added_tokens"]}
         strings = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
+        specials = {token["content"]: strings.index(token["content"]) for token in data["added_tokens"]}
         vocab = [s.encode() if s in specials else bytes([BYTE[c] for c in s]) for s in strings]
         merges = [tuple(bytes([BYTE[c] for c in s]) for s in pair) for pair in data["model"]["merges"]]
         tokenizer = Tokenizer(vocab, merges, specials)

@@ -10,13 +10,14 @@ Section 7 has calls of Tokenizer that need no file: special tokens that are an e
 """
 
 import base64
+import codecs
 import json
 import struct
 from itertools import chain
 
 import regex
 
-from bpe import BYTE, CHARACTER, CUT_BYTES, END, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids
+from bpe import BYTE, CHARACTER, CUT_BYTES, END, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids, utf8
 from extras.documents import whole
 
 # == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
@@ -134,10 +135,13 @@ NEUTRAL_PLAIN = NEUTRAL | {
 NEUTRAL_SPACED = NEUTRAL | {name: [value] for name, value in SPACED.items() if name != "decoder"}
 
 
+DIGITS = regex.compile(r"[0-9]{1,18}")
+
+
 def from_json(text):
     """The tokenizer of a tokenizer.json; ValueError where it is none, or would need what this file does not do."""
     try:
-        data = json.loads(text)
+        data = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         raise ValueError(f"not a tokenizer: expected {EXPECTED}") from None
     if not setting(data, "model.vocab"):
@@ -148,8 +152,8 @@ def from_json(text):
             kind = "byte-level BPE with GPT-2's split pattern, and that of llama2.c, are read"
             raise ValueError(f"{name} is {value!r:.60}; expected {json.dumps(neutral[0])}: only {kind}")
     try:
-        strings, added = data["model"]["vocab"], data.get("added_tokens") or []
-        specials = {token["content"]: token["id"] for token in added}
+        strings, added = read_ids(data["model"]["vocab"]), data.get("added_tokens") or []
+        specials = read_ids({token["content"]: token["id"] for token in added})
         for flag in ("single_word", "lstrip", "rstrip"):
             if any(token.get(flag) for token in added):
                 raise ValueError(f"a special token has {flag} set; expected false: only plain matches are read")
@@ -161,19 +165,29 @@ def from_json(text):
         strings = sort_strings({**strings, **specials})
         if not spaced:
             return byte_level(strings, pairs, specials)
+        if missing := {f"<0x{b:02X}>" for b in range(256)} - {*strings}:
+            raise ValueError(f"the vocabulary has no {min(missing)}; expected <0x00> to <0xFF>")
         byte_ids = [strings.index(f"<0x{b:02X}>") for b in range(256)]
         vocab = [name.replace(BLANK_MARK, " ").encode() for name in strings]
         for b, i in enumerate(byte_ids):
             vocab[i] = bytes([b])
         merges = [tuple(name.replace(BLANK_MARK, " ").encode() for name in pair) for pair in pairs]
         return SpacedTokenizer(vocab, merges, specials, byte_ids)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error}") from None
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error!s:.80}") from None
 
 
 def byte_level(strings, pairs, specials):
     vocab = [s.encode() if s in specials else token_of(s) for s in strings]
     return Tokenizer(vocab, [(token_of(left), token_of(right)) for left, right in pairs], specials)
+
+
+def read_ids(ids):
+    """{string: id, as a number or in digits} -> {string: number}."""
+    for string, i in ids.items():
+        if type(string) is not str or not (type(i) is int or (type(i) is str and DIGITS.fullmatch(i))):
+            raise ValueError(f"token {string!r:.60} has id {i!r:.60}; expected a string and a whole number")
+    return {string: int(i) for string, i in ids.items()}
 
 
 def sort_strings(ids):
@@ -214,13 +228,14 @@ def to_vocab_and_merges(tokenizer):
 def from_vocab_and_merges(vocab, merges):
     """An entry that is neither a byte nor what a merge makes is a special token: the two files say no more of it.
     ValueError where another split pattern than GPT-2's made them."""
-    vocab = json.loads(vocab)
-    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
-    pairs = [line.split(" ") for line in lines]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"merges.txt has a line {next(' '.join(p) for p in pairs if len(p) != 2)!r}; expected two tokens"
-        )
+    try:
+        vocab = read_ids(json.loads(vocab))
+    except (json.JSONDecodeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"vocab.json is not an object of tokens and ids: {error!s:.80}") from None
+    lines = [line.removesuffix("\r") for line in merges.split("\n")]
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if odd := [" ".join(pair) for pair in pairs if len(pair) != 2]:
+        raise ValueError(f"merges.txt has a line {odd[0]!r:.60}; expected two tokens")
     made = {*CHARACTER, *(left + right for left, right in pairs)}
     check_pattern(token_of(left + right) for left, right in pairs)
     return byte_level(sort_strings(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
@@ -279,12 +294,17 @@ def from_ranks(data):
 # == 5  tokenizer.bin of llama2.c ======================================================================================
 
 
+LONGEST = 512  # bytes of a token
+
+
 def from_llama2c(data):
     """int32 longest token, then of each token float32 score, int32 bytes, bytes. 0 is unknown, 1 ends a story, 3 to 258
     are bytes. Any two tokens may be joined to a third, the highest score first; of equals the leftmost."""
     tokens, scores, at = [], [], 4
     while at + 8 <= len(data):
         score, size = struct.unpack_from("<fi", data, at)
+        if size > LONGEST:  # finding the merges that make it takes size^2
+            raise ValueError(f"a tokenizer.bin with a token of {size:,} bytes; expected at most {LONGEST}")
         tokens.append(data[at + 8 : at + 8 + max(size, 0)])
         scores.append(score)
         at += 8 + max(size, 0)
@@ -309,16 +329,21 @@ def from_llama2c(data):
 EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"
 
 
-VOCAB = regex.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[0-9]')  # an object whose first value is a number
+VOCAB = regex.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(?:[0-9]|"[0-9]+")')  # an object, first in it a number
 RANKS = regex.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 
 def read(path, data):
     """The tokenizer in the content of a file, which says of which format it is; ValueError where it is none."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    other = None
     if VOCAB.match(data):
-        return from_vocab_and_merges(data, beside(path, "vocab.json", "merges.txt").read_text("utf-8"))
-    if path.name.endswith("merges.txt"):
-        return from_vocab_and_merges(beside(path, "merges.txt", "vocab.json").read_text("utf-8"), data.decode())
+        other = beside(path, "vocab.json", "merges.txt")
+    elif path.name.endswith("merges.txt"):
+        other = beside(path, "merges.txt", "vocab.json")
+    if other:
+        texts = [utf8(codecs.decode, x, p.name, "utf-8-sig") for p, x in ((path, data), (other, other.read_bytes()))]
+        return from_vocab_and_merges(*(texts if other.name.endswith("merges.txt") else texts[::-1]))
     if RANKS.match(data):
         return from_ranks(data)
     if len(data) > 12 and 0 < struct.unpack_from("<i", data)[0] < 1 << 16 and data[12:17] == b"<unk>":
@@ -371,29 +396,37 @@ def check_same(tokenizer, path, read, *data):
 LAST_CUT_BYTES = regex.compile(b"(?r)" + CUT_BYTES.pattern)
 
 
-def refuse_specials(tokenizer, text, allowed, disallowed):
-    """ValueError where a special token stands in the text that is disallowed and not allowed, as in tiktoken."""
+def refuse_specials(tokenizer, text, allowed, disallowed, place=0):
+    """ValueError where a special token stands in the text that is disallowed and not allowed, as in tiktoken. Return
+    how many characters end with the text, of which `place` stand before it."""
     allowed = tokenizer.special_names("allowed_special", allowed)
     disallowed = tokenizer.special_names("disallowed_special", disallowed)
-    names, place = {tokenizer.specials[name]: name for name in allowed | disallowed}, 0
+    names = {tokenizer.specials[name]: name for name in allowed | disallowed}
     for plain, special in tokenizer.segments(text, allowed | disallowed):
         name, place = names.get(special, ""), place + len(plain.decode("utf-8", "surrogateescape"))
         if name in disallowed - allowed:
             use = "name it in allowed_special to have its id, leave it out of disallowed_special to have it as text"
             raise ValueError(f"text has the special token {name} at position {place}; {use}")
         place += len(name)
+    return place
 
 
 def encode_chunks(tokenizer, chunks, allowed, disallowed):
-    """Yield the ids of tokenizer.encode("".join(chunks)): at white space, those of all before it, now
-    certain; at the end if merges cross words, specials are disallowed, or an allowed one has white space inside."""
-    names = tokenizer.special_names("allowed_special", allowed)
-    waits = disallowed or isinstance(tokenizer, SpacedTokenizer) or any(regex.search(r"\s", name) for name in names)
-    held = bytearray()
+    """Yield the ids of tokenizer.encode("".join(chunks)): at white space, those of all before it, now certain; at the end if merges cross words, or one of the special tokens to look for has white space inside."""
+    allowed = tokenizer.special_names("allowed_special", allowed)
+    disallowed = tokenizer.special_names("disallowed_special", disallowed)
+    waits = isinstance(tokenizer, SpacedTokenizer) or any(regex.search(r"\s", name) for name in allowed | disallowed)
+    held, place = bytearray(), 0
+
+    def encode(text):
+        nonlocal place
+        place = refuse_specials(tokenizer, text, allowed, disallowed, place) if disallowed else place
+        return tokenizer.encode(text, allowed)
+
     for chunk in chunks:
         seen = len(held)
         held += bytes_of(chunk)
         if not waits and (cut := LAST_CUT_BYTES.search(held, max(0, seen - 4))):
-            yield from tokenizer.encode(held[: cut.start()], allowed)
+            yield from encode(held[: cut.start()])
             del held[: cut.start()]
-    yield from tokenizer.encode(held, allowed, disallowed)
+    yield from encode(held)

@@ -1,12 +1,14 @@
 """extras/formats.py: the tokenizers of other systems, read, written and with their ids."""
 
 import base64
+import json
 import random
 import struct
+import time
 from functools import cache
 
 import pytest
-from helpers import STORIES, TOK512, by_kernels, random_texts, run_main, shuffled, with_specials
+from helpers import STORIES, TOK512, by_kernels, cut, random_texts, run_main, shuffled, with_specials
 
 import bpe
 from extras import formats
@@ -112,6 +114,71 @@ def test_merges_without_a_version_line_are_read_too(bare, tmp_path):
     assert lines[0] == "#version: 0.2"
     (tmp_path / "merges.txt").write_text(lines[1], encoding="utf-8")
     assert bpe.Tokenizer.load(tmp_path / "vocab.json").hash == bare.hash
+
+
+def as_written(data, how):
+    """The bytes of a text file as other programs write it."""
+    data = data.replace(b"\n", b"\r\n") if "crlf" in how else data
+    return b"\xef\xbb\xbf" + data if "mark" in how else data
+
+
+@pytest.mark.parametrize("how", ["crlf", "mark", "crlf and mark"])
+def test_line_ends_and_byte_order_marks_of_other_systems_change_nothing(how, bare, llama, tmp_path):
+    bare.save(tmp_path / "vocab.json")
+    bare.save(tmp_path / "x.tiktoken")
+    bare.save(tmp_path / "tokenizer.json")
+    llama.save(tmp_path / "llama.json")
+    for path in tmp_path.iterdir():
+        path.write_bytes(as_written(path.read_bytes(), how))
+    for name in ("vocab.json", "merges.txt", "x.tiktoken", "tokenizer.json", "llama.json"):
+        want = llama if name == "llama.json" else bare
+        assert bpe.Tokenizer.load(tmp_path / name).hash == want.hash, name
+    assert bpe.Tokenizer.from_json((tmp_path / "tokenizer.json").read_text("utf-8")).hash == bare.hash
+
+
+def test_numbers_in_quotes_are_read_and_what_is_no_number_is_refused(bare, llama, tmp_path):
+    bare.save(tmp_path / "vocab.json")
+    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps({token: str(i) for token, i in vocab.items()}), encoding="utf-8")
+    for name in ("vocab.json", "merges.txt"):
+        assert bpe.Tokenizer.load(tmp_path / name).hash == bare.hash
+    for each in (bare, llama):
+        data = json.loads(each.to_json())
+        data["model"]["vocab"] = {token: str(i) for token, i in data["model"]["vocab"].items()}
+        data["added_tokens"][0]["id"] = str(data["added_tokens"][0]["id"])
+        assert bpe.Tokenizer.from_json(json.dumps(data)).hash == each.hash
+    for bad in (1.0, True, "1.0", "one", None, [1], -1, 10**30):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"a": bad}), encoding="utf-8")
+        data = json.loads(bare.to_json())
+        data["added_tokens"][0]["id"] = bad
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+        for name in ("vocab.json", "tokenizer.json"):
+            with pytest.raises(ValueError, match="expected a string and a whole number|of id|two ids") as error:
+                bpe.Tokenizer.load(tmp_path / name)
+            assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_id_that_is_not_the_place_in_the_vocabulary_is_refused_in_a_file_like_ours(bare):
+    text = bare.to_json()
+    for bad in ("10000", f"{bare.end}.0", "0"):
+        with pytest.raises(ValueError, match="has id|of id|two ids"):
+            bpe.Tokenizer.from_json(text.replace(f'"id": {bare.end}', f'"id": {bad}'))
+
+
+def test_the_other_file_of_two_is_named_where_it_is_no_text_or_no_json(bare, tmp_path):
+    bare.save(tmp_path / "vocab.json")
+    good = {name: (tmp_path / name).read_bytes() for name in ("vocab.json", "merges.txt")}
+    for name, other, data, message in [
+        ("vocab.json", "merges.txt", b"a b\xff", "merges.txt is not text: byte 0xff is not UTF-8"),
+        ("vocab.json", "merges.txt", b"a b c", "merges.txt has a line 'a b c'"),
+        ("merges.txt", "vocab.json", b"[1]", "vocab.json is not an object of tokens and ids"),
+        ("merges.txt", "vocab.json", b'{"a": 1', "vocab.json is not an object of tokens and ids"),
+        ("merges.txt", "vocab.json", b'{"a": ' + b"[" * 100_000, "vocab.json is not an object of tokens and ids"),
+    ]:
+        (tmp_path / other).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            bpe.Tokenizer.load(tmp_path / name)
+        (tmp_path / other).write_bytes(good[other])
 
 
 def test_reserve_0_leaves_the_reserved_specials_out(tmp_path, capsys):
@@ -290,6 +357,36 @@ def test_a_special_that_is_disallowed_is_an_error_where_it_stands_for_itself(tok
         more.encode(END, (), END)
 
 
+def test_chunks_with_disallowed_specials_give_their_ids_before_the_last_is_read(tokenizer):
+    read = []
+    chunks = (read.append(word) or word for word in ["Once", " upon", " a", " time", END] * 50)
+    ids = tokenizer.encode_iterable(chunks, disallowed_special="all")
+    assert next(ids) == tokenizer.encode("Once")[0] and len(read) <= 3
+    with pytest.raises(ValueError, match=r"special token <\|endoftext\|> at position 16; name it"):
+        list(ids)
+    assert len(read) < 10  # of 250
+
+
+@pytest.mark.parametrize("disallowed", ["all", {END, "<a>"}, {"\u00e9 \u00e9"}, {"b>+"}])
+def test_chunks_find_a_disallowed_special_where_the_whole_text_has_it(tokenizer, disallowed):
+    more, rng, found = with_specials(tokenizer, "<a>", "<a><b>", "b>+", "\u00e9 \u00e9"), random.Random(33), set()
+    parts = [END, "<a>", "<a><b>", "b>+", "\u00e9 \u00e9", "\u00e9", " ", "\n", "ab c", "<a", "!", "\u65e5"]
+
+    def outcome(encode, *args):
+        try:
+            return list(encode(*args))
+        except ValueError as error:
+            return str(error)
+
+    for _ in range(500):
+        text, allowed = "".join(rng.choices(parts, k=6)), set(rng.choices(["<a>", "b>+", END], k=2))
+        whole = outcome(more.encode, text, allowed, disallowed)
+        for data in (text, text.encode()):
+            assert outcome(more.encode_iterable, cut(data, rng, 4), allowed, disallowed) == whole, text
+        found.add(type(whole))
+    assert found == {list, str}
+
+
 # -- llama2.c
 
 
@@ -354,6 +451,21 @@ def test_tokens_of_one_score_are_joined_from_the_left(tmp_path):
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
     with pytest.raises(ValueError, match="merges of one rank"):
         tokenizer.save(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("size", [513, 300_000])
+def test_a_token_too_long_for_its_merges_to_be_found_is_refused_at_once(size, tmp_path):
+    pieces = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % b for b in range(256)), b"a"]
+    for token in (b"a" * size, b"a" * 512):
+        data = b"".join(struct.pack("<fi", -1.0, len(piece)) + piece for piece in [*pieces, token])
+        (tmp_path / "t.bin").write_bytes(struct.pack("<i", 8) + data)
+        start = time.perf_counter()
+        if len(token) > 512:
+            with pytest.raises(ValueError, match=f"with a token of {size:,} bytes; expected at most 512"):
+                bpe.Tokenizer.load(tmp_path / "t.bin")
+        else:
+            assert token in bpe.Tokenizer.load(tmp_path / "t.bin").vocab
+        assert time.perf_counter() - start < 1
 
 
 def test_a_merge_by_another_order_gives_other_ids(llama):
