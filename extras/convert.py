@@ -9,6 +9,7 @@ Every tensor is either read or known to be derived from the configuration (a mas
 Read in order: 1 tensors, 2 fields of config.json, 3 families, 4 the conversion, 5 command line.
 """
 
+import codecs
 import contextlib
 import json
 import math
@@ -67,6 +68,14 @@ ACTIVATIONS |= dict.fromkeys(TANH, "gelu-tanh")
 PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
+def read_config(path):
+    """The JSON in a file; ValueError that names it where there is none."""
+    try:
+        return json.loads(bpe.utf8(codecs.decode, path.read_bytes(), path.name, "utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+
+
 def field(c, *names, kind=int, default=...):
     """The value of a field that has one of these names, or `default` if it is absent or null.
 
@@ -79,6 +88,8 @@ def field(c, *names, kind=int, default=...):
     first = next(iter(found), None)
     for name, value in found.items():
         number = kind in (int, float)
+        with contextlib.suppress(ValueError):  # a number in quotes
+            found[name] = value = kind(value) if number and type(value) is str else value
         if type(value) not in ({int, kind} if number else {kind}) or (number and not 0 < value < 2**31):
             raise ValueError(f"config.json: {name} is {value!r:.80}; expected a{' positive' * number} {kind.__name__}")
         if value != found[first]:
@@ -148,14 +159,16 @@ def has_local_layers(c):
 
     The kinds of the layers are in attention_layers, or in attention_types as [[kinds, count], ...].
     """
-    layers = field(c, "attention_layers", kind=list, default=None)
+    L, layers = field(c, "num_layers", "num_hidden_layers"), field(c, "attention_layers", kind=list, default=None)
     types = field(c, "attention_types", kind=list, default=... if layers is None else None)
     try:
-        repeated = [kind for kinds, times in types or () for _ in range(times) for kind in kinds]
+        if any(len(kinds) * times > 2**16 for kinds, times in types or ()):
+            raise ValueError("more layers than a model has")
+        repeated = [kind for kinds, times in types or () for kind in kinds * times]
     except (TypeError, ValueError):
         raise ValueError(f"config.json: attention_types is {types!r:.80}; expected [[kinds, count], ...]") from None
     given = [kinds for kinds in (layers, types and repeated) if kinds is not None]
-    L, first = field(c, "num_layers", "num_hidden_layers"), given[0]
+    first = given[0]
     patterns = ["global"] * len(first), [("global", "local")[i % 2] for i in range(len(first))]
     if len(first) != L or first not in patterns or given[-1] != first:
         found = f"attention_layers is {layers!r:.80}, attention_types {types!r:.80}"
@@ -329,7 +342,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config_path, tokenizer_path = args.folder / "config.json", args.folder / "tokenizer.json"
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_config(config_path)
         tokenizer = bpe.Tokenizer.load(tokenizer_path)
         files = sorted(args.folder.glob("*.safetensors"))
         if args.out.exists() and any(args.out.samefile(path) for path in (config_path, tokenizer_path, *files)):

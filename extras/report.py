@@ -49,7 +49,7 @@ def number(x):
 def parse(line):
     """A line of a log, bytes -> (kind, entry); (None, None) if it is not an entry of a known kind."""
     try:
-        entry = json.loads(line.decode("utf-8"))
+        entry = json.loads(line.decode("utf-8-sig"))  # an editor may have put a mark before the first
     except (ValueError, RecursionError):
         return None, None
     if not isinstance(entry, dict):

@@ -45,8 +45,15 @@ def check(folder, checkpoint, flags):
 
 
 def read_settings(text):
-    """JSON -> `train.Settings`. ValueError or TypeError if a field is unknown, of another type or out of range."""
-    s = train.Settings(**json.loads(text))
+    """JSON -> `train.Settings`. ValueError if a field is unknown, of another type or out of range."""
+    try:
+        return check_settings(train.Settings(**json.loads(text)))
+    except (AttributeError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"they are not the settings of a run: {error!s:.80}") from None
+
+
+def check_settings(s):
+    """The settings; ValueError, or another error of the language, if one is of another type or out of range."""
     for f in fields(train.Settings):
         x = getattr(s, f.name)
         of_type = type(x) is f.type or (f.type, type(x)) == (float, int)

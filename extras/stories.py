@@ -93,7 +93,7 @@ def write_generated(folder: str | Path, num_bytes: int, seed: int = 0) -> Source
     def is_current():
         try:
             return json.loads(note.read_bytes()) == expected_note() and file_size(source.train) >= num_bytes
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
 
     if is_current():

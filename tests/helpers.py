@@ -20,7 +20,7 @@ from tiers import WITHOUT_FAST, fast
 import bpe
 import tinygpt
 import train
-from extras import plan, stories
+from extras import convert, plan, stories
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 --batch-size 2 --threads 1".split()
@@ -293,3 +293,40 @@ def replace_in_place(path, data):
     assert len(data) == before.st_size and data != Path(path).read_bytes()
     Path(path).write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+# -- small models in the format of `transformers`
+
+OF_ALL = {"vocab_size": 11, "hidden_size": 6, "num_attention_heads": 3, "layer_norm_epsilon": 1e-5}
+CONFIGS = {
+    "gpt2": {"n_positions": 5, "n_layer": 2, "activation_function": "gelu_new", "scale_attn_weights": True},
+    "gpt_neo": {
+        "max_position_embeddings": 5, "num_layers": 2, "activation_function": "gelu_new", "window_size": 3,
+        "attention_types": [[["global", "local"], 1]], "intermediate_size": 7,
+    },
+    "llama": {
+        "max_position_embeddings": 5, "num_hidden_layers": 2, "intermediate_size": 7, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "tie_word_embeddings": True,
+    },
+    "bloom": {"n_layer": 2, "seq_length": 5},
+}  # fmt: skip
+
+
+def transformers_files(family):
+    """{name: content}: config.json and model.safetensors of a small model of this family."""
+    config = {"model_type": family, **OF_ALL, **CONFIGS[family]}
+    fields, _, rows, _ = convert.FAMILIES[family](config)
+    tensors, header, rng = {}, {}, np.random.default_rng(0)
+    for t in tinygpt.layout(tinygpt.Config(vocab_size=11, tied=True, **fields)):
+        shape, row = t.shape[1:] if t.layered else t.shape, rows[t.name]
+        names = [row] if isinstance(row, str) else [name for name in row if not callable(name)]
+        shape = shape if isinstance(row, str) else (shape[-1] // len(names), *shape[:-1])
+        tensors |= {name.format(layer): shape for name in names for layer in range(2)}
+    end = 0
+    for name, shape in tensors.items():
+        begin, end = end, end + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    data = rng.standard_normal(end // 4, np.float32).tobytes()
+    files = {"config.json": json.dumps(config).encode()}
+    return files | {"model.safetensors": struct.pack("<Q", len(text)) + text + data}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TABLES, ops_of, relative
+from helpers import CONFIGS, transformers_files
 
 import tinygpt
 
@@ -89,4 +90,76 @@ def test_logits_are_those_of_transformers(family, shape, limit, table):
     assert relative(our_logits(parameters, cfg, tokens, table), theirs) < limit
 
 
-# == 2  tensors =================================================================================================
+# == 2  what is read, and what is refused in one line ==================================================================
+
+
+def load(files, config=None):
+    """The flat parameters of these files, config.json another one."""
+    name = "config.json" if config is None else "other.json"
+    if config is not None:
+        (files / name).write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
+    tensors = convert.read_tensors([files / "model.safetensors"])
+    return convert.from_transformers(convert.read_config(files / name), tensors)
+
+
+@pytest.fixture(params=CONFIGS)
+def files(request, tmp_path):
+    for name, data in transformers_files(request.param).items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_a_config_is_read_as_other_programs_write_it(files):
+    parameters, cfg = load(files)
+    data = (files / "config.json").read_bytes()
+    quoted = {name: str(x) if type(x) in (int, float) else x for name, x in json.loads(data).items()}
+    for other in (
+        b"\xef\xbb\xbf" + data,
+        json.dumps(json.loads(data), indent=1).replace("\n", "\r\n").encode(),
+        quoted,
+    ):
+        found, same = load(files, other)
+        assert same == cfg and np.array_equal(found, parameters)
+
+
+def test_a_config_that_cannot_be_read_is_refused_in_one_line(files):
+    config = json.loads((files / "config.json").read_bytes())
+    layers = next(name for name in ("n_layer", "num_layers", "num_hidden_layers") if name in config)
+    for other, message in [
+        ([config], "config.json is a list; expected an object"),
+        (3, "config.json is a int; expected an object"),
+        (b"", "other.json is not JSON"),
+        (b"{" + b'"a":[' * 100_000, "other.json is not JSON"),
+        (b"\xff{}", "other.json is not text: byte 0xff is not UTF-8"),
+        (json.dumps(config).encode("utf-16"), "other.json is not text"),
+        ({name: x for name, x in config.items() if name != layers}, f"config.json has no field {layers}"),
+        (config | {layers: "two"}, f"{layers} is 'two'; expected a positive int"),
+        (config | {layers: "2.5"}, f"{layers} is '2.5'; expected a positive int"),
+        (config | {layers: "9" * 5000}, f"{layers} is '999"),
+        (config | {"vocab_size": "-3"}, "vocab_size is -3; expected a positive int"),
+        (config | {"vocab_size": [11]}, r"vocab_size is \[11\]; expected a positive int"),
+        (config | {"vocab_size": "nan"}, "vocab_size is 'nan'; expected a positive int"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            load(files, other)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_every_field_of_a_config_may_be_missing_without_a_traceback(files):
+    config = json.loads((files / "config.json").read_bytes())
+    for name in config:
+        for more in ({}, {name: None}, {name: {}}, {name: "x"}):
+            try:
+                load(files, {key: x for key, x in config.items() if key != name} | more)
+            except ValueError as error:
+                assert len(str(error)) > 20 and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "types", [[[["global"], 10**12]], [[[], 10**12]], [[["global"], 10**12], [["local"], -(10**12)]]]
+)
+def test_layers_without_end_are_refused_at_once(types, tmp_path):
+    for name, data in transformers_files("gpt_neo").items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="config.json: .*attention_types"):
+        load(tmp_path, json.loads((tmp_path / "config.json").read_bytes()) | {"attention_types": types})

@@ -1,6 +1,6 @@
 """Thousands of damaged and hostile files: each loads or is refused in one line; nothing is allocated that it claims.
 
-The mutations are drawn from a seed; a failure names the number of its own. `-m slow` draws ten times as many.
+The mutations are drawn from a seed; a failure names the number of its own. `-m slow` draws 10,000 for each reader.
 """
 
 import collections
@@ -8,19 +8,21 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 import struct
 import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import random_parameters, tiny_config
+from helpers import CONFIGS, TOK512, transformers_files
 from test_checkpoints import llama2c_file
 
 import bpe
 import sample
 import tinygpt
 import train
-from extras import recipes
+from extras import convert, formats, recipes, report, resume
 
 MANY = [1, pytest.param(10, marks=pytest.mark.slow)]
 STORIES = ["Lily found a red ball.", "Tom and the cat saw the moon.", "The end came soon."] * 3
@@ -155,7 +157,7 @@ def test_a_hostile_checkpoint_is_refused_in_one_line_or_can_be_gone_on_from(file
     (tmp_path / "log.jsonl").touch()
     rng, counts = np.random.default_rng(2), collections.Counter()
     assert outcome(lambda: go_on(files), len(good)) is not None
-    for number in range(800 * many):
+    for number in range(1000 * many):
         path.write_bytes(data := rewritten(good, rng))
         try:
             for what, load in (("resume", lambda: go_on(tmp_path)), ("sample", lambda: sample.load_model(path))):
@@ -197,7 +199,7 @@ def test_a_damaged_model_of_llama2c_is_refused_in_one_line_or_loads(tmp_path, ma
     path = tmp_path / "model.bin"
     llama2c_file(path, cfg, tinygpt.init_parameters(cfg, 0))
     good, rng, counts = path.read_bytes(), np.random.default_rng(4), collections.Counter()
-    for _ in range(700 * many):
+    for _ in range(1000 * many):
         path.write_bytes(data := damaged(good[:28], rng)[:28] + good[28:] if rng.random() < 0.5 else damaged(good, rng))
         found = outcome(lambda: tinygpt.load_checkpoint(path), len(data))
         counts["refused" if found is None else "loaded"] += 1
@@ -227,3 +229,168 @@ def test_a_width_without_end_is_refused_at_once(tmp_path, files):
         tinygpt.save_checkpoint(path, c.parameters, c.cfg, c.tokenizer, None, {"config": json.dumps(config)})
         with pytest.raises(ValueError, match=f"{name} is 1000000000000037; expected a positive int"):
             tinygpt.load_checkpoint(path)
+
+
+def test_a_header_of_more_values_than_its_tensors_can_need_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    row, quotes = b'{"dtype": "F32", "shape": [1], "data_offsets": [%d, %d]}', b'\\"' * 600_000
+    for text in (
+        b"[" + b"{}," * 2_000_000 + b"0]",
+        b'{"a": [' + b'"",' * 2_000_000 + b"0]}",
+        b'{"a": "' + quotes + b'", "b": [' + b"[]," * 2_000_000 + b"0]}",
+    ):
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="its header is not that of a .safetensors file"):
+            tinygpt.read_safetensors(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * len(text) + 60_000_000, peak
+    rows = b", ".join(b'"%d": ' % i + row % (4 * i, 4 * i + 4) for i in range(10_000))
+    text = b'{"__metadata__": {"tokenizer": "' + quotes + b"[{," * 2_000_000 + b'"}, ' + rows + b"}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(40_000))
+    assert len(tinygpt.read_safetensors(path)[0]) == 10_000  # many tensors and a long text are no such header
+
+
+# -- every reader of files
+
+
+def recoded(data, rng):
+    """Text as other programs write it: with a byte order mark, CRLF, in UTF-16."""
+    if rng.random() < 0.2:
+        return data.decode("utf-8", "replace").encode("utf-16")
+    data = b"\xef\xbb\xbf" + data if rng.random() < 0.5 else data
+    return data.replace(b"\n", b"\r\n") if rng.random() < 0.7 else data
+
+
+def mutated(name, data, rng):
+    """The content of a file, changed as its format lends itself to."""
+    what = rng.random()
+    if name.endswith(".safetensors") and what < 0.7:
+        return rewritten(data, rng)
+    if name.endswith((".json", ".jsonl")) and what < 0.7:
+        lines = data.split(b"\n") if name.endswith(".jsonl") else [data]
+        at = int(rng.integers(len(lines)))
+        with contextlib.suppress(ValueError, RecursionError):
+            lines[at] = json.dumps(twisted(json.loads(lines[at]), rng), ensure_ascii=False).encode("utf-8", "replace")
+        return b"\n".join(lines)
+    binary = name.endswith((".safetensors", ".bin"))
+    return recoded(data, rng) if what > 0.9 and not binary else damaged(data, rng)
+
+
+def use_tokenizer(path):
+    """A tokenizer that loads gives any text that it encodes again."""
+    tokenizer = bpe.Tokenizer.load(path)
+    for text in (*STORIES[:3], f"a\u00e9 {bpe.END}\n  \u65e5"):
+        for allowed in ((), "all"):
+            with contextlib.suppress(ValueError):  # a byte that the vocabulary lacks
+                ids = tokenizer.encode(text, allowed)
+                assert tokenizer.decode(ids) == text and all(type(i) is int for i in ids)
+    with contextlib.suppress(ValueError):
+        assert bpe.Tokenizer.from_json(tokenizer.to_json()).hash == tokenizer.hash
+    return tokenizer
+
+
+def tokenizer_files():
+    """{reader: {name: content}}, of all formats of tokenizers."""
+    small = bpe.Tokenizer.from_merges(bpe.train(STORIES, 12), 0)
+    vocab, merges = formats.to_vocab_and_merges(small)
+    llama = bpe.Tokenizer.load(TOK512)
+    return {
+        "tokenizer.json": {"tokenizer.json": small.to_json().encode()},
+        "tokenizer.json, spaced": {"tokenizer.json": llama.to_json().encode()},
+        "vocab.json": {"vocab.json": vocab.encode(), "merges.txt": merges.encode()},
+        "merges.txt": {"merges.txt": merges.encode(), "vocab.json": vocab.encode()},
+        "rank file": {"x.tiktoken": formats.to_ranks(small)},
+        "tokenizer.bin": {"tokenizer.bin": TOK512.read_bytes()},
+    }
+
+
+def read_transformers(path):
+    tensors = convert.read_tensors([path.with_name("model.safetensors")])
+    parameters, cfg = convert.from_transformers(convert.read_config(path), tensors)
+    assert parameters.shape == (tinygpt.count_parameters(cfg)[0],) and np.isfinite(parameters).all()
+    return cfg
+
+
+def story_files():
+    lines = [json.dumps(value) for value in ({"text": STORIES[0]}, "a\u00e9", {"story": STORIES[1], "id": 3})] * 2
+    return {
+        "stories.txt": {"s.txt": f"{bpe.END}\n".join(STORIES).encode()},
+        "stories.jsonl": {"s.jsonl": "\n".join(lines).encode()},
+        "stories.json": {"s.json": f"[{', '.join(lines)}]".encode()},
+    }
+
+
+def log_files():
+    entries = [
+        {"settings": dataclasses.asdict(train.Settings(files=[["t"], []])), "config": {"width": 8}, "command": "x"}
+    ]
+    for step in (1, 2, 3):
+        entries.append(
+            {"step": step, "loss": 3.5, "lr": 1e-3, "norm": 0.5, "tokens": 100 * step, "seconds": 0.5 * step}
+        )
+        entries.append({"step": step, "val_nats": 3.1, "val_bits_per_byte": 1.5, "stories": ["one", "two"]})
+    entries.append({"step": 3, "final_val_nats": 3.0, "final_val_bits_per_byte": 1.4, "tokens": 300})
+    return {"log.jsonl": {"log.jsonl": "\n".join(map(json.dumps, entries)).encode() + b"\n"}}
+
+
+def settings_files():
+    s = train.Settings(prompts=["a"], files=[["t.bin"], []], checksums={"t.bin": ["0" * 8, [1, 2, 3]]}, train_tokens=9)
+    return {"settings": {"settings.json": json.dumps(dataclasses.asdict(s)).encode()}}
+
+
+def read_settings(path):
+    """As a checkpoint's metadata holds them: as text."""
+    return resume.read_settings(path.read_text("utf-8"))
+
+
+READERS = {
+    **{name: (use_tokenizer, files) for name, files in tokenizer_files().items()},
+    **{family: (read_transformers, transformers_files(family)) for family in CONFIGS},
+    **{name: (lambda path: list(bpe.pieces(path)), files) for name, files in story_files().items()},
+    **{name: (lambda path: report.page(report.read_logs([path])), files) for name, files in log_files().items()},
+    **{name: (read_settings, files) for name, files in settings_files().items()},
+}
+
+
+@pytest.fixture
+def no_hang():
+    """Fail where a single input takes longer than seconds; nothing is watched where there are no such signals."""
+
+    def stop(*_):
+        raise AssertionError("an input took longer than 20 s")
+
+    def watch(seconds):
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    before = signal.signal(signal.SIGALRM, stop) if hasattr(signal, "SIGALRM") else None
+    yield watch
+    watch(0)
+    if before is not None:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("many", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_a_damaged_file_in_one_line_or_reads_it(reader, many, tmp_path, no_hang):
+    (load, files), counts, rng = READERS[reader], collections.Counter(), np.random.default_rng(5)
+    first = tmp_path / next(iter(files))
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert load(first) is not None
+    for number in range(many):
+        name = list(files)[int(rng.integers(len(files)))]
+        data = mutated(name, files[name], rng)
+        (tmp_path / name).write_bytes(data)
+        no_hang(20)
+        try:
+            found = outcome(lambda: load(first), len(data) + sum(map(len, files.values())))
+        except Exception as error:
+            raise AssertionError(f"mutation {number}, {name} in {tmp_path}: {error!r}") from error
+        no_hang(0)
+        counts["refused" if found is None else "loaded"] += 1
+        (tmp_path / name).write_bytes(files[name])
+    assert min(counts["refused"], counts["loaded"]) > 0 and counts.total() == many
+    print(reader, dict(counts))

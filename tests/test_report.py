@@ -191,6 +191,14 @@ def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, wha
     assert any("Line 4 is left out" in text for text in page_of(tmp_path / "run").text("/p"))
 
 
+@pytest.mark.parametrize("mark, end", [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\xef\xbb\xbf", b"\r\n")])
+def test_a_log_that_went_through_an_editor_is_read_whole(tmp_path, mark, end):
+    path = write_log(tmp_path / "run", [settings(), update(1), update(2), final(2, 1.5)]) / "log.jsonl"
+    want = report.read_log(path, "run")
+    path.write_bytes(mark + path.read_bytes().replace(b"\n", end))
+    assert report.read_log(path, "run") == want and not want.problems
+
+
 VALUES = (0, -1, 1e308, -1e308, 5e-324, 1e-300, 10**400, math.nan, math.inf, True, None, "x", "<b>", [], {}, [1, [2]])
 
 

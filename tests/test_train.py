@@ -970,7 +970,7 @@ def test_settings_are_frozen_and_the_same_after_json():
     with pytest.raises(dataclasses.FrozenInstanceError):
         s.lr = 1.0
     for change in ({"colour": 1}, {"steps": True}, {"lr": "fast"}, {"steps": 0}, {"micro_batch_size": 3}, {"beta2": 1}):
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises(ValueError):
             resume.read_settings(json.dumps(json.loads(text) | change))
 
 
