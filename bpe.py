@@ -207,7 +207,7 @@ class Tokenizer:
             raise ValueError("the vocabulary holds a token twice")
         for left, right in self.merges:
             if missing := [token for token in (left, right, left + right) if token not in ids]:
-                raise ValueError(f"the merge of {left!r} and {right!r} needs {missing[0]!r}, which has no id")
+                raise ValueError(f"merge of {left!r:.60} and {right!r:.60} needs {missing[0]!r:.60}, which has no id")
         self._ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(self.merges)}
         self._cached_ids, self._encoder, self._seen = functools.lru_cache(1 << 16)(self.word_ids), None, 0
 

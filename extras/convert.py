@@ -42,7 +42,7 @@ def read_tensors(files):
     for path in files:
         found = tinygpt.read_safetensors(path, DTYPES)[0]
         if twice := tensors.keys() & found:
-            raise ValueError(f"tensor {min(twice)} is in {path.name} and in another file")
+            raise ValueError(f"tensor {min(twice)!r:.80} is in {path.name} and in another file")
         tensors |= found
     return tensors
 
@@ -243,7 +243,7 @@ def from_transformers(config, tensors):
         raise ValueError(f"config.json is a {type(config).__name__}; expected an object")
     family = field(config, "model_type", kind=str)
     if family not in FAMILIES:
-        raise ValueError(f"model_type is {family}; expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type is {family!r:.80}; expected one of {', '.join(FAMILIES)}")
     for name, known in (("is_causal", True), ("is_encoder_decoder", False), ("pruned_heads", {}), ("auto_map", {})):
         expect(config, name, known)
     expect(config, "quantization_config")
@@ -276,7 +276,7 @@ def from_transformers(config, tensors):
     used |= {full for name in derived for layer in range(cfg.layers) for full in both_names(name, prefix, layer)}
     if unread := sorted(tensors.keys() - used):
         more = f" and {len(unread) - 1} more" if unread[1:] else ""
-        raise ValueError(f"tensor {unread[0]}{more}: not part of the {family} model that config.json describes")
+        raise ValueError(f"tensor {unread[0]!r:.80}{more}: not part of the {family} model that config.json describes")
     return np.concatenate(parts), cfg
 
 

@@ -212,7 +212,7 @@ def token_of(string):
     try:
         return bytes([BYTE[character] for character in string])
     except KeyError as error:
-        raise ValueError(f"token {string!r} is not byte-level: it has {error.args[0]!r}") from None
+        raise ValueError(f"token {string!r:.60} is not byte-level: it has {error.args[0]!r}") from None
 
 
 # == 3  vocab.json and merges.txt of GPT-2 =============================================================================
@@ -285,7 +285,7 @@ def from_ranks(data):
         if len(token) > 1:
             parts = merge_ids([byte_ids[b] for b in token], ranks) if byte_ids.keys() >= set(token) else ()
             if len(parts) != 2:
-                raise ValueError(f"{token!r} is not made of two tokens of lower rank: no merge gives it")
+                raise ValueError(f"{token!r:.60} is not made of two tokens of lower rank: no merge gives it")
             ranks[parts] = (i, i)
             merges.append((vocab[parts[0]], vocab[parts[1]]))
     return Tokenizer([*vocab, END.encode()], merges, {END: len(vocab)})
