@@ -406,8 +406,9 @@ def read_own(text):
     """The tokenizer of a tokenizer.json that to_json wrote; None for any other text."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         data = json.loads(text)
-        strings = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
-        specials = {token["content"]: strings.index(token["content"]) for token in data["added_tokens"]}
+        ids = data["model"]["vocab"]
+        specials = {token["content"]: ids[token["content"]] for token in data["added_tokens"]}
+        strings = sorted(ids, key=ids.get)
         vocab = [s.encode() if s in specials else bytes([BYTE[c] for c in s]) for s in strings]
         merges = [tuple(bytes([BYTE[c] for c in s]) for s in pair) for pair in data["model"]["merges"]]
         tokenizer = Tokenizer(vocab, merges, specials)
@@ -518,8 +519,8 @@ FORMAT_VERSION = 1
 
 
 def write_tokens(documents, tokenizer, path, progress=None, threads=None):
-    """Write the ids of documents or `pieces`, the end of each included, as raw little-endian integers, and beside them
-    as JSON what they are; return that. Calls progress(bytes of text done). Any number of threads writes equal bytes."""
+    """Write the ids of documents or `pieces`, the end of each included, as raw little-endian integers; beside them, as
+    JSON, what they are; return that. Calls progress(bytes of text done). Any number of threads writes equal bytes."""
     from tinygpt import write_aside
 
     beside = Path(f"{path}.json")
