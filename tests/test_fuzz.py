@@ -165,7 +165,7 @@ def test_a_hostile_checkpoint_is_refused_in_one_line_or_can_be_gone_on_from(file
         except Exception as error:
             shutil.copy(path, tmp_path / "failed.safetensors")
             raise AssertionError(f"mutation {number}, in {tmp_path}: {error!r}") from error
-    assert min(counts.values()) > 10, counts
+    assert len(counts) > 1 and min(counts.values()) > 10, counts
     print(dict(counts))
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_or_hostile_token_file_is_refused_in_one_line_or_gives_its_ids
             assert found[0].dtype in (np.uint16, np.uint32) and found[0].max() < tokenizer.vocab_size
             assert found[0].tobytes() == ids, number
         counts["refused" if found is None else "unchanged"] += 1
-    assert min(counts.values()) > 10, counts
+    assert len(counts) > 1 and min(counts.values()) > 10, counts
     print(dict(counts))
 
 
@@ -201,9 +201,9 @@ def test_a_damaged_model_of_llama2c_is_refused_in_one_line_or_loads(tmp_path, ma
     good, rng, counts = path.read_bytes(), np.random.default_rng(4), collections.Counter()
     for _ in range(1000 * many):
         path.write_bytes(data := damaged(good[:28], rng)[:28] + good[28:] if rng.random() < 0.5 else damaged(good, rng))
-        found = outcome(lambda: tinygpt.load_checkpoint(path), len(data))
+        found = outcome(lambda: convert.load_llama2c(path), len(data))
         counts["refused" if found is None else "loaded"] += 1
-    assert min(counts.values()) > 10, counts
+    assert len(counts) > 1 and min(counts.values()) > 10, counts
     print(dict(counts))
 
 
