@@ -165,7 +165,7 @@ def has_local_layers(c):
         if any(len(kinds) * times > 2**16 for kinds, times in types or ()):
             raise ValueError("more layers than a model has")
         repeated = [kind for kinds, times in types or () for kind in kinds * times]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError(f"config.json: attention_types is {types!r:.80}; expected [[kinds, count], ...]") from None
     given = [kinds for kinds in (layers, types and repeated) if kinds is not None]
     first = given[0]

@@ -156,7 +156,14 @@ def test_every_field_of_a_config_may_be_missing_without_a_traceback(files):
 
 
 @pytest.mark.parametrize(
-    "types", [[[["global"], 10**12]], [[[], 10**12]], [[["global"], 10**12], [["local"], -(10**12)]]]
+    "types",
+    [
+        [[["global"], 10**12]],
+        [[[], 10**12]],
+        [[["global"], 10**12], [["local"], -(10**12)]],
+        [[["global"], -(10**30)]],
+        [[[], 10**30]],
+    ],
 )
 def test_layers_without_end_are_refused_at_once(types, tmp_path):
     for name, data in transformers_files("gpt_neo").items():
