@@ -412,7 +412,8 @@ def refuse_specials(tokenizer, text, allowed, disallowed, place=0):
 
 
 def encode_chunks(tokenizer, chunks, allowed, disallowed):
-    """Yield the ids of tokenizer.encode("".join(chunks)): at white space, those of all before it, now certain; at the end if merges cross words, or one of the special tokens to look for has white space inside."""
+    """Yield the ids of tokenizer.encode("".join(chunks)): at white space, those of all before it, now certain; at the
+    end if merges cross words, or one of the special tokens to look for has white space inside."""
     allowed = tokenizer.special_names("allowed_special", allowed)
     disallowed = tokenizer.special_names("disallowed_special", disallowed)
     waits = isinstance(tokenizer, SpacedTokenizer) or any(regex.search(r"\s", name) for name in allowed | disallowed)
