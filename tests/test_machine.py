@@ -126,7 +126,8 @@ def test_without_compilation_the_specification_computes_and_one_line_says_so(pro
     words = [sys.executable, "-c", code]
     environment = ENVIRONMENT | {"NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run(words, cwd=project, env=environment, capture_output=True, encoding="utf-8")
-    assert done.stderr.splitlines()[-1].startswith("ValueError: --kernels fast needs fast/ beside tinygpt.py (")
+    expected = "ValueError: --kernels fast needs the folder fast/ beside tinygpt.py; use --kernels numba (NUMBA_DISABLE"
+    assert done.stderr.splitlines()[-1].startswith(expected)
 
 
 TOKENIZER = """
