@@ -226,8 +226,6 @@ class Tokenizer:
             raise ValueError(f"the vocabulary has no special token {self.ending}, which ends a story")
         return self.specials[self.ending]
 
-    # -- text to ids
-
     def encode(self, text, allowed_special=None, disallowed_special=()):
         """str or any bytes -> list of ids. Names in allowed_special (or "all") become their ids, the longest first; one
         of disallowed_special ("all": those not allowed) is a ValueError; other names of specials are plain text."""
@@ -294,8 +292,6 @@ class Tokenizer:
     def word_ids(self, word):
         """One pre-token -> its ids."""
         return merge_ids(self.first_ids(word), self._ranks)
-
-    # -- ids to text
 
     def decode(self, ids, previous=None):
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
@@ -448,13 +444,15 @@ def pieces(paths, progress=None):
 def text_files(paths):
     """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
         if path.is_dir():
             documents = find_extra("documents", path if any(path.glob("*.json*")) else None)
             yield from documents.files_in(path) if documents else sorted(path.glob("*.txt"))
-        else:
+        elif path.is_file():
             yield path
+        elif path.exists():
+            raise ValueError(f"{path} is a pipe or a device, which can be read once alone; write it to a file first")
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
 
 
 def find_reader(path):
@@ -592,8 +590,7 @@ def read_tokens(path, tokenizer=None, check=True):
 
 def check_out(path, sources=()):
     """Raise before the work is done, rather than after, where a file cannot be written or is one of those to read."""
-    folder = Path(path).parent
-    if not folder.is_dir():
+    if not (folder := Path(path).parent).is_dir():
         raise FileNotFoundError(f"{folder} is no folder; make it before writing {path}")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
@@ -609,14 +606,20 @@ def check_out(path, sources=()):
 class Parser(argparse.ArgumentParser):
     """A parser whose error, a text or an exception, ends the program with one line on stderr and exit status 2."""
 
+    def __init__(self, **more):
+        super().__init__(**more)  # streams that were closed are opened: else a file would get their number, and lines
+        sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))
+        getattr(sys.stdout, "reconfigure", dict)(errors="replace", newline="\n")  # ? for what a console lacks
+
     def error(self, message):
         self.exit(2, f"{self.prog.split()[0]}: error: {error_line(message)}\n")  # a subcommand's prog is two words
 
 
 def error_line(error):
-    """An exception as one line: an OSError as its file and what is wrong with it."""
+    """An exception as one line, that fits a screen: an OSError as its file and what is wrong with it."""
     named = isinstance(error, OSError) and error.filename and error.strerror
-    return f"{error.filename}: {error.strerror}" if named else str(error)
+    line = f"{error.filename}: {error.strerror}" if named else str(error)
+    return line if len(line) < 1000 else f"{line[:700]} ... {line[-200:]}"
 
 
 def in_range(kind, low, high, open_low=False):
@@ -635,8 +638,7 @@ def in_range(kind, low, high, open_low=False):
 
 def say(text, stream=None):
     """Print at once to stdout, or to a stream; a reader who left, or a full disk, does not end the program."""
-    stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"
+    encoding = (stream := stream or sys.stdout).encoding or "utf-8"
     try:
         print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)  # ? for what it lacks
     except OSError:
@@ -664,8 +666,8 @@ class Progress(contextlib.AbstractContextManager):
         if now - self.shown > 0.1 and now - self.start > 0.5 and sys.stderr.isatty():
             share = min(1.0, done / self.total)
             left = clock(min((now - self.start) * (1 - share) / max(share, 1e-9), 359_999))
-            bar = f"[{'#' * round(30 * share):30}] {share:4.0%}"
-            print(f"\r{self.what} {bar}, {left} left ", end="", file=sys.stderr, flush=True)
+            line = f"\r{self.what} [{'#' * round(30 * share):30}] {share:4.0%}, {left} left "
+            print(line, end="", file=sys.stderr, flush=True)
             self.shown = now
 
     def __exit__(self, *_):
@@ -725,8 +727,6 @@ def make_parser():
 
 def main(argv=None):
     """Run a command and return 0; a mistake ends in one line on stderr and exit status 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace", newline="\n")  # a console that lacks a character shows ? for it
     argv, parser = sys.argv[1:] if argv is None else argv, make_parser()
     try:
         if argv and argv[0] in TOOLS:

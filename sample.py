@@ -230,8 +230,6 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console that lacks a character still gets the story
     try:
         tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:

@@ -832,6 +832,41 @@ def test_without_fast_and_extras_a_line_says_what_is_missing(tokenizer, tmp_path
         assert done.returncode == 2 and what in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does, by their numbers")
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_changes_no_file(tmp_path, closed):
+    write(tmp_path / "s.txt", STORIES[0])
+    code = f"import os; [os.close(n) for n in {closed}]; "
+    code += f"os.execv({sys.executable!r}, [{sys.executable!r}, {bpe.__file__!r}, *{{words}}])"
+    for words, name in (
+        (["train", "s.txt", "--vocab-size", "270", "--out", "t.json"], "t.json"),
+        (["encode", "s.txt", "--tokenizer", "t.json", "--out", "s.bin"], "s.bin"),
+    ):
+        shell = [sys.executable, "-c", code.format(words=words)]
+        assert subprocess.run(shell, cwd=tmp_path, capture_output=True, timeout=60).returncode == 0
+        assert (tmp_path / name).exists()
+    tokenizer = bpe.Tokenizer.load(tmp_path / "t.json")
+    assert tokenizer.decode(bpe.read_tokens(tmp_path / "s.bin", tokenizer)[0]) == STORIES[0] + END
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize(
+    "command", ["train PIPE --vocab-size 300 --out o.json", "encode PIPE --tokenizer t.json --out o.bin"]
+)
+def test_a_pipe_as_text_is_refused_by_its_name(tokenizer, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("PIPE")
+    tokenizer.save("t.json")
+    assert run_main(command.split()) == 2
+    assert "PIPE is a pipe or a device" in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.*"))
+
+
+def test_a_message_fits_a_screen():
+    line = bpe.error_line(ValueError("a" * 300_000 + "z"))
+    assert len(line) < 1000 and line.startswith("aaa") and line.endswith("az")
+
+
 class CountedBytes(bytes):
     """Bytes that count how many of them are copied."""
 

@@ -476,3 +476,33 @@ def test_an_error_of_writing_names_the_file_and_not_the_one_aside(tmp_path):
     with pytest.raises(OSError) as error:
         write_aside(tmp_path / "none" / "x.bin", [b""])
     assert error.value.filename == str(tmp_path / "none" / "x.bin")
+
+
+# == what is written to is a link or a device ==========================================================================
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_is_written_through(tmp_path, there):
+    target, link = tmp_path / "target", tmp_path / "folder" / "link"
+    link.parent.mkdir()
+    if there:
+        target.write_bytes(b"before")
+    try:
+        link.symlink_to(target)
+    except OSError:
+        pytest.skip("this system makes no symbolic links here")
+    tinygpt.write_aside(link, [b"af", b"ter"])
+    assert link.is_symlink() and target.read_bytes() == b"after"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "link", "target"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes with a name of their own")
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    before = os.stat(os.devnull)
+    tinygpt.write_aside(os.devnull, [b"nothing"])
+    assert os.stat(os.devnull).st_rdev == before.st_rdev
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    tinygpt.write_aside(tmp_path / "pipe", [b"through"])
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)

@@ -20,6 +20,7 @@ import pytest
 from conftest import TABLES, ops_of, tiny_config
 from helpers import (
     LONG,
+    NUMPY,
     PLAIN,
     RECIPE,
     SETTINGS,
@@ -1044,6 +1045,28 @@ def test_a_reader_of_stdout_or_stderr_who_leaves_does_not_end_the_run(tmp_path, 
         subprocess.run(f"{words} --out {tmp_path / out} {pipe}", shell=True, check=True, capture_output=True)
         checkpoint = tinygpt.load_checkpoint(tmp_path / out / "last.safetensors")
         assert checkpoint.metadata["step"] == "3"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does, by their numbers")
+@pytest.mark.parametrize("closed", [(1,), (1, 2)])
+def test_a_run_without_streams_is_a_run(tmp_path, text, closed):
+    words = [
+        sys.executable,
+        train.__file__,
+        "--data",
+        str(text),
+        "--steps",
+        "2",
+        "--eval-every",
+        "1",
+        "--prompt",
+        "Lily",
+    ]
+    words += [*NUMPY, "--out", str(tmp_path / "run")]
+    code = f"import os; [os.close(n) for n in {closed}]; os.execv({words[0]!r}, {words})"
+    assert subprocess.run([words[0], "-c", code], capture_output=True, timeout=120).returncode == 0
+    assert "final_val_nats" in read_log(tmp_path / "run")[-1]
+    assert tinygpt.load_checkpoint(tmp_path / "run" / "last.safetensors").metadata["step"] == "2"
 
 
 # -- memory
