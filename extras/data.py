@@ -81,11 +81,11 @@ def find_tokenizer(sources, folder, vocab_size, must_fit):
 
 
 def first_bytes(pieces, limit):
-    for text, ends in pieces:
-        if limit <= 0:
-            return
+    """Pieces of text -> the first, as bytes, until there are `limit` bytes or more."""
+    while limit > 0 and (piece := next(pieces, None)):
+        text = bpe.bytes_of(piece[0])
         limit -= len(text)
-        yield text, ends
+        yield text, piece[1]
 
 
 def total_bytes(sources):

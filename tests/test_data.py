@@ -134,6 +134,12 @@ def test_several_files_and_folders_are_one_text(place):
     assert np.array_equal(both.train, folder.train) and np.array_equal(both.valid, folder.valid)
 
 
+@pytest.mark.parametrize("letter, count", [("a", 5), ("\u65e5", 2)])
+def test_the_text_of_a_tokenizer_is_limited_in_bytes(letter, count):
+    taken = list(data.first_bytes(iter([(10 * letter, True)] * 9), 45))
+    assert taken == [((10 * letter).encode(), True)] * count
+
+
 def test_a_vocabulary_that_comes_from_the_size_is_an_upper_bound(place):
     (place / "s.txt").write_text("the cat sat. " * 40, encoding="utf-8")
     out, err = trained("--data", "s.txt", "--steps", 1)
