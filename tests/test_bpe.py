@@ -28,7 +28,7 @@ from helpers import (
     with_specials,
     write,
 )
-from tiers import fast
+from tiers import fast, needs_fast
 
 import bpe
 from extras import tokens
@@ -463,7 +463,7 @@ def test_a_file_that_is_not_ours_to_read_is_refused_in_one_line(text, message, t
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kernels", ["python", "fast"])
+@pytest.mark.parametrize("kernels", ["python", pytest.param("fast", marks=needs_fast)])
 def test_a_text_is_refused_only_if_it_has_a_byte_that_the_vocabulary_lacks(tokenizer, kernels, monkeypatch):
     lost = {b"A", b"\xa9"}
     vocab = [token if token not in lost else b"none%d" % i for i, token in enumerate(tokenizer.vocab)]
