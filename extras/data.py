@@ -14,7 +14,7 @@ from pathlib import Path
 
 import bpe
 import train
-from extras import plan, stories, warmup
+from extras import plan, warmup
 
 TOKENIZER_BYTES = 1 << 26  # of text that a tokenizer is trained on, at most
 
@@ -50,6 +50,8 @@ def prepare_data(args, draft, cfg, steps, tokenizer=None):
 
 def find_stories(args, cfg, batch_size, steps):
     """Training and validation files, and their name, where the command line names no data."""
+    from extras import stories  # which takes a while to import, for the network
+
     if steps:
         tokens = steps * batch_size * cfg.seq_len
     else:  # as many as fit the time at 60% of the machine's peak: fewer are read
