@@ -998,8 +998,11 @@ def run_command(parser, args, ranks, started):
 
 
 if __name__ == "__main__":
-    from train import main  # as the module that extras/ import, not a second copy of it
+    try:
+        from train import main  # as the module that extras/ import, not a second copy of it
 
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is saved: a Ctrl-C from here on ends Python without a traceback
+        status = main()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is saved: from here on a Ctrl-C ends Python without a word
+    except KeyboardInterrupt:  # the same, or nothing has begun
+        status = 130
     sys.exit(status)
