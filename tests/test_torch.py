@@ -9,6 +9,7 @@ import pytest
 from conftest import COMBINATIONS, FAMILIES, TABLES, ops_of, random_batch, random_parameters, relative, tiny_config
 
 import tinygpt
+import train
 
 torch = pytest.importorskip("torch")
 from torch.nn import functional as F  # noqa: E402
@@ -130,3 +131,24 @@ def test_loss_and_gradients_are_those_of_pytorch(cfg, table):
     assert relative(logits, torch_logits.detach().numpy().reshape(logits.shape)) < 1e-10
     for name, leaf in leaves.items():
         assert relative(gradient[part[name]], leaf.grad.numpy().reshape(-1)) < 1e-10, name
+
+
+@pytest.mark.parametrize("warmup, steps", [(4, 15), (1, 9)])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_is_that_of_pytorchs_schedulers(schedule, warmup, steps):
+    """Warm-up begins at lr / W, not 0, and reaches lr at update W - 1; update W has lr again; the last has min_lr."""
+    lr, min_lr = 0.4, 0.1
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, max(1, warmup - 1))
+    if schedule == "cosine":
+        fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - 1 - warmup, min_lr)
+    else:
+        fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, min_lr / lr, steps - 1 - warmup)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warmup])
+    expected = []
+    for _ in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        both.step()
+    s = train.Settings(lr=lr, min_lr=min_lr, warmup_steps=warmup, steps=steps, schedule=schedule)
+    assert [train.learning_rate(step, s) for step in range(steps)] == pytest.approx(expected, rel=1e-12)
