@@ -1,5 +1,6 @@
 """A file that one process at a time writes: the log of a run, the table of a sweep."""
 
+import contextlib
 import os
 
 import bpe
@@ -26,8 +27,15 @@ def lock_file(file):
 
 
 def lock_log(folder):
-    """The log of a run, open for appending; locked until it is closed. ValueError if another process has it."""
-    return open_locked(folder / "log.jsonl", f"{BUSY} in {folder}")
+    """The log of a run, open for appending; locked until it is closed. ValueError if another process has it.
+
+    Whoever has the lock removes what a run that was killed left half written.
+    """
+    log = open_locked(folder / "log.jsonl", f"{BUSY} in {folder}")
+    for left in folder.glob("*.safetensors.*.tmp"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+    return log
 
 
 def open_locked(path, busy):

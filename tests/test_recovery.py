@@ -146,7 +146,7 @@ INJECT = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import bpe, tinygpt, train
-from extras import curve, plan, summary
+from extras import curve, locks, plan, summary
 what, stride, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 sys.modules["matplotlib"] = None
 plan.measure_peak = lambda: 1e11
@@ -170,6 +170,9 @@ class File:
         self.f = f
     def write(self, data):
         return call("write", lambda: self.f.write(data), lambda: (self.f.write(data[: len(data) // 2]), self.f.flush()))
+    def writelines(self, chunks):
+        for chunk in chunks:
+            self.write(chunk)
     def flush(self):
         return call("flush", self.f.flush)
     def truncate(self, size):
@@ -185,7 +188,7 @@ def patched_open(path, mode="r", **more):
     f = open(path, mode, **more)
     return f if mode in ("r", "rb") else File(f)
 
-for module in (bpe, tinygpt, train):
+for module in (bpe, tinygpt, train, locks):
     module.open = patched_open
 for name in ("fsync", "replace", "mkdir", "remove"):
     real = getattr(os, name)
@@ -667,6 +670,17 @@ def test_the_1m_size_saves_every_logged_update_when_a_signal_comes(trains_1m, na
         step = tinygpt.load_checkpoint(folder / name / "last.safetensors").metadata["step"]
         assert f"stopped at update {step} of 100000, saved" in err and int(step) == max(losses(folder / name))
         print(f"{name}: saved and left after {took:.2f} s")
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "step-000004.safetensors"])
+def test_what_a_killed_run_left_half_written_is_removed_when_it_goes_on(place, text, finished, name):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        assert invoke(train.main, "--size", "tiny", "--data", text, *LONG)[0] == 130
+    left = Path("runs", "tiny", f"{name}.4711-0123456789abcdef.tmp")
+    left.write_bytes(b"half")
+    status, _, err = invoke(train.main, "--resume")
+    assert status == 0 and not left.exists(), err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
