@@ -1,6 +1,6 @@
-"""What `train.py --resume` refuses: a checkpoint that is none of a run, other flags, other data, other products.
+"""What `train.py --resume` refuses: a model without the state of a run, changed flags, changed data, another precision.
 
-A run that goes on gives the bytes of a run that was never interrupted, or it does not go on. train.py finds this file
+A resumed run ends in the bytes of an uninterrupted one; where it could not, it is refused. train.py imports this file
 when it resumes.
 """
 
