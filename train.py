@@ -4,14 +4,13 @@
     python train.py --size 1m --data stories.txt --minutes 5
 
 Part I is the algorithm: 1 batches, 2 AdamW, 3 learning rate, 4 the update, 5 the training loop, 6 evaluation.
-Part II is the run: 7 settings, 8 data, 9 the run folder, 10 begin and resume, 11 command line. What extras/ adds is
-found when it is used: data.py keeps encoded text, plan.py plans by the clock, locks.py and resume.py guard a run.
+Part II is the run: 7 settings, 8 data, 9 the run, 10 command line. What extras/ adds is found when it is used: data.py
+keeps encoded text, plan.py plans by the clock, run.py and locks.py guard a run, resume.py goes on with one.
 
 It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--resume` continues from it),
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
 """
 
-import argparse
 import contextlib
 import importlib
 import itertools
@@ -19,7 +18,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -32,7 +30,7 @@ import numpy as np
 import bpe
 import tinygpt
 from bpe import Parser, Progress, error_line, in_range, note, say
-from sample import generate_story, load_model, newest_run
+from sample import generate_story
 from tinygpt import KERNELS, THREADS, kernel
 
 # ######################################################################################################################
@@ -356,6 +354,7 @@ def bits_per_byte(nats, tokens, tokenizer):
 # == 7  settings =======================================================================================================
 
 DTYPES = ("float32", "bfloat16")
+EVALUATED = 0.05  # tokens of an evaluation for each token trained since the one before: 1/3 of the work
 COUNT, SEQUENCES = in_range(int, 1, 2**31 - 1), in_range(int, 1, 2**16)
 
 
@@ -374,9 +373,7 @@ class Settings:
     recompute: bool = flag(False, "run layers forward again in backward: less memory, same result", action="store_true")
     lr: float = flag(0.0, "the highest learning rate (default that of the size)", in_range(float, 0, 1e3, True))
     min_lr: float = flag(0.0, "the last learning rate (default a tenth of --lr)", in_range(float, 0, 1e3))
-    warmup_steps: int = flag(
-        0, "of rising rate; < 1 a share; 0 off (default 100)", in_range(float, 0, 1e9), metavar="N"
-    )
+    warmup_steps: int = flag(0, "of rising rate; < 1: a share (default 100)", in_range(float, 0, 1e9), metavar="N")
     schedule: str = flag("cosine", "of the rate after it", choices=SCHEDULES)
     weight_decay: float = flag(0.1, "of matrices; 0 is off", in_range(float, 0, 10))
     beta1: float = flag(0.9, "decay of AdamW's mean", in_range(float, 0, 0.9999))
@@ -401,9 +398,6 @@ class Settings:
     flags: dict = field(default_factory=dict)  # `flags_given`
 
 
-EVALUATED = 0.05  # tokens of an evaluation for each token trained since the one before: 1/3 of the work
-
-
 def choose_settings(args, cfg, steps=1):
     """`Settings` of a run of so many updates, without those of its data. ValueError if flags contradict each other."""
     given = {f.name: x for f in fields(Settings) if f.metadata and (x := getattr(args, f.name)) is not None}
@@ -417,10 +411,13 @@ def choose_settings(args, cfg, steps=1):
     if batch_size % micro:
         options = " or ".join(str(n) for n in divisors(batch_size) if micro / 3 < n < 3 * micro) or batch_size
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
-    kernels = tinygpt.find_ops(args.kernels).name
-    if args.dtype == "bfloat16" and kernels != "fast":
+    kernels, dtype = tinygpt.find_ops(args.kernels).name, "float32"
+    if kernels == "fast" and args.dtype != "float32":
+        from fast import why_no_bf16
+
+        dtype = "float32" if why_no_bf16() else "bfloat16"
+    elif args.dtype == "bfloat16":
         tinygpt.find_ops(kernels, args.dtype)  # which says why there is none
-    dtype = "bfloat16" if args.dtype != "float32" and not why_float32(kernels) else "float32"
     every = chosen.setdefault("eval_every", max(1, steps // 10))
     eval_tokens = max(4 * cfg.seq_len, int(EVALUATED * (every * batch_size * cfg.seq_len)))
     chosen |= {"kernels": kernels, "dtype": dtype, "eval_tokens": eval_tokens, "flags": flags_given(args)}
@@ -452,22 +449,14 @@ def usual_micro_batch(batch_size, T):
 
 def flags_given(args):
     """{name: value} of the flags that decide what a run is: --resume takes no others than those it began with."""
-    default, free = make_parser().get_default, ("out", "resume", "threads")
-    return {name: value for name, value in vars(args).items() if name not in free and value != default(name)}
-
-
-def why_float32(kernels):
-    """None where products of this table can be bf16, else why they are float32, in a sentence."""
-    if kernels != "fast":
-        return f"--kernels {kernels} has no others"
-    from fast import why_no_bf16
-
-    return why_no_bf16()
+    free = ("out", "resume", "threads")
+    return {name: x for name, x in vars(args).items() if name not in free and x is not None and x is not False}
 
 
 # == 8  data ===========================================================================================================
 
 RESERVED = 8  # special tokens that a trained tokenizer keeps for templates
+HELD_OUT = 0.02  # share of the text that validates where no --val-data is named
 
 
 class Data(NamedTuple):
@@ -475,24 +464,23 @@ class Data(NamedTuple):
     train: np.ndarray  # token ids, (M,)
     valid: np.ndarray
     name: str
-    files: list  # token files of the two, each a list of paths; none for validation: held out
-    checksums: dict  # path of a token file -> what extras/data.py knows it by
+    files: list = [[], []]  # token files of the two, each a list of paths; none for validation: held out
+    checksums: dict = {}  # path of a token file -> what extras/data.py knows it by
 
 
-def prepare_data(args, draft, cfg, steps, tokenizer, folder):
-    """What the command line names -> `Data`. ValueError or OSError if it is missing, no text, or too short.
+def prepare_data(args, draft, cfg, steps, tokenizer):
+    """What the command line names -> `Data`. ValueError or OSError if it is missing or no text.
 
-    extras/data.py does it for any sources, once: it keeps tokenizers and token files. Alone, this file takes text,
-    and makes both anew, in the folder of the run.
+    extras/data.py does it for any sources, once: it keeps tokenizers and token files. Alone, this file takes text.
     """
     if extra := import_extra("data", optional=True):
         return extra.prepare_data(args, draft, cfg, steps, tokenizer)
     if not args.data or args.val_data or args.tokenizer:
         raise ValueError("extras/data.py is not here: name a text with --data FILE, and no --val-data or --tokenizer")
-    path = folder / "tokens.bin"
     tokenizer = tokenizer or train_tokenizer(bpe.pieces(args.data), args.vocab_size or cfg.vocab_size)
-    bpe.write_tokens(bpe.pieces(args.data), tokenizer, path)
-    return read_data(tokenizer, [[str(path)], []], " ".join(args.data), cfg.seq_len)
+    tokens = np.concatenate([ids for ids, _, _ in tokenizer.encode_documents(bpe.pieces(args.data))])
+    cut = round((1 - HELD_OUT) * len(tokens))
+    return Data(tokenizer, tokens[:cut], tokens[cut:], " ".join(args.data))
 
 
 def train_tokenizer(pieces, vocab_size):
@@ -505,90 +493,57 @@ def train_tokenizer(pieces, vocab_size):
     return bpe.Tokenizer.from_merges(bpe.train(pieces, vocab_size - fixed), RESERVED)
 
 
-def read_data(tokenizer, files, name, seq_len, checksums=None):
-    """`Data` of token files. ValueError or OSError if one is missing, damaged, of another tokenizer or too short, or if
-    extras/data.py finds that it no longer has its checksum."""
-    extra, checksums = import_extra("data", optional=True), dict(checksums or {})
-
-    def read(path):
-        return extra.read_known(path, tokenizer, checksums) if extra else bpe.read_tokens(path, tokenizer)[0]
-
-    parts = [[read(path) for path in paths] for paths in files]
-    train, valid = (part[0] if len(part) == 1 else part and np.concatenate(part) for part in parts)
-    if not files[1]:
-        train, valid = hold_out(train, tokenizer.end)
-    for what, tokens, least in (("training", train, seq_len), ("validation", valid, 2)):
+def check_lengths(data, T):
+    """data. ValueError if its text is too short for windows of T tokens."""
+    for what, tokens, least in (("training", data.train, T), ("validation", data.valid, 2)):
         if len(tokens) < least:
-            found = f"the {what} text has {len(tokens)} tokens, less than one window of T={seq_len}"
+            found = f"the {what} text has {len(tokens)} tokens, less than one window of T={T}"
             shorter = max(1, 1 << (len(tokens) // 2).bit_length())
-            raise ValueError(f"{name}: {found}; use more text or --seq-len {shorter}")
-    return Data(tokenizer, train, valid, name, files, checksums)
+            raise ValueError(f"{data.name}: {found}; use more text or --seq-len {shorter}")
+    return data
 
 
-HELD_OUT, LEAST_HELD_OUT, MOST_HELD_OUT = 0.02, 0.01, 0.05  # shares of the text
-
-
-def hold_out(tokens, end):
-    """tokens (M,) -> (training, validation): the last 2% of the stories if they are 1% to 5% of the tokens. Otherwise
-    cut where the story nearest to 98% of the tokens ends, within these limits; inside a story if none ends there."""
-    stops = np.flatnonzero(tokens == end) + 1  # of each story, the token after it
-    M, held = len(tokens), len(tokens) - stops  # tokens that a cut there holds out
-    fair = np.flatnonzero((LEAST_HELD_OUT * M <= held) & (held <= MOST_HELD_OUT * M))
-    usual = len(stops) - 1 - max(1, round(HELD_OUT * len(stops)))
-    cut = round((1 - HELD_OUT) * M)
-    if len(fair):
-        cut = stops[usual if usual in fair else fair[np.abs(held[fair] - HELD_OUT * M).argmin()]]
-    return tokens[:cut], tokens[cut:]
-
-
-# == 9  the run folder =================================================================================================
-
-
-class Stopped(Exception):
-    """The run was asked to stop in the middle of what --resume does again."""
+# == 9  the run ========================================================================================================
 
 
 class Run:
-    """The folder of a run: its log, its checkpoints, what the terminal shows. Ranks above 0 have no log and write
-    nothing."""
+    """A run and its folder: the log, the checkpoints, what the terminal shows. Ranks above 0 have no log and write
+    nothing. extras/run.py adds what a long run needs."""
 
-    def __init__(self, folder, settings, state, data, log, processes=1):
-        self.folder, self.settings, self.state, self.data, self.log = folder, settings, state, data, log
-        self.processes, self.tokenizer_json = processes, data.tokenizer.to_json()
+    def __init__(self, folder, settings, state, data, processes=1):
+        self.folder, self.settings, self.state, self.data = folder, settings, state, data
+        self.processes, self.tokenizer_json, self.log = processes, data.tokenizer.to_json(), None
         self.ops = tinygpt.find_ops(settings.kernels, settings.dtype)  # without the buffers of training
         self.best, self.evaluated = math.inf, 0  # bits per byte; step of the last evaluation
-        self.saved, self.saved_at, self.save_seconds = None, -math.inf, 0.0
-        self.started = self.shown = time.monotonic()
-        self.first, self.pace = state.step, 0.0  # step; seconds of an update
-        self.summary = import_extra("summary", optional=True)  # what the terminal shows besides
+        self.saved, self.saved_at = None, -math.inf  # (step, evaluated) of last.safetensors; its time
+        self.started, self.shown = time.monotonic(), -math.inf  # time of the last update that was shown
+
+    def begin(self, args):
+        """Begin the log. `args`: the command line that the settings come from."""
+        self.log = open(self.folder / "log.jsonl", "w", encoding="utf-8", newline="\n")
+        self.write(settings=asdict(self.settings), config=asdict(self.state.cfg))
 
     def describe(self):
         """Show what will be trained, on what, how."""
-        if self.summary:
-            self.summary.describe(self)
-        else:
-            note("extras/ is not here: no lock on the run, no plan by the clock, no loss curve")
-            note(f"{self.state.cfg}\n{self.settings}\nprecision {self.settings.dtype}")
+        lost = "extras/ is not here: no lock on the run, no plan by the clock, no --resume, no loss curve"
+        note(f"{lost}\n{self.state.cfg}\n{self.settings}\nprecision {self.settings.dtype}")
 
     def write(self, **entry):
-        """Append a line to the log. OSError names it."""
-        try:
-            if self.log:
-                print(json.dumps(entry), file=self.log, flush=True)
-        except OSError as error:
-            error.filename = self.log.name
-            raise
+        """Append a line to the log."""
+        if self.log:
+            print(json.dumps(entry), file=self.log, flush=True)
 
     def record_update(self, loss, norm, lr, seconds):
         """Log an update that took so long; every two seconds, show it."""
         s, step, now = self.settings, self.state.step, time.monotonic()
-        tokens, count = s.batch_size * self.state.cfg.seq_len, step - self.first
-        self.pace = recent_pace(self.pace, seconds, count)
+        tokens = s.batch_size * self.state.cfg.seq_len
         self.write(step=step, loss=loss, lr=lr, norm=norm, tokens=step * tokens, seconds=round(now - self.started, 3))
-        if self.log and (now - self.shown > 2 or count == 1 or step == s.steps):
-            self.shown, speed = now, f"{tokens / self.pace:,.0f} tok/s"
-            more = self.summary.share_and_time_left(self, count) if self.summary else ""
-            note(f"step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed}{more}")
+        if self.log and (now - self.shown > 2 or step == s.steps):
+            self.shown, speed = now, self.describe_speed(tokens, seconds)
+            note(f"step {step} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {speed}")
+
+    def describe_speed(self, tokens, seconds):
+        return f"{tokens / seconds:,.0f} tok/s"
 
     def evaluation_is_due(self):
         step, s = self.state.step, self.settings
@@ -596,20 +551,12 @@ class Run:
 
     def evaluate(self, stopped):
         """Score the beginning of the validation text -> (nats per token, bits per byte); None if `stopped()`."""
+        return None if stopped() else self.score(self.data.valid[: self.settings.eval_tokens])
 
-        def look(_):
-            if stopped():
-                raise Stopped
-
-        try:
-            return self.score(self.data.valid[: self.settings.eval_tokens], look)
-        except Stopped:
-            return None
-
-    def score(self, tokens, progress):
+    def score(self, tokens, progress=None):
         """tokens (M,) -> (nats per token, bits per byte)."""
         state, tokenizer, ops = self.state, self.data.tokenizer, self.ops
-        nats = self.check_finite(evaluate(state.p, state.cfg, tokens, tokenizer.end, ops, progress=progress))
+        nats = evaluate(state.p, state.cfg, tokens, tokenizer.end, ops, progress=progress)
         return nats, bits_per_byte(nats, tokens, tokenizer)
 
     def generate_stories(self, stopped):
@@ -636,26 +583,14 @@ class Run:
             self.best = bits
             self.write_checkpoint("best.safetensors")
 
-    def missing_milestone(self):
-        """The checkpoint that --keep leaves at this step, one of `keep` evenly over the run, if it is not there."""
-        step, s = self.state.step, self.settings
-        path = self.folder / f"step-{step:06d}.safetensors"
-        due = step and step * s.keep // s.steps > (step - 1) * s.keep // s.steps
-        return path.name if due and not path.exists() else None
-
     def save_is_due(self):
-        """True at a milestone, at the last update, and every `save_every` seconds: sooner in the beginning, so that a
-        run that is stopped early has a story; later if more than 5% of the time went into saving."""
-        if not self.log or self.missing_milestone():
-            return bool(self.log)
-        if (self.state.step, self.evaluated) == self.saved:
+        """True after the last update, and every `save_every` seconds."""
+        if not self.log or (self.state.step, self.evaluated) == self.saved:
             return False
-        now = time.monotonic()
-        pause = max(min(self.settings.save_every, max(5, now - self.started)), 20 * self.save_seconds)
-        return self.state.step == self.settings.steps or now - self.saved_at > pause
+        return self.state.step == self.settings.steps or time.monotonic() - self.saved_at > self.settings.save_every
 
-    def save(self):
-        """Write last.safetensors, to resume from, and a milestone of --keep if one is due."""
+    def save(self, name="last.safetensors"):
+        """Write what a run is resumed from: the model, both moments, the position."""
         if not self.log:
             return
         self.log.flush()
@@ -663,172 +598,67 @@ class Run:
         place = {"step": self.state.step, "log_bytes": os.path.getsize(self.log.name), "evaluated": self.evaluated}
         metadata = {name: str(x) for name, x in place.items()} | {"best": repr(self.best)}
         metadata["settings"] = json.dumps(asdict(self.settings))
-        moments = {"moment1": self.state.m, "moment2": self.state.v}
-        if name := self.missing_milestone():
-            self.write_checkpoint(name, moments, metadata)
-        start = time.monotonic()
-        self.write_checkpoint("last.safetensors", moments, metadata)
+        self.write_checkpoint(name, {"moment1": self.state.m, "moment2": self.state.v}, metadata)
         self.saved, self.saved_at = (self.state.step, self.evaluated), time.monotonic()
-        self.save_seconds = self.saved_at - start
 
-    def write_checkpoint(self, name, moments=None, metadata=None):
-        for x in (self.state.parameters, *(moments or {}).values()):
-            self.check_finite(x)
+    def write_checkpoint(self, name, tensors=None, metadata=None):
         model = (self.state.parameters, self.state.cfg, self.tokenizer_json)
-        tinygpt.save_checkpoint(self.folder / name, *model, moments, metadata)
-
-    def check_finite(self, x):
-        """x. FloatingPointError if it has NaN or infinity."""
-        if not np.isfinite(x).all():
-            raise FloatingPointError(f"the model is not finite at step {self.state.step}")
-        return x
+        tinygpt.save_checkpoint(self.folder / name, *model, tensors, metadata)
 
     def last_good(self):
         """Where to resume from, for the line that ends a run."""
-        path = self.folder / "last.safetensors"
-        try:
-            _, metadata = tinygpt.read_safetensors(path)
-            return f"last good checkpoint: {path}, step {metadata['step']}"
-        except (OSError, ValueError, LookupError):
-            return f"no checkpoint is in {self.folder} yet"
+        return f"last good checkpoint: {self.folder / 'last.safetensors'}, step {self.saved[0]}" if self.saved else ""
 
     def finish(self):
-        """Score all validation tokens, draw the loss curve."""
-        valid, of_time = self.data.valid, self.summary.scoring_time(self) if self.summary else ""
-        note(f"scoring all {len(valid):,} validation tokens{of_time} ...")
-        with Progress("validation", len(valid)) as progress:
-            nats, bits = self.score(valid, progress)
-        self.write(step=self.state.step, final_val_nats=nats, final_val_bits_per_byte=bits, tokens=len(valid))
+        """Score all validation tokens."""
+        with Progress("validation", len(self.data.valid)) as progress:
+            nats, bits = self.score(self.data.valid, progress)
+        self.write(step=self.state.step, final_val_nats=nats, final_val_bits_per_byte=bits, tokens=len(self.data.valid))
         note(f"validation, every token: {nats:.4f} nats/token, {bits:.4f} bits/byte")
-        if curve := import_extra("curve", optional=True):
-            curve.draw_curve(self.folder)
-
-
-def recent_pace(pace, seconds, count):
-    """Seconds of an update lately: `pace` after the last one of this process, number `count` from 1, took `seconds`. Of
-    some 20 updates; the first, which may compile kernels, counts for itself alone."""
-    return seconds if count <= 2 else 0.95 * pace + 0.05 * seconds
-
-
-# == 10  begin and resume ==============================================================================================
-
-
-@contextlib.contextmanager
-def new_folder(args):
-    """Yield the folder of a fresh run and its locked, empty log; if the run cannot begin, remove what was made.
-    ValueError if a run or a model is there, OSError if the folder cannot be written."""
-    folder, name = args.out, size_of(args)
-    made = not (folder and folder.exists())
-    for number in itertools.count(1) if folder is None else ():
-        folder = Path("runs", name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            break
-    fresh = not (folder / "log.jsonl").exists()
-    if not fresh and not args.resume:
-        raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open_log(folder)
-    try:
-        if found := sorted(folder.glob("*.safetensors")):
-            raise ValueError(f"{found[0]} would be overwritten; name another --out")
-        log.truncate(0)
-        yield folder, log
-    except BaseException:
-        log.close()
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
-        elif fresh:
-            (folder / "log.jsonl").unlink(missing_ok=True)
-        raise
-
-
-def open_log(folder):
-    """The log of a run, open for appending; locked until it is closed. ValueError if another process has it."""
-    if locks := import_extra("locks", optional=True):
-        return locks.lock_log(folder)
-    return open(folder / "log.jsonl", "a", encoding="utf-8", newline="\n")
 
 
 def begin_run(args, ranks, started):
     """A fresh run. ValueError or OSError if it cannot begin; then it leaves no folder."""
-    with new_folder(args) as (folder, log):
-        tokenizer = parameters = None
-        if args.init_from:
-            cfg, tokenizer, parameters = import_extra("tune").load_initial_model(args)
-        else:
-            cfg = tinygpt.find_size(size_of(args)).changed(**tinygpt.overrides(args.set or []))
-            cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
-        draft = choose_settings(args, cfg)  # flags that contradict each other are refused before text is read
-        ranks.rows(draft.batch_size)
-        if draft.dropout:
-            cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
-        steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
-        plan = import_extra("plan", optional=not (args.minutes or args.recompute))  # refused now if it is missing
-        data = prepare_data(args, draft, cfg, steps, tokenizer, folder)
-        for prompt in draft.prompts:
-            data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
-        cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
-        draft = plan.fit_memory(args.max_memory, draft, cfg) if plan else draft
-        batches = batches_of(data, cfg, draft.seed)
-        if plan and not steps and not args.epochs:
-            steps = plan.plan_steps(args.minutes or 5, draft, cfg, len(data.valid), batches, ranks, started)
-        steps = steps or math.ceil((args.epochs or 1) * batches.per_epoch / draft.batch_size)
-        known = {name: getattr(draft, name) for name in ("micro_batch_size", "recompute")}
-        known |= {"data": data.name, "files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
-        s = replace(choose_settings(args, cfg, steps), **known)
-        parameters = tinygpt.init_parameters(cfg, s.seed) if parameters is None else parameters
-        run = Run(folder, s, State(cfg, parameters), data, log, ranks.count)
-        summary = import_extra("summary", optional=True)
-        words = summary.repeat_command(args, s, cfg, ranks.count) if summary else ""
-        run.write(settings=asdict(s), config=asdict(cfg), command=words)
-        return run
-
-
-def resume_run(args, ranks):
-    """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
-    continue."""
-    folder, flags = args.out or newest_run(), flags_given(args)
-    if not folder or not (folder / "last.safetensors").exists():
-        if args.out and not flags:
-            raise ValueError(f"{folder} has no checkpoint to go on with; name another, or flags to begin a run there")
-        note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
-        return None
-    log = open_log(folder)
-    try:
-        run = read_run(folder, log, flags, ranks.count)
-        ranks.rows(run.settings.batch_size)
-        return run
-    except BaseException:
-        log.close()
-        raise
-
-
-def read_run(folder, log, flags=None, processes=1):
-    """The run in `folder` at its last checkpoint; cuts the log there. extras/resume.py refuses what cannot go on, or
-    not to the same bytes."""
-    checkpoint, tokenizer = load_model(folder / "last.safetensors")
-    cfg, place, extra = checkpoint.cfg, checkpoint.metadata, import_extra("resume", optional=True)
-    if extra:
-        extra.check(folder, checkpoint, flags or {})
-    s = Settings(**json.loads(place["settings"]))
-    data = read_data(tokenizer, s.files, s.data, cfg.seq_len, s.checksums)
-    if extra:
-        extra.check_tokens(folder, s, data)
-    state = State(cfg, checkpoint.parameters)
-    state.step, state.m[:], state.v[:] = int(place["step"]), checkpoint.extra["moment1"], checkpoint.extra["moment2"]
-    run = Run(folder, replace(s, checksums=data.checksums), state, data, log, processes)
-    run.best, run.evaluated = float(place["best"]), int(place["evaluated"])
-    run.saved, run.saved_at = (state.step, run.evaluated), time.monotonic()
-    log.truncate(min(int(place["log_bytes"]), os.path.getsize(log.name)))  # behind it: updates that are made again
-    log.seek(0, os.SEEK_END)
-    if Path(log.name).read_bytes()[-1:] not in (b"", b"\n"):  # the disk lost the end of a line
-        log.write("\n")
+    if extra := import_extra("run", optional=not args.keep):
+        extra.check_out(args)
+    tokenizer = parameters = None
+    if args.init_from:
+        cfg, tokenizer, parameters = import_extra("tune").load_initial_model(args)
+    else:
+        cfg = tinygpt.find_size(size_of(args)).changed(**tinygpt.overrides(args.set or []))
+        cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
+    draft = choose_settings(args, cfg)  # flags that contradict each other are refused before text is read
+    ranks.rows(draft.batch_size)
+    if draft.dropout:
+        cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
+    steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
+    plan = import_extra("plan", optional=not (args.minutes or args.recompute or args.max_memory))
+    memory = plan.size_in_bytes(args.max_memory) if args.max_memory else None  # refused now, not after text is read
+    data = check_lengths(prepare_data(args, draft, cfg, steps, tokenizer), cfg.seq_len)
+    for prompt in draft.prompts:
+        data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
+    cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
+    draft = plan.fit_memory(memory, draft, cfg) if plan else draft
+    batches = Batches(data.train, cfg.seq_len, data.tokenizer.end, draft.seed)
+    if plan and not steps and not args.epochs:
+        steps = plan.plan_steps(args.minutes or 5, draft, cfg, len(data.valid), batches, ranks, started)
+    steps = steps or math.ceil((args.epochs or 1) * batches.per_epoch / draft.batch_size)
+    known = {name: getattr(draft, name) for name in ("micro_batch_size", "recompute")}
+    known |= {"data": data.name, "files": data.files, "checksums": data.checksums, "train_tokens": len(data.train)}
+    s = replace(choose_settings(args, cfg, steps), **known)
+    parameters = tinygpt.init_parameters(cfg, s.seed) if parameters is None else parameters
+    run = (extra.Run if extra else Run)(make_folder(args), s, State(cfg, parameters), data, ranks.count)
+    run.begin(args)
     return run
 
 
-def batches_of(data, cfg, seed):
-    return Batches(data.train, cfg.seq_len, data.tokenizer.end, seed)
+def make_folder(args):
+    """The folder of a fresh run: --out, or the first of runs/SIZE, runs/SIZE-2, ... that is not there."""
+    for number in itertools.count(1):
+        folder = args.out or Path("runs", size_of(args) + (f"-{number}" if number > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=folder == args.out)
+            return folder
 
 
 def make_ops(s, cfg, ranks):
@@ -838,31 +668,7 @@ def make_ops(s, cfg, ranks):
     return tinygpt.with_buffers(ops, cfg, micro, cfg.seq_len, np.float32, s.recompute)
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a function: True after Ctrl-C, SIGTERM or SIGHUP, a closed terminal. A second one acts as it always did."""
-    received, old = [], {}
-
-    def restore():
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def receive(number, frame):
-        received.append(number)
-        restore()
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP; where nohup ignores it, it stays ignored
-        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            with contextlib.suppress(ValueError):  # not the main thread: no signals come here
-                old[number] = signal.signal(number, receive)
-    try:
-        yield lambda: bool(received)
-    finally:
-        restore()
-
-
-# == 11  command line ==================================================================================================
+# == 10  command line ==================================================================================================
 
 
 def command(*words):
@@ -889,26 +695,10 @@ def join_ranks():
     return import_extra("mpi").Ranks(count) if count > 1 else ALONE
 
 
-def checked(convert):
-    """An argparse type: what convert(text) returns, or the words of its ValueError."""
-
-    def converted(text):
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(error) from None
-
-    return converted
-
-
 def make_parser():
     parser = Parser(prog="train.py", description="Train a story-teller on text. Without --data: on TinyStories.")
     add, positive = parser.add_argument_group("what").add_argument, in_range(float, 0, 1e6, open_low=True)
-    size, memory = (
-        (lambda name: tinygpt.find_size(name) and name),
-        (lambda text: import_extra("plan").size_in_bytes(text)),
-    )
-    add("--size", type=checked(size), metavar="SIZE", help="shape of the model; --list-sizes prints all (default 1m)")
+    add("--size", metavar="SIZE", help="shape of the model; --list-sizes prints all (default 1m)")
     add("--data", nargs="+", metavar="FILE", help="text, .jsonl, .json, token files or folders; default TinyStories")
     add("--val-data", nargs="+", metavar="FILE", help="validation text; default the last 2%% of the training text")
     add("--tokenizer", metavar="FILE", help="a tokenizer.json; default one that is trained on the training text")
@@ -927,7 +717,7 @@ def make_parser():
             default = "" if "default" in f.metadata["help"] or f.default is False else f" (default {f.default})"
             name = f.name.replace("_", "-")
             add(f"--{name}", **f.metadata | {"help": f.metadata["help"] + default.replace("float32", "auto")})
-    add("--max-memory", type=checked(memory), metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
+    add("--max-memory", metavar="SIZE", help="of the process, as 2G: fewer sequences at a time")
     add("--recipe", choices=["published"], help="train as the authors of --size did, not for minutes on a laptop")
     add("--threads", type=in_range(int, 1, 1024), metavar="N", help="same result with any number (default all cores)")
     add = parser.add_argument_group("the run").add_argument
@@ -959,21 +749,23 @@ def run_command(parser, args, ranks, started):
             return 0
         if args.threads or ranks.threads:
             tinygpt.set_threads(args.threads or ranks.threads)
-        run = ranks.open_run(lambda: (args.resume and resume_run(args, ranks)) or begin_run(args, ranks, started))
+        resume = import_extra("resume").resume_run if args.resume else lambda *_: None
+        run = ranks.open_run(lambda: resume(args, ranks) or begin_run(args, ranks, started))
         s, cfg = run.settings, run.state.cfg
         if run.saved is None:
             run.save()  # a run that is killed before its next checkpoint is resumed from here
         if ranks.rank == 0:
             run.describe()
             note("first update; a kernel that is used for the first time on this machine is compiled ...")
-        with stop_signals() as stopped:
-            done = train(run, batches_of(run.data, cfg, s.seed), make_ops(s, cfg, ranks), ranks, stopped)
-        if ranks.rank == 0 and done:
-            run.finish()
-        elif ranks.rank == 0:
-            note(f"stopped at update {run.state.step} of {s.steps}, saved")
-            note(f"to go on:  {command('train.py', '--resume', '--out', run.folder)}")
+        batches, extra = Batches(run.data.train, cfg.seq_len, run.data.tokenizer.end, s.seed), import_extra("run", True)
+        with extra.stop_signals() if extra else contextlib.nullcontext(lambda: False) as stopped:
+            done = train(run, batches, make_ops(s, cfg, ranks), ranks, stopped)
         if ranks.rank == 0:
+            if done:
+                run.finish()
+            else:
+                note(f"stopped at update {run.state.step} of {s.steps}, saved")
+                note(f"to go on:  {command('train.py', '--resume', '--out', run.folder)}")
             path = run.folder / "last.safetensors"
             note(f"a story:   {command('sample.py', '--checkpoint', path, '--prompt', 'Lily found')}")
         return 0 if done else 130

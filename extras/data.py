@@ -12,6 +12,8 @@ import os
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 import bpe
 import train
 from extras import plan, warmup
@@ -42,7 +44,7 @@ def prepare_data(args, draft, cfg, steps, tokenizer=None):
     if valid_sources:
         key = cache_key(valid_sources, None, tokenizer.hash)
         files[1] = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
-    data = train.read_data(tokenizer, files, name, cfg.seq_len)
+    data = read_data(tokenizer, files, name)
     for process in compilers:
         process.wait()
     return data
@@ -136,6 +138,33 @@ def file_state(path):
     status = os.stat(path)
     changed = zlib.crc32(Path(path).read_bytes()) if CTIME_IS_CREATION else status.st_ctime_ns
     return [status.st_size, status.st_mtime_ns, changed]
+
+
+def read_data(tokenizer, files, name, checksums=None):
+    """`train.Data` of token files. ValueError or OSError if one is missing, damaged, of another tokenizer, or no longer
+    has its checksum."""
+    checksums = dict(checksums or {})
+    parts = [[read_known(path, tokenizer, checksums) for path in paths] for paths in files]
+    training, valid = (part[0] if len(part) == 1 else part and np.concatenate(part) for part in parts)
+    if not files[1]:
+        training, valid = hold_out(training, tokenizer.end)
+    return train.Data(tokenizer, training, valid, name, files, checksums)
+
+
+LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # shares of the text, beside train.HELD_OUT
+
+
+def hold_out(tokens, end):
+    """tokens (M,) -> (training, validation): the last 2% of the stories if they are 1% to 5% of the tokens. Otherwise
+    cut where the story nearest to 98% of the tokens ends, within these limits; inside a story if none ends there."""
+    stops = np.flatnonzero(tokens == end) + 1  # of each story, the token after it
+    M, held = len(tokens), len(tokens) - stops  # tokens that a cut there holds out
+    fair = np.flatnonzero((LEAST_HELD_OUT * M <= held) & (held <= MOST_HELD_OUT * M))
+    usual = len(stops) - 1 - max(1, round(train.HELD_OUT * len(stops)))
+    cut = round((1 - train.HELD_OUT) * M)
+    if len(fair):
+        cut = stops[usual if usual in fair else fair[np.abs(held[fair] - train.HELD_OUT * M).argmin()]]
+    return tokens[:cut], tokens[cut:]
 
 
 def read_known(path, tokenizer, checksums):

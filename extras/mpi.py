@@ -14,7 +14,7 @@ import numpy as np
 import bpe
 import tinygpt
 import train
-from extras import resume
+from extras import data, resume, run
 
 
 class Ranks:
@@ -73,16 +73,16 @@ class Ranks:
 
         def open_on_rank_0():
             runs.append(open_run())
-            run = runs[0]
-            return run.settings, run.state.cfg, run.state.step, run.evaluated, run.folder, run.tokenizer_json
+            own = runs[0]
+            return own.settings, own.state.cfg, own.state.step, own.evaluated, own.folder, own.tokenizer_json
 
         s, cfg, step, evaluated, folder, tokenizer = self.on_rank_0(open_on_rank_0)
         if self.rank:
             resume.check_precision(s, folder)
-            data = train.read_data(bpe.Tokenizer.from_json(tokenizer), s.files, s.data, cfg.seq_len, s.checksums)
+            known = data.read_data(bpe.Tokenizer.from_json(tokenizer), s.files, s.data, s.checksums)
             state = train.State(cfg, np.zeros(tinygpt.count_parameters(cfg)[0], np.float32))
             state.step = step
-            runs.append(train.Run(folder, s, state, data, None, self.count))
+            runs.append(run.Run(folder, s, state, known, self.count))
             runs[0].evaluated = evaluated
         state = runs[0].state
         for x in (state.parameters, state.m, state.v):

@@ -1,20 +1,63 @@
-"""What `train.py --resume` refuses: a model without the state of a run, changed flags, changed data, another precision.
+"""`train.py --resume`: a run as it was at its last checkpoint, and what is refused.
 
-A resumed run ends in the bytes of an uninterrupted one; where it could not, it is refused. train.py imports this file
-when it resumes.
+A resumed run ends in the bytes of an uninterrupted one. Refused is what could not: a model without the state of a run,
+changed flags, changed data, another precision.
 """
 
 import json
-from dataclasses import fields
+import os
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 
+import bpe
+import sample
 import train
+from extras import data, locks, run, summary
+
+
+def resume_run(args, ranks):
+    """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
+    continue."""
+    folder, flags = args.out or sample.newest_run(), train.flags_given(args)
+    if not folder or not (folder / "last.safetensors").exists():
+        if args.out and not flags:
+            raise ValueError(f"{folder} has no checkpoint to go on with; name another, or flags to begin a run there")
+        bpe.note(f"no checkpoint in {folder or 'runs'}{os.sep}: beginning at step 0")
+        return None
+    log = locks.lock_log(folder)
+    try:
+        resumed = read_run(folder, log, flags, ranks.count)
+        ranks.rows(resumed.settings.batch_size)
+        return resumed
+    except BaseException:
+        log.close()
+        raise
+
+
+def read_run(folder, log, flags=(), processes=1):
+    """The run in `folder` at its last checkpoint; cuts the log there. ValueError or OSError if it cannot go on, under
+    these flags or at all."""
+    checkpoint, tokenizer = sample.load_model(folder / "last.safetensors")
+    s, place = check(folder, checkpoint, flags), checkpoint.metadata
+    known = data.read_data(tokenizer, s.files, s.data, s.checksums)
+    check_tokens(folder, s, known)
+    state = train.State(checkpoint.cfg, checkpoint.parameters)
+    state.step, state.m[:], state.v[:] = int(place["step"]), checkpoint.extra["moment1"], checkpoint.extra["moment2"]
+    resumed = run.Run(folder, replace(s, checksums=known.checksums), state, known, processes)
+    resumed.log, resumed.best, resumed.evaluated = log, float(place["best"]), int(place["evaluated"])
+    resumed.saved, resumed.saved_at = (state.step, resumed.evaluated), time.monotonic()
+    log.truncate(min(int(place["log_bytes"]), os.path.getsize(log.name)))  # behind it: updates that are made again
+    log.seek(0, os.SEEK_END)
+    if Path(log.name).read_bytes()[-1:] not in (b"", b"\n"):  # the disk lost the end of a line
+        log.write("\n")
+    return resumed
 
 
 def check(folder, checkpoint, flags):
-    """ValueError if this `Checkpoint`, the last of the run in `folder`, cannot go on under these flags."""
+    """`Settings` of a `Checkpoint`, the last of the run in `folder`. ValueError if it cannot go on with these flags."""
     path, place, parameters = folder / "last.safetensors", checkpoint.metadata, checkpoint.parameters
     try:
         s = read_settings(place["settings"])
@@ -42,6 +85,7 @@ def check(folder, checkpoint, flags):
         )
         raise ValueError(f"{gone[0]}, which the run in {folder} reads, is gone; {made}")
     check_precision(s, folder)
+    return s
 
 
 def read_settings(text):
@@ -70,7 +114,7 @@ def check_settings(s):
 
 def check_precision(s, folder):
     """ValueError if this machine lacks the products that a run began with: its bytes would differ."""
-    if s.dtype == "bfloat16" and (reason := train.why_float32(s.kernels)):
+    if s.dtype == "bfloat16" and (reason := summary.why_float32(s.kernels)):
         other = f"resume it where it began, or begin another run: --init-from {folder / 'last.safetensors'}"
         raise ValueError(f"the run in {folder} multiplies in bfloat16, but {reason}; {other}")
 

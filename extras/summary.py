@@ -46,13 +46,13 @@ def describe(run):
     run.peak = plan.measure_peak() * cores
 
 
-def share_and_time_left(run, count):
-    """The end of the line of an update, number `count` of this process: the first one's time is that of compiling."""
+def share_and_time_left(run):
+    """The end of the line of an update. The first one's time is that of compiling: it has no time left."""
     s, cfg = run.settings, run.state.cfg
     speed = s.batch_size * cfg.seq_len / run.pace
     line = f" | {speed * plan.flops_per_token(cfg) / run.peak:.0%} of NumPy's BLAS"
     left = bpe.clock(plan.seconds_left(s.steps - run.state.step, run.pace))
-    return line + (f" | {left} left" if count > 1 else "")
+    return line + (f" | {left} left" if run.state.step - run.first > 1 else "")
 
 
 def scoring_time(run):
@@ -67,12 +67,21 @@ def describe_precision(s):
     """What products are made of; where that is float32 although no flag says so, why."""
     if s.dtype == "bfloat16":
         return "bfloat16 tiles multiply; float32 for all else"
-    reason = train.why_float32("fast") if s.kernels == "fast" and s.flags.get("dtype") != "float32" else None
+    reason = why_float32("fast") if s.kernels == "fast" and s.flags.get("dtype") != "float32" else None
     return "float32" + (f": {reason}" if reason else "")
 
 
+def why_float32(kernels):
+    """None where products of this table can be bf16, else why they are float32, in a sentence."""
+    if kernels != "fast":
+        return f"--kernels {kernels} has no others"
+    from fast import why_no_bf16
+
+    return why_no_bf16()
+
+
 def describe_held_out(data):
-    """What `train.hold_out` took from the text, in words."""
+    """What `hold_out` of extras/data.py took from the text, in words."""
     stories = int(np.count_nonzero(data.valid == data.tokenizer.end))
     what = "1 story" if stories == 1 else f"{stories:,} stories"
     what = what if data.train[-1] == data.tokenizer.end else "cut inside a story"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from helpers import (
     RECIPE,
     SETTINGS,
     TINY,
+    WORDS,
     interrupt_at,
     invoke,
     model_bytes,
@@ -41,6 +43,53 @@ def test_tokens_decode_to_the_stories_and_count_their_bytes(place, text):
     tokens = np.concatenate([made.train, made.valid])
     assert made.tokenizer.decode(tokens).split(bpe.END) == [*told, ""]
     assert train.count_bytes(tokens, made.tokenizer) == sum(len(story.encode()) for story in told)
+
+
+@pytest.mark.parametrize("count", [49, 50, 100, 149])
+def test_hold_out_takes_two_percent_of_the_stories_whole(tokenizer, count):
+    told = [tokenizer.encode(story) + [tokenizer.end] for story in islice(stories.generate(1), count)]
+    tokens = np.concatenate(told)
+    kept, held = data.hold_out(tokens, tokenizer.end)
+    assert np.array_equal(np.concatenate([kept, held]), tokens)
+    assert kept[-1] == held[-1] == tokenizer.end
+    assert np.count_nonzero(held == tokenizer.end) == max(1, round(count / 50))
+
+
+def test_hold_out_cuts_one_document_by_bytes(tokenizer):
+    story = " ".join(islice(stories.generate(1), 30))
+    tokens = np.array([*tokenizer.encode(story), tokenizer.end])
+    kept, held = data.hold_out(tokens, tokenizer.end)
+    assert np.array_equal(np.concatenate([kept, held]), tokens)
+    longest = max(map(len, tokenizer.vocab))
+    assert abs(train.count_bytes(kept, tokenizer) - 0.98 * len(story.encode())) <= longest
+
+
+def joined_stories(tokenizer, sizes):
+    """Tokens of stories of these numbers of words, each with its end."""
+    return np.concatenate([[*tokenizer.encode(" ".join(WORDS[:size])), tokenizer.end] for size in sizes])
+
+
+def held_share(tokens, tokenizer):
+    """What hold_out takes: (share of the bytes, stories that end in it, whether it cuts inside a story)."""
+    kept, held = data.hold_out(tokens, tokenizer.end)
+    assert np.array_equal(np.concatenate([kept, held]), tokens)
+    share = train.count_bytes(held, tokenizer) / train.count_bytes(tokens, tokenizer)
+    return share, np.count_nonzero(held == tokenizer.end), kept[-1] != tokenizer.end
+
+
+@pytest.mark.parametrize("sizes", [[200, 200], [3000, 200, 300], [20] * 9 + [3000], [100] * 5, [10] * 40 + [1000]])
+def test_hold_out_cuts_inside_a_story_where_whole_ones_would_be_too_much(tokenizer, sizes):
+    share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
+    assert 0.01 < share < 0.025 and stories == 1 and inside
+
+
+@pytest.mark.parametrize(
+    "sizes, whole",  # the end of a story that is nearest to 98% of the text
+    [([100] * 20, 1), ([400] * 10 + [20, 40, 20], 3), ([100] * 100 + [1, 1], 4), ([60] * 30 + [3] * 14, 14)],
+)
+def test_hold_out_prefers_whole_stories_of_about_two_percent(tokenizer, sizes, whole):
+    share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
+    assert 0.01 <= share <= 0.05 and stories == whole and not inside
 
 
 def token_files():
@@ -238,7 +287,7 @@ def test_token_files_are_read_again_only_where_their_state_has_changed(place, te
 
     def read(known):
         checked.clear()
-        return train.read_data(tokenizer, [["a.bin", "b.bin"], ["v.bin"]], "", TINY.seq_len, known)
+        return data.read_data(tokenizer, [["a.bin", "b.bin"], ["v.bin"]], "", known)
 
     monkeypatch.setattr(bpe, "read_tokens", recorded)
     first = read(None)

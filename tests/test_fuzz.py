@@ -125,7 +125,7 @@ def outcome(load, size):
 def go_on(folder):
     """What `python train.py --resume` does until it trains."""
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        run = train.read_run(folder, log)
+        run = resume.read_run(folder, log)
     assert run.state.m.shape == run.state.parameters.shape == (tinygpt.count_parameters(run.state.cfg)[0],)
     assert 0 <= run.data.train.max() < run.state.cfg.vocab_size
     return run

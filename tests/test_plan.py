@@ -129,7 +129,7 @@ def chosen(words, cfg):
     """(sequences at a time, whether layers are recomputed) for a command line."""
     args = train.make_parser().parse_args(words)
     s = train.choose_settings(args, cfg)
-    s = plan.fit_memory(args.max_memory, s, cfg) if args.max_memory else s
+    s = plan.fit_memory(plan.size_in_bytes(args.max_memory), s, cfg) if args.max_memory else s
     return s.micro_batch_size, s.recompute
 
 

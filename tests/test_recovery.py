@@ -35,6 +35,7 @@ from helpers import (
 import bpe
 import tinygpt
 import train
+from extras import run
 
 
 def start(folder, *words, **more):
@@ -146,11 +147,11 @@ INJECT = """
 import json, os, shutil, signal, sys
 sys.path.insert(0, sys.argv[1])
 import bpe, tinygpt, train
-from extras import curve, locks, plan, summary
+from extras import curve, locks, plan, resume, run, summary
 what, stride, words = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 sys.modules["matplotlib"] = None
 plan.measure_peak = lambda: 1e11
-train.Run.save_seconds = property(lambda run: 0.0, lambda run, seconds: None)  # after every update: equal calls
+run.Run.save_seconds = property(lambda run: 0.0, lambda run, seconds: None)  # after every update: equal calls
 tinygpt.set_threads(1)
 calls, number = [], None
 
@@ -354,7 +355,7 @@ def test_a_run_that_is_stopped_while_it_validates_stops_there_and_validates_agai
 
 def test_a_run_that_is_killed_in_its_last_validation_is_finished_by_resume(place, text, finished, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "finish", lambda run: 1 / 0)
+        patch.setattr(run.Run, "finish", lambda run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             invoke(train.main, "--size", "tiny", "--data", text, *LONG)
     assert "final_val_nats" not in read_log()[-1]

@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +23,6 @@ from helpers import (
     RECIPE,
     SETTINGS,
     TINY,
-    WORDS,
     fresh,
     interrupt_at,
     invoke,
@@ -35,7 +32,6 @@ from helpers import (
     random_batch,
     read_log,
     refusal,
-    shown,
     trained,
     write_stories,
 )
@@ -44,7 +40,7 @@ from tiers import fast, needs_fast
 import bpe
 import tinygpt
 import train
-from extras import documents, plan, resume, stories
+from extras import documents, plan
 
 # == 1  what is held out ===============================================================================================
 
@@ -53,53 +49,6 @@ def test_count_bytes_counts_bytes_and_not_characters(tokenizer):
     story = "Zo\u00eb \u65e5\u672c \U0001f600"
     tokens = np.array([*tokenizer.encode(story), tokenizer.end])
     assert train.count_bytes(tokens, tokenizer) == len(story.encode())
-
-
-@pytest.mark.parametrize("count", [49, 50, 100, 149])
-def test_hold_out_takes_two_percent_of_the_stories_whole(tokenizer, count):
-    told = [tokenizer.encode(story) + [tokenizer.end] for story in islice(stories.generate(1), count)]
-    tokens = np.concatenate(told)
-    kept, held = train.hold_out(tokens, tokenizer.end)
-    assert np.array_equal(np.concatenate([kept, held]), tokens)
-    assert kept[-1] == held[-1] == tokenizer.end
-    assert np.count_nonzero(held == tokenizer.end) == max(1, round(count / 50))
-
-
-def test_hold_out_cuts_one_document_by_bytes(tokenizer):
-    story = " ".join(islice(stories.generate(1), 30))
-    tokens = np.array([*tokenizer.encode(story), tokenizer.end])
-    kept, held = train.hold_out(tokens, tokenizer.end)
-    assert np.array_equal(np.concatenate([kept, held]), tokens)
-    longest = max(map(len, tokenizer.vocab))
-    assert abs(train.count_bytes(kept, tokenizer) - 0.98 * len(story.encode())) <= longest
-
-
-def joined_stories(tokenizer, sizes):
-    """Tokens of stories of these numbers of words, each with its end."""
-    return np.concatenate([[*tokenizer.encode(" ".join(WORDS[:size])), tokenizer.end] for size in sizes])
-
-
-def held_share(tokens, tokenizer):
-    """What hold_out takes: (share of the bytes, stories that end in it, whether it cuts inside a story)."""
-    kept, held = train.hold_out(tokens, tokenizer.end)
-    assert np.array_equal(np.concatenate([kept, held]), tokens)
-    share = train.count_bytes(held, tokenizer) / train.count_bytes(tokens, tokenizer)
-    return share, np.count_nonzero(held == tokenizer.end), kept[-1] != tokenizer.end
-
-
-@pytest.mark.parametrize("sizes", [[200, 200], [3000, 200, 300], [20] * 9 + [3000], [100] * 5, [10] * 40 + [1000]])
-def test_hold_out_cuts_inside_a_story_where_whole_ones_would_be_too_much(tokenizer, sizes):
-    share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
-    assert 0.01 < share < 0.025 and stories == 1 and inside
-
-
-@pytest.mark.parametrize(
-    "sizes, whole",  # the end of a story that is nearest to 98% of the text
-    [([100] * 20, 1), ([400] * 10 + [20, 40, 20], 3), ([100] * 100 + [1, 1], 4), ([60] * 30 + [3] * 14, 14)],
-)
-def test_hold_out_prefers_whole_stories_of_about_two_percent(tokenizer, sizes, whole):
-    share, stories, inside = held_share(joined_stories(tokenizer, sizes), tokenizer)
-    assert 0.01 <= share <= 0.05 and stories == whole and not inside
 
 
 def test_bits_per_byte_divides_by_the_bytes_of_the_text(tokenizer):
@@ -626,40 +575,6 @@ def test_out_that_holds_a_run_is_refused_and_left_as_it_was(place, text):
 # == interrupted runs ==================================================================================================
 
 
-HANGUP = [("SIGHUP", 3), ("SIGHUP", 6)] if hasattr(signal, "SIGHUP") else []
-
-
-@pytest.mark.parametrize("name, step", [("SIGINT", 0), ("SIGINT", 5), ("SIGTERM", 7), ("SIGTERM", 11), *HANGUP])
-def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(place, text, finished, name, step):
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, step, lambda: signal.raise_signal(getattr(signal, name)))
-        status, first, err = invoke(train.main, "--size", "tiny", "--data", text, *LONG)
-    assert status == 130
-    assert f"stopped at update {step} of 12" in err
-    assert shown(err, "to go on:") == ["python", "train.py", "--resume", "--out", str(Path("runs", "tiny"))]
-    last = str(Path("runs", "tiny", "last.safetensors"))
-    assert shown(err, "a story:")[:4] == ["python", "sample.py", "--checkpoint", last]
-    assert tinygpt.load_checkpoint(last).metadata["step"] == str(step)
-    status, then, err = invoke(train.main, *shown(err, "to go on:")[2:])
-    assert status == 0, err
-    assert model_bytes() == model_bytes(finished.folder)
-    assert losses() == losses(finished.folder)
-    assert [e["step"] for e in read_log() if "loss" in e] == list(range(1, 13))
-    assert [e for e in read_log() if "val_nats" in e] == [e for e in read_log(finished.folder) if "val_nats" in e]
-    assert first + then == finished.out
-
-
-@pytest.mark.skipif(not HANGUP, reason="this system has no SIGHUP")
-def test_a_hangup_that_nohup_ignores_does_not_stop_a_run(place, text, finished, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        interrupt_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGHUP))
-        trained("--data", text, *LONG)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert model_bytes() == model_bytes(finished.folder)
-
-
 @pytest.mark.parametrize("damage", [b"{not JSON}\n", b"\0" * 40 + b"\n", b'{"step": 3, "loss"'])
 def test_a_damaged_line_of_the_log_does_not_end_a_run(place, text, finished, monkeypatch, damage):
     """As a power loss leaves it: the run goes on behind it, on a line of its own, and says which one it left out."""
@@ -689,31 +604,6 @@ def test_a_token_file_that_is_cut_short_while_it_is_read_ends_in_one_line(place,
     assert "t.bin was cut short while it was read: restore it, then --resume" in message
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"\0" * 7, b"\xff" * 99, b"\x02" + bytes(7) + b"[]", b"\x04" + bytes(7) + b"null"]
-)
-def test_the_line_that_ends_a_run_bears_a_damaged_checkpoint(place, text, damage):
-    path = Path("runs", "tiny", "last.safetensors")
-    trained("--data", text, "--steps", 1)
-    path.write_bytes(damage)
-    run = SimpleNamespace(folder=path.parent)
-    assert train.Run.last_good(run) == f"no checkpoint is in {path.parent} yet"
-
-
-def test_resume_of_a_named_run_that_is_not_there_begins_none(place, text):
-    message = refusal(train.main, "train.py", "--resume", "--out", "runs/moved")
-    assert f"{Path('runs', 'moved')} has no checkpoint to go on with" in message
-    assert not Path("runs").exists()
-    trained("--data", text, "--steps", 1, "--resume", "--out", "runs/moved")
-    assert Path("runs", "moved", "last.safetensors").exists()
-
-
-def test_signals_are_as_before_when_a_run_is_over(place, text):
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    trained("--data", text, "--steps", 1)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-
-
 class Crash(Exception):
     pass
 
@@ -732,69 +622,6 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint_to_the_same_bytes
     assert status == 0, err
     assert model_bytes() == model_bytes(finished.folder)
     assert [e["step"] for e in read_log() if "loss" in e] == list(range(1, 13))
-
-
-def test_a_run_is_stopped_twice_and_still_the_same(place, text, finished):
-    words = ["--size", "tiny", "--data", text, *LONG]
-    for step in (3, 4):
-        with pytest.MonkeyPatch.context() as patch:
-            interrupt_at(patch, step, lambda: signal.raise_signal(signal.SIGINT))
-            assert invoke(train.main, *words)[0] == 130
-        words = ["--resume"]
-    assert invoke(train.main, "--resume")[0] == 0
-    assert model_bytes() == model_bytes(finished.folder)
-
-
-@pytest.fixture
-def stopped(place, text):
-    """A run in runs/tiny that was stopped after two updates; its text is place / s.txt."""
-    shutil.copy2(text, "s.txt")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
-        assert invoke(train.main, "--size", "tiny", "--data", "s.txt", *LONG)[0] == 130
-    return Path("runs", "tiny")
-
-
-def test_resume_of_a_finished_run_says_that_it_is(place, finished):
-    for more in ((), ("--steps", 24)):
-        message = refusal(train.main, "train.py", "--resume", "--out", finished.folder, *more)
-        assert "finished" in message and "12 of 12" in message
-        assert f"--init-from {finished.folder / 'last.safetensors'}" in message
-
-
-def test_resume_takes_the_newest_run(stopped, text):
-    trained("--data", text, "--steps", 1)
-    os.utime(stopped / "last.safetensors", (time.time() + 10,) * 2)
-    assert invoke(train.main, "--resume")[0] == 0
-    assert max(losses(stopped)) == 12
-
-
-def test_resume_reads_the_tokens_of_its_run_though_the_text_has_changed(stopped, finished):
-    write_stories(Path("s.txt"), seed=9, count=50)
-    assert invoke(train.main, "--resume")[0] == 0
-    assert model_bytes() == model_bytes(finished.folder)
-
-
-def test_resume_says_which_tokens_are_gone_and_what_they_were_made_of(stopped):
-    (gone,) = Path("data", "tokens").glob("*/train.bin")
-    gone.unlink()
-    message = refusal(train.main, "train.py", "--resume")
-    assert f"{gone}, which the run in {stopped} reads, is gone; it was made of s.txt; put it back" in message
-
-
-@pytest.mark.parametrize("damage", ["garbage", "empty", "cut", "foreign", "model alone"])
-def test_resume_refuses_what_is_no_checkpoint_of_a_run(stopped, damage):
-    path = stopped / "last.safetensors"
-    whole, log = path.read_bytes(), (stopped / "log.jsonl").read_bytes()
-    if damage == "foreign":
-        tinygpt.write_safetensors(path, {"w": np.zeros(3, np.float32)}, {"format": "pt"})
-    elif damage == "model alone":
-        c = tinygpt.load_checkpoint(path)
-        tinygpt.save_checkpoint(path, c.parameters, c.cfg, c.tokenizer)
-    else:
-        path.write_bytes({"garbage": b"no checkpoint at all" * 99, "empty": b"", "cut": whole[:-100]}[damage])
-    assert str(path) in refusal(train.main, "train.py", "--resume")
-    assert (stopped / "log.jsonl").read_bytes() == log
 
 
 def test_a_number_that_is_none_names_the_step_and_the_last_good_checkpoint(place, text, finished, monkeypatch):
@@ -824,17 +651,6 @@ def test_a_learning_rate_that_is_far_too_high_ends_in_one_line_that_names_the_ch
     message = refusal(train.main, "train.py", "--size", "tiny", *words)
     assert "at step " in message and "last good checkpoint" in message
     assert np.isfinite(tinygpt.load_checkpoint("runs/tiny/last.safetensors").parameters).all()
-
-
-def test_the_recent_pace_forgets_the_compilation_and_follows_a_machine_that_slows_down():
-    pace = train.recent_pace(0.0, 50.0, 1)
-    assert pace == 50 and train.recent_pace(pace, 0.1, 2) == 0.1
-    pace = 0.1
-    for count in range(3, 103):
-        pace = train.recent_pace(pace, 0.3, count)
-    assert 0.29 < pace < 0.3
-    assert plan.seconds_left(0, pace) == 0
-    assert plan.seconds_left(97, 0.5) == pytest.approx(50)  # 3% for what stands between updates
 
 
 def test_epochs_read_the_text_that_often(place):
@@ -944,7 +760,6 @@ OUT_OF_RANGE = {
     "--threads": ["0", "-1", "1000000"],
     "--eval-every": ["0"],
     "--save-every": ["-1", "nan"],
-    "--size": ["none"],
     "--kernels": ["none", "tiles"],
     "--dtype": ["float16", "float64"],
     "--no-such-flag": ["1"],
@@ -960,19 +775,6 @@ def test_a_value_out_of_range_is_named(place, monkeypatch, flag, value):
     monkeypatch.setattr(tinygpt, "set_threads", lambda threads: None)
     message = refusal(train.main, "train.py", f"{flag}={value}")
     assert flag in message
-
-
-def test_settings_are_frozen_and_the_same_after_json():
-    s = dataclasses.replace(
-        SETTINGS, prompts=["Zo\u00eb"], files=[["t.bin"], []], checksums={"t.bin": [None, [1, 2, 3]]}
-    )
-    text = json.dumps(dataclasses.asdict(s))
-    assert resume.read_settings(text) == s
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        s.lr = 1.0
-    for change in ({"colour": 1}, {"steps": True}, {"lr": "fast"}, {"steps": 0}, {"micro_batch_size": 3}, {"beta2": 1}):
-        with pytest.raises(ValueError):
-            resume.read_settings(json.dumps(json.loads(text) | change))
 
 
 def test_every_setting_of_a_flag_is_chosen_by_it(place):

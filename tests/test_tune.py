@@ -25,7 +25,7 @@ import bpe
 import sample
 import tinygpt
 import train
-from extras import evaluate
+from extras import data, evaluate
 
 TUNED = "runs/tuned"
 
@@ -66,8 +66,8 @@ def test_its_first_loss_is_that_of_the_model(place, learnt, other):
     tune(learnt, "--data", other, "--steps", 1)
     settings, update, *_ = read_log(TUNED)
     model = tinygpt.load_checkpoint(learnt)
-    data = train.read_data(bpe.Tokenizer.from_json(model.tokenizer), settings["settings"]["files"], "", TINY.seq_len)
-    batch = train.Batches(data.train, TINY.seq_len, data.tokenizer.end, 0).get(0, 4)
+    known = data.read_data(bpe.Tokenizer.from_json(model.tokenizer), settings["settings"]["files"], "")
+    batch = train.Batches(known.train, TINY.seq_len, known.tokenizer.end, 0).get(0, 4)
     p = tinygpt.views(tinygpt.layout(model.cfg), model.parameters, TINY.layers)
     total, _ = tinygpt.loss_and_gradients(p, *batch, None, model.cfg, tinygpt.OPS["numpy"])
     assert update["loss"] == pytest.approx(total / batch[2].sum(), rel=1e-5)
