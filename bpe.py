@@ -175,9 +175,9 @@ def find_extra(name, what=None):
     """The module extras/NAME.py; where it is not here ValueError, which says `what` needs it; None if nothing does."""
     try:
         return importlib.import_module(f"extras.{name}")
-    except ImportError as error:
-        if what:
-            raise ValueError(f"{what} needs extras/{name}.py, which is not here ({error})") from None
+    except ModuleNotFoundError as error:
+        if what or error.name not in ("extras", f"extras.{name}"):
+            raise ValueError(f"{what or 'this'} needs extras/{name}.py, which is not here ({error})") from None
 
 
 # == 3  the tokenizer ==================================================================================================
@@ -609,7 +609,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
         super().__init__(**more)  # streams that were closed are opened: else a file would get their number, and lines
         sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))
-        getattr(sys.stdout, "reconfigure", dict)(errors="replace", newline="\n")  # ? for what a console lacks
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace", newline="\n")  # ? for what a console lacks
 
     def error(self, message):
         self.exit(2, f"{self.prog.split()[0]}: error: {error_line(message)}\n")  # a subcommand's prog is two words
@@ -731,8 +732,7 @@ def main(argv=None):
     try:
         if argv and argv[0] in TOOLS:
             parser = find_extra("tokens", f"bpe.py {argv[0]}").make_parser()
-        args = parser.parse_args(argv)
-        args.run(args)
+        (args := parser.parse_args(argv)).run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read stdout has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,9 +6,13 @@ Reads one checkpoint, which holds the model and its tokenizer, and prints the st
 this order: temperature, top-k, top-p. Text goes to stdout, everything else to stderr.
 """
 
+import sys
+
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # a Ctrl-C while modules are imported, or a module that is missing, is one line
+
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -45,7 +49,7 @@ class Decoding:
         self.window = self.window[:start] + new
         if self.steps and len(new) == 1:
             return None
-        ops = tinygpt.with_forward_buffers(self.ops, self.cfg, 1, len(new), self.kv.dtype)
+        ops = tinygpt.with_buffers(self.ops, self.cfg, 1, len(new), self.kv.dtype, backward=False)
         x, _ = tinygpt.forward(self.p, tokens, self.cfg, ops, (self.kv, start))
         if self.steps:
             self.steps.copy_from_cache(start, start + len(new))
@@ -261,4 +265,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.tracebacklimit = None
     sys.exit(main())

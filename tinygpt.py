@@ -28,7 +28,6 @@ import _thread
 import contextlib
 import dataclasses
 import functools
-import glob
 import importlib.util
 import json
 import math
@@ -46,7 +45,7 @@ import numba
 import numpy as np
 from llvmlite import binding
 from numba import njit, types
-from numba.core.caching import FunctionCache, NullCache
+from numba.core.caching import FunctionCache
 from numba.extending import overload, register_jitable
 
 # ######################################################################################################################
@@ -1207,63 +1206,46 @@ def cross_entropy_backward_numba(cache):
 # == 9  threads, tables of ops =========================================================================================
 
 
-def count_cores(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
-    """The number of cores that this process may use: of those it sees, what the quotas of its container allow."""
+def find_extra(name):
+    """The module extras/NAME.py; None where it is not here."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.import_module(f"extras.{name}")
+
+
+def count_cores():
+    """The number of cores that this process may use; extras/machine.py knows the quotas of containers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines = Path(groups).read_text(encoding="utf-8").splitlines() if os.path.exists(groups) else ()
-    for _, kinds, path in (line.split(":", 2) for line in lines):  # `kinds` are "" in version 2 of control groups
-        version_1 = "cpu" in kinds.split(",")
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version_1 else ("cpu.max",)
-        group = Path(root, "cpu" * version_1, path.strip("/"))
-        for folder in (group, *group.parents):  # a container may see the folders from its own on alone
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" and -1: no quota
-                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                cores = min(cores, -(-quota // period)) if quota > 0 else cores
-    return max(1, cores)
-
-
-@functools.cache
-def note_once(line):
-    """Print to stderr, the first time."""
-    print(line, file=sys.stderr, flush=True)
-
-
-class Cache(FunctionCache):
-    @contextlib.contextmanager
-    def _guard_against_spurious_io_errors(self):  # around Numba's loads and saves
-        with contextlib.suppress(OSError):  # a full disk
-            try:
-                yield
-            except Exception:  # what pickle says of a file that a loss of power cut short: it is compiled again
-                self.flush()
+    machine = find_extra("machine")
+    return machine.within_quotas(cores) if machine else cores
 
 
 def open_cache(function):
-    """Numba's cache of a function; one that keeps nothing where no folder can be written."""
-    try:
-        return Cache(function)
-    except RuntimeError:
-        note_once("no folder can be written to keep compiled kernels in; NUMBA_CACHE_DIR names another")
-        return NullCache()
+    """Numba's cache of a function; that of extras/machine.py bears damage, and folders that cannot be written."""
+    machine = find_extra("machine")
+    return machine.open_cache(function) if machine else FunctionCache(function)
+
+
+note_once = functools.cache(lambda line: print(line, file=sys.stderr, flush=True))
 
 
 class Threads:
     """The threads that run kernels. `count` may change between two runs."""
 
-    def __init__(self, count=None):
-        self.count = count or count_cores()
+    def __init__(self):
         self.begin()
-        getattr(os, "register_at_fork", dict)(after_in_child=self.begin)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    count = functools.cached_property(lambda self: count_cores())
 
     def begin(self):
         """Have no threads yet, as in a child process: fork copies none."""
         self.jobs, self.started = queue.SimpleQueue(), 0
 
     def start(self, helpers):
-        """Start threads up to so many, as far as the system allows -> their number. Nobody waits for one to begin:
-        threading.Thread waits for ever where memory ends just then."""
+        """Start threads up to so many, as far as the system allows -> their number."""
         try:
-            while self.started < helpers:
+            while self.started < helpers:  # threading.Thread would wait for ever for one that finds no memory
                 _thread.start_new_thread(serve, (self.jobs,))
                 self.started += 1
         except (RuntimeError, MemoryError) as error:
@@ -1275,8 +1257,7 @@ class Threads:
         this one too, takes the next share."""
         if not getattr(kernel, "signatures", True):  # not compiled yet: importing touches no file
             kernel._cache = open_cache(kernel.py_func)
-        units = -(-tasks // unit)
-        shares = max(1, min(self.count, units))
+        shares = max(1, min(self.count, units := -(-tasks // unit)))
         cuts = [min(tasks, i * units // shares * unit) for i in range(shares + 1)]
         left, done = iter([*zip(cuts, cuts[1:])]), queue.SimpleQueue()
 
@@ -1290,9 +1271,8 @@ class Threads:
         for _ in range(self.start(shares - 1)):
             self.jobs.put(work)
         work()
-        for error in [done.get() for _ in range(shares)]:
-            if error:
-                raise error
+        if errors := [error for error in [done.get() for _ in range(shares)] if error]:
+            raise errors[0]
 
 
 def serve(jobs):
@@ -1311,11 +1291,8 @@ def set_threads(count):  # of every table
 
 @dataclass(frozen=True)
 class Ops:
-    """A table of the functions that a model runs on; each keeps the contract of the one that stands here.
-
-    The defaults are the specification. Tier 2 brings faster primitives under the same sublayers; `fast` faster
-    sublayers, which find their buffers in `space`.
-    """
+    """A table of the functions that a model runs on; each keeps the contract of the specification, the default. Tier 2
+    brings faster primitives under the same sublayers; `fast` faster sublayers, which find their buffers in `space`."""
 
     name: str
     embedding: Pair = Pair(embedding_forward, embedding_backward)
@@ -1325,7 +1302,6 @@ class Ops:
     rotate: Pair = Pair(rotate_forward, rotate_backward)
     attention: Pair = Pair(attention_forward, attention_backward)
     cross_entropy: Pair = Pair(cross_entropy_forward, cross_entropy_backward)
-
     embed: Pair = Pair(embed_forward, embed_backward)
     attention_layer: Pair = Pair(attention_layer_forward, attention_layer_backward)
     mlp_layer: Pair = Pair(mlp_layer_forward, mlp_layer_backward)
@@ -1371,9 +1347,9 @@ def find_ops(kernels=None, dtype="float32"):
     kernels = kernels or KERNELS[importlib.util.find_spec("fast") is None]
     if kernels not in KERNELS or dtype not in ("float32", "bfloat16"):
         raise ValueError(f"kernels={kernels}, dtype={dtype}: expected {' or '.join(KERNELS)}, float32 or bfloat16")
-    if kernels != "fast" and dtype != "float32":
-        raise ValueError(f"--dtype {dtype} is about the products of --kernels fast; leave it out with {kernels}")
     if kernels != "fast":
+        if dtype != "float32":
+            raise ValueError(f"--dtype {dtype} is about the products of --kernels fast; leave it out with {kernels}")
         return OPS[kernels]
     try:
         from fast import table
@@ -1383,30 +1359,24 @@ def find_ops(kernels=None, dtype="float32"):
     return table(dtype)
 
 
-def with_buffers(ops, cfg, B, T, dtype=np.float32, recompute=False):
-    """The table with buffers for micro-batches (B, T), if it works in any; `recompute`: of layers that run twice."""
-    return dataclasses.replace(ops, space=ops.make_space(cfg, B, T, dtype, recompute)) if ops.make_space else ops
-
-
-def with_forward_buffers(ops, cfg, B, T, dtype=np.float32):
-    """The same for a forward that no backward follows: the layers take turns in the buffers of one."""
+def with_buffers(ops, cfg, B, T, dtype=np.float32, recompute=False, backward=True):
+    """The table with buffers for micro-batches (B, T), if it works in any; `recompute`: of layers that run twice. Where
+    no backward follows, the layers take turns in the buffers of one."""
     if not ops.make_space:
         return ops
-    space = ops.make_space(dataclasses.replace(cfg, layers=1), B, T, dtype)
-    return dataclasses.replace(ops, space=space | {"layers": space["layers"] * cfg.layers})
+    space = ops.make_space(cfg if backward else dataclasses.replace(cfg, layers=1), B, T, dtype, recompute)
+    return dataclasses.replace(ops, space=space if backward else space | {"layers": space["layers"] * cfg.layers})
 
 
 # == 10  configurations: their fields, sizes ===========================================================================
 
 
-def divisor_near(wish, n):
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return min(small + [n // d for d in small], key=lambda d: (abs(d - wish), d))
+def divisor_below(n, most):
+    return max(d for d in range(1, min(most, 4096) + 1) if n % d == 0)
 
 
 def complete(cfg):
-    """Fill in the fields of a new `Config` that are left at 0. ValueError if the fields do not fit together; without
-    tokens (vocab_size 0) it describes layers alone."""
+    """Fill in the fields of a `Config` that are left at 0; ValueError if they do not fit. V = 0: layers alone."""
     for field in dataclasses.fields(cfg):
         value, kind, choices = getattr(cfg, field.name), field.type, CHOICES.get(field.name)
         number, most = kind in (int, float), 1 if field.name.endswith("dropout") else 2**31
@@ -1417,13 +1387,13 @@ def complete(cfg):
         if choices and value not in choices:
             raise ValueError(f"{field.name} is {value!r}; expected one of {', '.join(choices)}")
     if not cfg.head_width and cfg.width % cfg.heads:
-        near = divisor_near(cfg.heads, cfg.width)
-        raise ValueError(f"width {cfg.width} does not divide into heads={cfg.heads}; try heads={near}")
+        fits = divisor_below(cfg.width, cfg.heads)
+        raise ValueError(f"width {cfg.width} does not divide into heads={cfg.heads}; try heads={fits}")
     for name, default in cfg.defaults().items():
         object.__setattr__(cfg, name, getattr(cfg, name) or default)
     if cfg.heads % cfg.kv_heads:
-        near = divisor_near(cfg.kv_heads, cfg.heads)
-        raise ValueError(f"heads={cfg.heads} cannot share kv_heads={cfg.kv_heads}; try kv_heads={near}")
+        fits = divisor_below(cfg.heads, cfg.kv_heads)
+        raise ValueError(f"heads={cfg.heads} cannot share kv_heads={cfg.kv_heads}; try kv_heads={fits}")
     if cfg.positions.startswith("rope") and cfg.head_width % 2:
         raise ValueError(f"positions={cfg.positions} turns pairs, but head_width={cfg.head_width} is odd")
     if cfg.position_rows < cfg.seq_len:
@@ -1443,19 +1413,15 @@ SIZES = {
 
 def find_sizes():
     """{name: Config}: our sizes, then those that others built if extras/recipes.py is here."""
-    try:
-        from extras import recipes
-    except ImportError:
-        return SIZES
-    return SIZES | recipes.SIZES
+    return SIZES | getattr(find_extra("recipes"), "SIZES", {})
 
 
 def find_size(name):
-    """The `Config` of a size. ValueError in one line if there is none of this name."""
-    if name not in (sizes := find_sizes()):
-        more = "; more sizes need extras/recipes.py" if len(sizes) == len(SIZES) else ""
-        raise ValueError(f"there is no size {name}; expected one of {', '.join(sizes)}{more}")
-    return sizes[name]
+    """The `Config` of a size. ValueError if there is none of this name."""
+    if name in (sizes := find_sizes()):
+        return sizes[name]
+    more = "; more sizes need extras/recipes.py" if sizes == SIZES else ""
+    raise ValueError(f"there is no size {name}; expected one of {', '.join(sizes)}{more}")
 
 
 def overrides(words):
@@ -1481,21 +1447,19 @@ def overrides(words):
 
 FORMAT, FORMAT_VERSION = "tinygpt", "1"
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
-HEADER_MOST = 100_000_000  # bytes; the limit of the safetensors library as well
-MARKS_MOST, TEXTS_MOST = 1 << 22, 1 << 19  # of a header: bytes outside of texts, texts; a tensor takes some 80, and 5
+HEADER_MOST, MARKS_MOST, TEXTS_MOST = 100_000_000, 1 << 22, 1 << 19  # of a header: bytes, those outside texts, texts
 
 
 def write_aside(path, chunks):
-    """Write byte chunks to `path` so that it holds all of them or is as it was: written aside, flushed, renamed. Of
-    processes that write one path at once, the last one to finish wins. A symbolic link stays one: what it points to is
-    written. OSError, which names `path`, if it cannot."""
+    """Write byte chunks to `path`, or to what it links to, so that it holds all of them or is as it was. Of processes
+    that write one path at once, the last one to finish wins. OSError, which names `path`, if it cannot."""
     given, path = str(path), Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
         with open(path, "wb") as file:
             return file.writelines(chunks)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob("*.tmp"):
         with contextlib.suppress(OSError):  # another process may just have removed or renamed it
-            if time.time() - left.stat().st_mtime > 3600:  # nobody writes to it any more: its process was killed
+            if left.name.startswith(f"{path.name}.") and time.time() - left.stat().st_mtime > 3600:  # of a killed one
                 left.unlink()
     aside = f"{path}.{os.getpid()}-{os.urandom(8).hex()}.tmp"
     try:
@@ -1550,10 +1514,9 @@ def parse_header(text, dtypes):
         dtype, shape = dtypes[row["dtype"]], [int(n) for n in row["shape"]]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         expected = {"dtype": row["dtype"], "shape": shape, "data_offsets": [begin, end]}
-        if json.dumps(row, sort_keys=True) != json.dumps(expected, sort_keys=True):  # 1.0 and true are equal to 1
+        as_expected = json.dumps(row, sort_keys=True) == json.dumps(expected, sort_keys=True)  # 1.0 and true equal 1
+        if not as_expected or len(shape) > 8 or not all(0 <= n < 2**48 for n in shape):
             raise ValueError(f"{name} is not a tensor that follows the one before")
-        if len(shape) > 8 or not all(0 <= n < 2**48 for n in shape):
-            raise ValueError(f"{name} has no shape that an array can have")
         rows.append((name, dtype, shape, begin))
     if not all(type(text) is str for text in metadata.values()):
         raise ValueError("metadata that is not text")
@@ -1633,8 +1596,5 @@ def check_finite(path, tensors):
 
 
 if __name__ == "__main__":
-    if importlib.util.find_spec("extras") is None:
-        sys.exit("tinygpt.py: the command line of the checks is extras/check.py, which is not here")
-    from extras.check import main  # which imports this file as the module that fast/ imports, too
-
-    sys.exit(main())
+    check = find_extra("check")  # which imports this file as the module that fast/ imports, too
+    sys.exit(check.main() if check else "tinygpt.py: the checks are extras/check.py, which is not here")

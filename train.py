@@ -11,15 +11,18 @@ It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
 """
 
+import sys
+
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # a Ctrl-C while modules are imported, or a module that is missing, is one line
+
 import contextlib
-import importlib
 import itertools
 import json
 import math
 import os
 import shlex
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -29,7 +32,7 @@ import numpy as np
 
 import bpe
 import tinygpt
-from bpe import Parser, Progress, error_line, in_range, note, say
+from bpe import Parser, Progress, error_line, find_extra, in_range, note, say
 from sample import generate_story
 from tinygpt import KERNELS, THREADS, kernel
 
@@ -322,7 +325,7 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
         rows = [window(tokens[:stop], start, stop, T, end) for start, stop in zip(starts, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
         if len(rows) not in ops_of_size:
-            ops_of_size[len(rows)] = tinygpt.with_forward_buffers(ops, cfg, len(rows), T, p["embed_w"].dtype)
+            ops_of_size[len(rows)] = tinygpt.with_buffers(ops, cfg, len(rows), T, p["embed_w"].dtype, backward=False)
         _, found = tinygpt.loss_and_gradients(p, inputs, targets, weights, None, cfg, ops_of_size[len(rows)])
         nats[first : part[-1]] = found[weights > 0]  # row after row: in the order of the text
         first = part[-1]
@@ -431,7 +434,7 @@ def size_of(args):
 def own_recipe(args, cfg):
     """The settings of a size that no flag gives: ours, for minutes on a laptop, or those of --recipe published."""
     if args.recipe:
-        return import_extra("recipes").published_recipe(size_of(args), cfg)
+        return find_extra("recipes", "--recipe").published_recipe(size_of(args), cfg)
     return {"lr": own_rate(cfg) / (10 if args.init_from else 1)}  # a trained model loses less of what it knows
 
 
@@ -473,7 +476,7 @@ def prepare_data(args, draft, cfg, steps, tokenizer):
 
     extras/data.py does it for any sources, once: it keeps tokenizers and token files. Alone, this file takes text.
     """
-    if extra := import_extra("data", optional=True):
+    if extra := find_extra("data"):
         return extra.prepare_data(args, draft, cfg, steps, tokenizer)
     if not args.data or args.val_data or args.tokenizer:
         raise ValueError("extras/data.py is not here: name a text with --data FILE, and no --val-data or --tokenizer")
@@ -619,11 +622,11 @@ class Run:
 
 def begin_run(args, ranks, started):
     """A fresh run. ValueError or OSError if it cannot begin; then it leaves no folder."""
-    if extra := import_extra("run", optional=not args.keep):
+    if extra := find_extra("run", "--keep" if args.keep else None):
         extra.check_out(args)
     tokenizer = parameters = None
     if args.init_from:
-        cfg, tokenizer, parameters = import_extra("tune").load_initial_model(args)
+        cfg, tokenizer, parameters = find_extra("tune", "--init-from").load_initial_model(args)
     else:
         cfg = tinygpt.find_size(size_of(args)).changed(**tinygpt.overrides(args.set or []))
         cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
@@ -632,7 +635,8 @@ def begin_run(args, ranks, started):
     if draft.dropout:
         cfg = cfg.changed(attention_dropout=draft.dropout, out_dropout=draft.dropout, mlp_dropout=draft.dropout)
     steps = args.steps or (None if args.epochs or args.minutes else own_recipe(args, cfg).get("steps"))
-    plan = import_extra("plan", optional=not (args.minutes or args.recompute or args.max_memory))
+    planned = args.minutes or args.recompute or args.max_memory
+    plan = find_extra("plan", "--minutes, --recompute or --max-memory" if planned else None)
     memory = plan.size_in_bytes(args.max_memory) if args.max_memory else None  # refused now, not after text is read
     data = check_lengths(prepare_data(args, draft, cfg, steps, tokenizer), cfg.seq_len)
     for prompt in draft.prompts:
@@ -664,7 +668,7 @@ def make_folder(args):
 def make_ops(s, cfg, ranks):
     """The table of ops that trains, with buffers for a micro-batch."""
     micro, ops = math.gcd(ranks.rows(s.batch_size), s.micro_batch_size), tinygpt.find_ops(s.kernels, s.dtype)
-    ops = import_extra("plan").recomputed(ops) if s.recompute else ops
+    ops = find_extra("plan", "--recompute").recomputed(ops) if s.recompute else ops
     return tinygpt.with_buffers(ops, cfg, micro, cfg.seq_len, np.float32, s.recompute)
 
 
@@ -675,24 +679,13 @@ def command(*words):
     return shlex.join(["python", *map(str, words)])
 
 
-def import_extra(name, optional=False):
-    """The module extras/NAME.py. If it is missing: ValueError, or None where train.py does without it."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("extras", f"extras.{name}"):
-            raise
-        if not optional:
-            raise ValueError(f"extras/{name}.py is not here") from None
-
-
 MPIEXEC_SETS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI's, MPICH's, Intel's
 
 
 def join_ranks():
     """The processes of this run: those that mpiexec started, or this one alone. ValueError without MPI."""
     count = max(int(os.environ.get(name) or 1) for name in MPIEXEC_SETS)
-    return import_extra("mpi").Ranks(count) if count > 1 else ALONE
+    return find_extra("mpi", "mpiexec").Ranks(count) if count > 1 else ALONE
 
 
 def make_parser():
@@ -745,11 +738,11 @@ def run_command(parser, args, ranks, started):
     run = None
     try:
         if args.list_sizes:
-            import_extra("recipes").list_sizes()
+            find_extra("recipes", "--list-sizes").list_sizes()
             return 0
         if args.threads or ranks.threads:
             tinygpt.set_threads(args.threads or ranks.threads)
-        resume = import_extra("resume").resume_run if args.resume else lambda *_: None
+        resume = find_extra("resume", "--resume").resume_run if args.resume else lambda *_: None
         run = ranks.open_run(lambda: resume(args, ranks) or begin_run(args, ranks, started))
         s, cfg = run.settings, run.state.cfg
         if run.saved is None:
@@ -757,7 +750,7 @@ def run_command(parser, args, ranks, started):
         if ranks.rank == 0:
             run.describe()
             note("first update; a kernel that is used for the first time on this machine is compiled ...")
-        batches, extra = Batches(run.data.train, cfg.seq_len, run.data.tokenizer.end, s.seed), import_extra("run", True)
+        batches, extra = Batches(run.data.train, cfg.seq_len, run.data.tokenizer.end, s.seed), find_extra("run")
         with extra.stop_signals() if extra else contextlib.nullcontext(lambda: False) as stopped:
             done = train(run, batches, make_ops(s, cfg, ranks), ranks, stopped)
         if ranks.rank == 0:
@@ -793,6 +786,7 @@ if __name__ == "__main__":
     try:
         from train import main  # as the module that extras/ import, not a second copy of it
 
+        sys.tracebacklimit = None
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is saved: from here on a Ctrl-C ends Python without a word
     except KeyboardInterrupt:  # the same, or nothing has begun

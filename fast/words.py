@@ -492,7 +492,7 @@ def map_in_order(function, items, threads):
         yield first_result()
 
 
-encoding_threads = functools.cache(Threads)  # of a number of threads: started once, not for each text
+encoding_threads = functools.cache(lambda count: Threads())  # for so many at once: started once, not for each text
 
 
 class Encoder:

@@ -133,3 +133,20 @@ def test_importing_does_no_work(alone, name):
     assert status == 0, err
     assert not out and not err
     assert {path: path.stat().st_mtime_ns for path in alone.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "ModuleNotFoundError('numpy is missing')"])
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_what_ends_a_program_while_it_imports_is_one_line(alone, tmp_path, name, raised):
+    """A Ctrl-C, or a package that is not installed."""
+    (tmp_path / "numpy.py").write_text(f"raise {raised}", encoding="utf-8")
+    code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2], run_name='__main__')"
+    status, out, err = python(alone, "-c", code, tmp_path, name)
+    assert status and not out and len(err.splitlines()) == 1 and err.startswith(raised[:17]), err
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_a_fault_of_the_program_itself_has_its_traceback(alone, name):
+    code = "import bpe, runpy; bpe.Parser.parse_args = lambda *_: 1 / 0; runpy.run_path('NAME', run_name='__main__')"
+    status, _, err = python(alone, "-c", code.replace("NAME", name))
+    assert status == 1 and "Traceback" in err and "in main" in err and err.endswith("division by zero\n")

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = {"README.md": 200, "bpe.py": 750, "tinygpt.py": 1640, "train.py": 800, "sample.py": 300}
-# tinygpt.py is still longer than it should be: 1,600 lines. It may only shrink.
+LINES = {"README.md": 200, "bpe.py": 750, "tinygpt.py": 1600, "train.py": 800, "sample.py": 300}
 PARTS = {  # of a file, from the line that begins with these words to the next part: at most so many lines
     "tinygpt.py": {"# Part I: ": 750, "# Part II: ": 400},
     "train.py": {"# Part I: ": 350},

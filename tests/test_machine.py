@@ -11,6 +11,7 @@ from helpers import write_stories
 from tiers import WITHOUT_FAST, needs_fast
 
 import tinygpt
+from extras import machine
 
 ROOT = Path(tinygpt.__file__).parent
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="about fork")
@@ -212,12 +213,19 @@ def test_a_child_that_was_forked_while_a_thread_computed_computes_too(project, c
         ("0::/", {"cpu.max": "900000 100000"}, 8),
     ],
 )
-def test_the_quota_of_a_container_limits_the_cores(groups, files, cores, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+def test_the_quota_of_a_container_limits_the_cores(groups, files, cores, tmp_path):
     (tmp_path / "cgroup").write_text(groups + "\n")
     for name, text in files.items():
         path = tmp_path / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    assert tinygpt.count_cores(tmp_path / "cgroup", tmp_path / "root") == cores
-    assert tinygpt.count_cores(tmp_path / "missing", tmp_path / "root") == 8
+    assert machine.within_quotas(8, tmp_path / "cgroup", tmp_path / "root") == cores
+    assert machine.within_quotas(8, tmp_path / "missing", tmp_path / "root") == 8
+
+
+def test_the_threads_of_every_table_stay_within_a_quota(monkeypatch):
+    monkeypatch.setattr(machine, "within_quotas", lambda cores: 3)
+    assert tinygpt.count_cores() == tinygpt.Threads().count == 3
+    monkeypatch.setitem(sys.modules, "extras.machine", None)  # without extras/
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert tinygpt.count_cores() == 8
