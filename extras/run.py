@@ -22,18 +22,25 @@ from extras import curve, locks, summary
 
 def check_out(args):
     """ValueError if --out holds a run or a model, OSError if it cannot be written to."""
-    if folder := args.out:
-        if (folder / "log.jsonl").exists() and not args.resume:
-            raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
-        if found := sorted(folder.glob("*.safetensors")):
-            raise ValueError(f"{found[0]} would be overwritten; name another --out")
-    path = folder or Path("runs")
+    if args.out:
+        check_empty(args.out, args.resume)
+    path = args.out or Path("runs")
     there = next(path for path in (path, *path.parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def check_empty(folder, resume=False):
+    """ValueError if a run would write over what is there; one that `resume`s may over the log of a run that made no
+    checkpoint."""
+    log = folder / "log.jsonl"
+    if log.exists() and log.stat().st_size and not resume:
+        raise ValueError(f"{folder} holds a run; go on with --resume, or name another --out")
+    if found := sorted(folder.glob("*.safetensors")):
+        raise ValueError(f"{found[0]} would be overwritten; name another --out")
 
 
 class Stopped(Exception):
@@ -49,6 +56,7 @@ class Run(train.Run):
     def begin(self, args):
         """Begin the log: settings, model, and the command that makes the same run again."""
         self.log = locks.lock_log(self.folder)
+        check_empty(self.folder, args.resume)  # again: another run may have begun and ended here since
         self.log.truncate(0)
         cfg, words = self.state.cfg, summary.repeat_command(args, self.settings, self.state.cfg, self.processes)
         self.write(settings=asdict(self.settings), config=asdict(cfg), command=words)

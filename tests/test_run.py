@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import LONG, interrupt_at, invoke, losses, model_bytes, read_log, shown, trained
+from helpers import LONG, interrupt_at, invoke, losses, model_bytes, read_log, refusal, shown, trained
 
 import tinygpt
 import train
@@ -83,3 +83,18 @@ def test_the_line_that_ends_a_run_bears_a_damaged_checkpoint(place, text, damage
     path.write_bytes(damage)
     watched = SimpleNamespace(folder=path.parent)
     assert run.Run.last_good(watched) == f"no checkpoint is in {path.parent} yet"
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_written_over(place, text, monkeypatch):
+    """Two are started at once with one --out: one has trained while the other still read its text."""
+    real = train.prepare_data
+
+    def prepare_slowly(*args):
+        monkeypatch.setattr(train, "prepare_data", real)
+        trained("--data", text, "--steps", 1, "--out", "mine")
+        return real(*args)
+
+    monkeypatch.setattr(train, "prepare_data", prepare_slowly)
+    message = refusal(train.main, "train.py", "--size", "tiny", "--data", text, "--steps", 2, "--out", "mine")
+    assert "mine holds a run; go on with --resume" in message
+    assert losses("mine").keys() == {1}

@@ -63,7 +63,7 @@ def test_a_name_that_no_size_has_is_refused_in_one_line_with_all_names():
 
 
 def test_without_extras_there_are_our_sizes_and_a_line_says_what_the_others_need(monkeypatch):
-    monkeypatch.setitem(sys.modules, "extras", None)
+    monkeypatch.setitem(sys.modules, "extras.recipes", None)
     assert find_sizes() == SIZES and find_size("1m") is SIZES["1m"] and "15m" in recipes.SIZES
     expected = "there is no size 15m; expected one of 700k, 1m, 8m, 28m; more sizes need extras/recipes.py"
     with pytest.raises(ValueError, match=f"^{expected}$"):
