@@ -860,11 +860,9 @@ def multiply(a, b, c, n0):
 
 
 @kernel
-def product_kernel(first, last, a, b, bias, add, c):
-    """Rows of c (M, N) = a (M, K) b (K, N) + bias (N,), or c += a b if `add`."""
+def product_kernel(first, last, a, b, c):
+    """Rows of c (M, N) += a (M, K) b (K, N)."""
     K, N = b.shape
-    if not add:
-        c[first:last] = bias
     for n0 in range(0, N, BLOCK_COLUMNS):
         for k0 in range(0, K, BLOCK_ROWS):
             block = np.ascontiguousarray(b[k0 : k0 + BLOCK_ROWS, n0 : n0 + BLOCK_COLUMNS])
@@ -875,8 +873,10 @@ def product(a, b, bias=None, c=None):
     """a (M, K) b (K, N) + bias (N,) -> c (M, N); or adds a b into a given c, which may be a transposed view."""
     if c is not None and not c.flags.c_contiguous:
         return product(b.T, a.T, c=c.T).T
-    add, c = c is not None, np.empty((len(a), b.shape[1]), a.dtype) if c is None else c
-    THREADS.run(product_kernel, len(a), a, b, np.zeros(b.shape[1], a.dtype) if bias is None else bias, add, c, unit=4)
+    c = np.zeros((len(a), b.shape[1]), a.dtype) if c is None else c
+    if bias is not None:
+        c += bias
+    THREADS.run(product_kernel, len(a), a, b, c, unit=4)
     return c
 
 
@@ -965,14 +965,17 @@ def attention_kernel(first, last, inputs, o, lse):
             drop(p, keys[b], h * 65536 + t0, key, rate)
             o_DT = np.zeros((D, t1 - t0), q.dtype)
             multiply(v[b, g, key:end].T, p, o_DT, 0)  # o = p v
-            o[b, h, t0:t1], lse[b, h, t0:t1] = (o_DT / total).T, top + np.log(total)
+            for t in range(t1 - t0):  # o[b, h, t0:t1] = x would compile the text of an error too, for seconds
+                lse[b, h, t0 + t] = top[t] + math.log(total[t])
+                for d in range(D):
+                    o[b, h, t0 + t, d] = o_DT[d, t] / total[t]
 
 
 @kernel
-def attention_backward_kernel(first, last, inputs, o, lse, do, dq, dk, dv):
-    """Heads of dk and dv (B, G, S, D), zeros before, and of dq (B, H, T, D) that read them, task b G + g."""
+def attention_backward_kernel(first, last, inputs, lse, mean, do, dq, dk, dv):
+    """Heads of dk and dv (B, G, S, D), zeros before, and of dq (B, H, D, T) that read them, task b G + g."""
     q, k, v, scale, slopes, window, keys, rate = inputs
-    (_, H, T, D), (_, G, S, _) = q.shape, k.shape
+    (_, H, T, _), (_, G, S, _) = q.shape, k.shape
     for task in range(first, last):
         b, g = task // G, task % G
         for h in range(g * (H // G), (g + 1) * (H // G)):
@@ -980,22 +983,20 @@ def attention_backward_kernel(first, last, inputs, o, lse, do, dq, dk, dv):
                 t1 = min(t0 + QUERIES, T)
                 query, end = S - T + t0, S - T + t1
                 key = max(0, query - window + 1) if window > 0 else 0
-                q_TD, do_TD, o_TD = q[b, h, t0:t1], do[b, h, t0:t1], o[b, h, t0:t1]
-                k_SD, v_SD, shift = k[b, g, key:end], v[b, g, key:end], lse[b, h, t0:t1]
+                q_TD, do_TD, k_SD, v_SD = q[b, h, t0:t1], do[b, h, t0:t1], k[b, g, key:end], v[b, g, key:end]
+                lse_T, mean_T = lse[b, h, t0:t1].copy(), mean[b, h, t0:t1].copy()  # vectors: they overlap nothing
                 p = score_block(q_TD, k_SD, key, query, scale, slopes[h], window)
-                ds, mean = np.zeros_like(p), (do_TD * o_TD).sum(1) * scale  # sum_s dp_s p_s = sum_d do_d o_d
+                ds = np.zeros_like(p)
                 multiply(v_SD, np.ascontiguousarray(do_TD.T) * scale, ds, 0)  # scale dp
                 drop(ds, keys[b], h * 65536 + t0, key, rate)
                 for s in range(p.shape[0]):
                     for t in range(p.shape[1]):
-                        p[s, t] = exp(p[s, t] - shift[t]) if p[s, t] > -np.inf else 0
-                        ds[s, t] = p[s, t] * (ds[s, t] - mean[t])  # dscores = p (dp - mean)
+                        p[s, t] = exp(p[s, t] - lse_T[t]) if p[s, t] > -np.inf else 0
+                        ds[s, t] = p[s, t] * (ds[s, t] - mean_T[t])  # dscores = p (dp - mean)
                 drop(p, keys[b], h * 65536 + t0, key, rate)
                 multiply(ds, np.ascontiguousarray(q_TD), dk[b, g, key:end], 0)
                 multiply(p, np.ascontiguousarray(do_TD), dv[b, g, key:end], 0)
-                dq_DT = np.zeros((D, t1 - t0), q.dtype)
-                multiply(k_SD.T, ds, dq_DT, 0)
-                dq[b, h, t0:t1] = dq_DT.T
+                multiply(k_SD.T, ds, dq[b, h], t0)
 
 
 def attention_forward_numba(q, k, v, scale, slopes=None, window=0, dropout=None, rate=0.0):
@@ -1009,9 +1010,11 @@ def attention_forward_numba(q, k, v, scale, slopes=None, window=0, dropout=None,
 
 
 def attention_backward_numba(do, cache):
-    dq, dk, dv = (np.zeros_like(x, order="C") for x in cache[0][:3])
-    THREADS.run(attention_backward_kernel, dk.shape[0] * dk.shape[1], *cache, do, dq, dk, dv)
-    return dq, dk, dv
+    (q, k, v, scale, *_), o, lse = cache
+    mean = np.einsum("bhtd, bhtd -> bht", do, o) * scale  # sum_s dp_s p_s = sum_d do_d o_d
+    dq, dk, dv = (np.zeros_like(x, order="C") for x in (q.swapaxes(2, 3), k, v))
+    THREADS.run(attention_backward_kernel, k.shape[0] * k.shape[1], cache[0], lse, mean, do, dq, dk, dv)
+    return dq.swapaxes(2, 3), dk, dv
 
 
 # == 8  rows: norms, activations, rotation, embedding, cross-entropy ===================================================
@@ -1049,11 +1052,10 @@ def norm_backward_kernel(first, last, centred, dy, n, w, rstd, dx):
 
 
 def norm_forward_numba(centred, x, w, b, eps):
-    x_NC = as_rows(x)
-    N, C = x_NC.shape
+    C, x_NC = x.shape[-1], as_rows(x)
     w, b = np.ones(C, x.dtype) if w is None else w, np.zeros(C, x.dtype) if b is None else b
-    n, rstd, y = np.empty_like(x_NC), np.empty(N, x.dtype), np.empty_like(x_NC)
-    THREADS.run(norm_kernel, N, centred, x_NC, w, b, eps, n, rstd, y)
+    n, rstd, y = np.empty_like(x_NC), np.empty(len(x_NC), x.dtype), np.empty_like(x_NC)
+    THREADS.run(norm_kernel, len(x_NC), centred, x_NC, w, b, eps, n, rstd, y)
     return y.reshape(x.shape), (n, w, rstd)
 
 
@@ -1189,13 +1191,11 @@ def cross_entropy_forward_numba(logits, targets, weights):
     lse = np.empty(len(logits), logits.dtype)
     THREADS.run(cross_entropy_kernel, len(logits), logits, logits.max(-1), lse)
     nats = lse - logits[np.arange(len(targets)), targets]
-    return (weights * nats).sum(), nats, (logits, targets, weights, lse)
+    return (weights * nats).sum(), nats, (logits, targets, weights.astype(logits.dtype), lse)
 
 
 def cross_entropy_backward_numba(cache):
-    logits, targets, weights, lse = cache
-    inputs, dlogits = (logits, targets, weights.astype(logits.dtype), lse), np.empty_like(logits)
-    THREADS.run(cross_entropy_backward_kernel, len(logits), *inputs, dlogits)
+    THREADS.run(cross_entropy_backward_kernel, len(cache[0]), *cache, dlogits := np.empty_like(cache[0]))
     return dlogits
 
 
@@ -1307,7 +1307,6 @@ class Ops:
     mlp_layer: Pair = Pair(mlp_layer_forward, mlp_layer_backward)
     head_logits: Callable = head_logits
     head_loss: Callable = head_loss
-
     steps: Callable = None  # decodes token by token without Python in between; None: `forward` with a cache
     make_space: Callable = None  # (cfg, B, T, dtype, recompute) -> buffers for such batches; None: needs none
     space: dict = None
