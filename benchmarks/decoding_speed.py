@@ -131,7 +131,7 @@ def measure(size, args, folder):
     steps, speeds, same = min(args.steps, cfg.seq_len), {}, []
     head = 4 * cfg.vocab_size * cfg.width
     bytes_read = 4 * tinygpt.count_parameters(cfg)[2] + (head if cfg.tied else 0)
-    bytes_read -= 3 * head // 4 if head > decode.SCREEN_BYTES else 0  # a large head is read in 8 bits
+    bytes_read -= 3 * head // 4 if head > fast.steps.SCREEN_BYTES else 0  # a large head is read in 8 bits
     theirs, pieces = args.llama2c and cfg.positions == "rope" and cfg.mlp == "swiglu" and not cfg.qkv_bias, None
     checkpoint = args.checkpoint or Path(folder) / f"{size}.bin"
     if theirs:

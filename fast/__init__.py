@@ -35,11 +35,11 @@ from numba.core.caching import FunctionCache
 import tinygpt
 from fast import attention, bf16, panels
 from fast.attention import attention_layer_backward_fast, attention_layer_forward_fast
-from fast.decode import Steps
 from fast.embed import embed_backward_fast, embed_forward_fast
 from fast.head import head_kernel, head_logits_fast, head_loss_fast
 from fast.jit import STAMP
 from fast.mlp import mlp_layer_backward_fast, mlp_layer_forward_fast
+from fast.steps import Steps
 from fast.threads import POOL, kernel, serve
 from fast.workspace import make_workspace, workspace_layout
 from tinygpt import Ops, Pair, init_parameters, layout, loss_and_gradients, views, zero_gradients

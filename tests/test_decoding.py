@@ -117,7 +117,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch):
-    monkeypatch.setattr(fast.decode, "PREFETCH_BYTES", 0 if "width" in shape else 1 << 40)
+    monkeypatch.setattr(fast.steps, "PREFETCH_BYTES", 0 if "width" in shape else 1 << 40)
     cfg = tiny_config(**FAMILIES[family] | {"seq_len": 101, "position_rows": 103} | shape)
     _, p = random_parameters(cfg, dtype=np.float32)
     once, single = (Decoding(p, cfg, ops_of("fast")) for _ in range(2))
@@ -130,8 +130,8 @@ def test_a_token_at_a_time_gives_the_bytes_of_a_block(family, shape, monkeypatch
 @pytest.mark.parametrize("temperature", [0, 0.9])
 @pytest.mark.parametrize("screen_bytes", [0, 1 << 40])
 def test_threads_change_no_byte_of_a_text(screen_bytes, temperature, pool, monkeypatch):
-    monkeypatch.setattr(fast.decode, "ONE_THREAD_BYTES", 0)
-    monkeypatch.setattr(fast.decode, "SCREEN_BYTES", screen_bytes)
+    monkeypatch.setattr(fast.steps, "ONE_THREAD_BYTES", 0)
+    monkeypatch.setattr(fast.steps, "SCREEN_BYTES", screen_bytes)
     cfg = tinygpt.Config(
         **recipes.LLAMA, vocab_size=700, seq_len=60, width=96, layers=2, heads=6, kv_heads=3, hidden=200
     )
@@ -153,7 +153,7 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
     p["head_w"][350:] = p["head_w"][:350]  # each logit twice
     texts = []
     for screen_bytes in (0, 1 << 40):
-        monkeypatch.setattr(fast.decode, "SCREEN_BYTES", screen_bytes)
+        monkeypatch.setattr(fast.steps, "SCREEN_BYTES", screen_bytes)
         decoding = Decoding(p, cfg, ops_of("fast"))
         texts.append(text_of(decoding, [5], 150, temperature=0, banned=(17, 401)))
         assert ("screen" in decoding.steps.arrays) == (screen_bytes == 0)
@@ -270,7 +270,7 @@ def test_probabilities_refuse_logits_that_are_not_finite(filters, bad):
 @pytest.mark.parametrize("rows", [slice(None), slice(6, 7)], ids=["all logits", "one logit"])
 @every_table
 def test_finite_weights_that_overflow_end_in_one_error(table, rows, screen_bytes, filters, monkeypatch):
-    monkeypatch.setattr(fast.decode, "SCREEN_BYTES", screen_bytes)
+    monkeypatch.setattr(fast.steps, "SCREEN_BYTES", screen_bytes)
     cfg = tiny_config(**FAMILIES["llama"])
     _, p = random_parameters(cfg, dtype=np.float32)
     p["norm_w"][:] = 1e5
