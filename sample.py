@@ -3,7 +3,7 @@
     python sample.py --prompt "Lily found"
 
 Reads one checkpoint, which holds the model and its tokenizer, and prints the story token by token. Filters apply in
-this order: temperature, top-k, top-p. Text goes to stdout, everything else to stderr.
+this order: repetition penalty, temperature, top-k, top-p, min-p. Text goes to stdout, everything else to stderr.
 """
 
 import sys
@@ -75,12 +75,19 @@ class Decoding:
 # == 2  from logits to a token =========================================================================================
 
 
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
-    """logits (V,) -> what to draw the next token from, (V,) float64: temperature, then top-k, then top-p.
+FILTERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # in the order in which they apply
 
-    temperature 0 is all on the likeliest; top_k 0 and top_p 1 are off. `banned` ids are never drawn.
-    FloatingPointError if a logit is NaN or the largest infinite.
+
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seen=(), banned=()):
+    """logits (V,) -> what to draw the next token from, (V,) float64. Filters apply in this order: repetition penalty,
+    temperature, top-k, top-p, min-p.
+
+    The penalty divides positive logits of the ids `seen`, and multiplies others (Keskar et al. 2019, arXiv:1909.05858).
+    temperature 0 is all on the likeliest, the first of equals. top_k 0, top_p 1, min_p 0 and a penalty of 1 are off.
+    `banned` ids are never drawn. FloatingPointError if a logit is NaN or the largest infinite.
     """
+    logits, seen = logits.copy(), list(seen)
+    logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition_penalty, logits[seen] * repetition_penalty)
     logits = logits.astype(np.float64)
     logits[list(banned)] = -math.inf
     if not math.isfinite(logits.max()):
@@ -97,33 +104,40 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, banned=()):
         order = np.argsort(-p, kind="stable")
         before = np.cumsum(p[order]) - p[order]
         p[order[1:][before[1:] >= top_p]] = 0
+    p[p < min_p * p.max()] = 0  # Nguyen et al. 2024, arXiv:2407.01082
     return p / p.sum()
 
 
 TURN = 0.01  # seconds of drawing, about, before what is drawn is shown
 
 
-def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
+def generate(decoding, ids, seed, stop, max_new_tokens, watch=None, **filters):
     """Yield ids that follow `ids` (at least one), until `stop` (not yielded) or max_new_tokens; `filters` as above.
+    `watch(token, logits)` is called with each token drawn, `stop` too, and the logits (V,) that it was drawn from.
 
     Tokens come in turns of about TURN seconds from a `decoding` that has steps: it may be ahead of what was yielded.
     ValueError if the forward overflows: finite weights may still be too large.
     """
     rng, count, uniforms = np.random.Generator(np.random.Philox(key=[seed, 1])), 1, np.empty(0)
-    steps, yielded = getattr(decoding, "steps", None), 0
+    steps, yielded = None if watch else getattr(decoding, "steps", None), 0
+    seen = set(ids) - {stop}  # by the repetition penalty; the end of a story, which precedes each prompt, is not
     while yielded < max_new_tokens:
         start, count = time.perf_counter(), min(count, max_new_tokens - yielded) if steps else 1
         uniforms = np.append(uniforms, rng.random(max(0, count - len(uniforms))))
         try:
             if steps:
-                drawn = decoding.draw(ids, uniforms[:count], stop, **filters)
+                drawn = decoding.draw(ids, uniforms[:count], stop, seen=seen, **filters)
             else:
                 with np.errstate(over="ignore", invalid="ignore"):  # told below
-                    cumulative = np.cumsum(probabilities(decoding.feed(ids), **filters))
+                    logits = decoding.feed(ids)
+                cumulative = np.cumsum(probabilities(logits, seen=seen, **filters))
                 drawn = [int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right"))]
         except FloatingPointError as error:
             advice = "the model's weights overflow; take an earlier checkpoint, or train again"
             raise ValueError(f"{error} at token {yielded} after the prompt: {advice}") from None
+        if watch:
+            watch(drawn[0], logits)
+        seen.update(drawn)
         count = 2 * count if time.perf_counter() - start < TURN / 2 else max(1, count // 2)
         for token in drawn:
             if token == stop:
@@ -135,33 +149,16 @@ def generate(decoding, ids, seed, stop, max_new_tokens, **filters):
 # == 3  the model ======================================================================================================
 
 
-def newest_run(folder=Path("runs")):
-    """The folder of the run whose last checkpoint is the newest; None if no run has one."""
-    found = folder.glob("*/last.safetensors")
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return newest and newest.parent
-
-
-def newest_checkpoint():
-    """The last checkpoint of the newest run; ValueError that says what to type where there is none."""
-    if (run := newest_run()) is None:
-        raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
-    return run / "last.safetensors"
-
-
-def load_llama2c(path):
-    """The `Checkpoint` of a model of llama2.c; ValueError if it is none, or if extras/ is missing."""
-    try:
-        from extras import convert
-    except ImportError:
-        raise ValueError(f"{path} needs extras/convert.py, which reads models of llama2.c") from None
-    return convert.load_llama2c(path)
+def newest_checkpoint(folder=Path("runs")):
+    """The last checkpoint of the newest run; None if there is none."""
+    return max(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def load_model(path, tokenizer_path=None):
     """(`Checkpoint`, its tokenizer). ValueError if the two do not fit together, if a weight is NaN or infinite, or if
     the checkpoint has a tokenizer and the file named holds another."""
-    checkpoint = load_llama2c(path) if str(path).endswith(".bin") else tinygpt.load_checkpoint(path)
+    llama2c = str(path).endswith(".bin") and bpe.find_extra("convert", f"{path}, a model of llama2.c,")
+    checkpoint = llama2c.load_llama2c(path) if llama2c else tinygpt.load_checkpoint(path)
     if not checkpoint.tokenizer and not tokenizer_path:
         raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
     own = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None
@@ -183,29 +180,45 @@ def never_drawn(cfg, tokenizer):
 # == 4  the story ======================================================================================================
 
 
-def generate_story(p, cfg, tokenizer, ops, prompt, seed, max_new_tokens, **filters):
+def cut_at(stops, pieces):
+    """Yield text up to the first of the `stops`; what may be the beginning of one is held back."""
+    held, longest = "", max(map(len, stops), default=0)
+    for piece in pieces:
+        held += piece
+        if ends := [at for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(ends)]
+            return
+        tails = (held[len(held) - n :] for n in range(min(longest, len(held)), 0, -1))
+        tail = next((tail for tail in tails if any(stop.startswith(tail) for stop in stops)), "")
+        yield held[: len(held) - len(tail)]
+        held = tail
+    yield held
+
+
+def generate_story(model, ops, prompt, seed, max_new_tokens, stops=(), drawn=None, watch=None, **filters):
     """Yield the text that each new token adds to the prompt, held back until its characters are whole; then the rest.
 
-    The model reads the end of a story and then the prompt; of a prompt longer than its window the end. The filters are
-    those of `probabilities`. ValueError if the prompt is no text.
+    `model`: parameters, `Config`, tokenizer. It reads the end of a story and then the prompt; of a prompt longer than
+    its window the end. The story ends before the first text of `stops`. `drawn`, a list, gets the ids; `watch` and the
+    filters are those of `generate`. ValueError if the prompt is no text.
     """
+    p, cfg, tokenizer = model
     ids = [tokenizer.end, *tokenizer.encode(prompt)][-cfg.seq_len :]
     filters["banned"] = never_drawn(cfg, tokenizer)
-    new = generate(Decoding(p, cfg, ops), ids, seed, tokenizer.end, max_new_tokens, **filters)
-    yield from tokenizer.decode_iterable(new, ids[-1])
+    new = generate(Decoding(p, cfg, ops), ids, seed, tokenizer.end, max_new_tokens, watch, **filters)
+    new = new if drawn is None else (drawn.append(i) or i for i in new)
+    yield from cut_at(stops, tokenizer.decode_iterable(new, ids[-1]))
 
 
-def print_story(p, cfg, tokenizer, args, seed):
+def print_story(model, prompt, **options):
     """Print a story while it is drawn -> number of tokens, seconds to the first, seconds from the first to the last."""
-    print(args.prompt, end="", flush=True)
-    start, times = time.monotonic(), []
-    filters = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    ops = tinygpt.find_ops(args.kernels)
-    for text in generate_story(p, cfg, tokenizer, ops, args.prompt, seed, args.max_new_tokens, **filters):
+    print(prompt, end="", flush=True)
+    start, times, drawn = time.monotonic(), [], []
+    for text in generate_story(model, prompt=prompt, drawn=drawn, **options):
         print(text, end="", flush=True)
         times.append(time.monotonic())
     print(flush=True)
-    return len(times) - 1, times[0] - start, times[-1] - times[0]
+    return len(drawn), times[0] - start, times[-1] - times[0]
 
 
 # == 5  command line ===================================================================================================
@@ -218,11 +231,20 @@ def make_parser():
         parser.add_argument(flag, help=help + " (default %(default)s)" * (more.get("default", "") != ""), **more)
 
     add("--prompt", "how the story begins", default="", metavar="TEXT")
+    add("--prompt-file", "read the prompt from this file", type=Path, metavar="FILE")
     add("--checkpoint", "a .safetensors of train.py, a .bin of llama2.c; the newest run's by default", type=Path)
     add("--tokenizer", "of a checkpoint that holds none, as llama2.c's", type=Path, metavar="FILE")
     add("--temperature", "below 1 safer, above 1 wilder, 0 greedy", type=in_range(float, 0, 1e6), default=0.8)
+    add(
+        "--repetition-penalty",
+        "above 1 avoids what was told; 1 is off",
+        type=in_range(float, 0, 1e6, True),
+        default=1.0,
+    )
     add("--top-k", "only the K likeliest tokens; 0 is off", type=in_range(int, 0, 2**31), default=0, metavar="K")
     add("--top-p", "the likeliest that have P; 1 is off", type=in_range(float, 0, 1, True), default=0.95, metavar="P")
+    add("--min-p", "tokens with P times the likeliest's share; 0 is off", type=in_range(float, 0, 1), default=0.0)
+    add("--stop", "end before this text; may be repeated", action="append", default=[], metavar="TEXT")
     add("--max-new-tokens", "longest story, in tokens", type=in_range(int, 0, 2**31), default=400, metavar="N")
     add("--num-samples", "number of stories", type=in_range(int, 1, 2**31), default=1, metavar="N")
     add("--seed", "of the first story; each next one has the next", type=in_range(int, 0, 2**63 - 1), default=0)
@@ -238,20 +260,25 @@ def main(argv=None):
         tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:
             tinygpt.set_threads(args.threads)
-        path = args.checkpoint or newest_checkpoint()
+        if not (path := args.checkpoint or newest_checkpoint()):
+            raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
+        if "" in args.stop:
+            raise ValueError("--stop is empty; expected a text")
+        prompt = args.prompt_file.read_text("utf-8").rstrip("\n") if args.prompt_file else args.prompt
         checkpoint, tokenizer = load_model(path, args.tokenizer)
         cfg = checkpoint.cfg
-        p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
+        model = (tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers), cfg, tokenizer)
+        options = {"max_new_tokens": args.max_new_tokens, "stops": args.stop, "ops": tinygpt.find_ops(args.kernels)}
+        options |= {name: getattr(args, name) for name in FILTERS}
         note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
-        if (length := 1 + len(tokenizer.encode(args.prompt))) > cfg.seq_len:
+        if (length := 1 + len(tokenizer.encode(prompt))) > cfg.seq_len:
             note(f"the prompt has {length} tokens, the context {cfg.seq_len}: only its end is read")
-        for name in tokenizer.specials:
-            if name in args.prompt:
-                note(f"{name} in the prompt is read as text, not as the token of that name")
+        for name in filter(prompt.__contains__, tokenizer.specials):
+            note(f"{name} in the prompt is read as text, not as the token of that name")
         for seed in range(args.seed, args.seed + args.num_samples):
             if seed > args.seed:
                 print("\n---\n")
-            count, wait, seconds = print_story(p, cfg, tokenizer, args, seed)
+            count, wait, seconds = print_story(model, prompt, seed=seed, **options)
             speed = max(0, count - 1) / max(seconds, 1e-9)
             note(f"[{count} tokens, the first after {wait:.1f} s, then {speed:,.0f} tok/s, seed {seed}]")
     except BrokenPipeError:  # whoever read stdout has enough

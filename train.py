@@ -568,8 +568,8 @@ class Run:
         for prompt in s.prompts:
             if stopped():
                 return None
-            words = (self.state.p, self.state.cfg, self.data.tokenizer, tinygpt.find_ops(s.kernels), prompt, s.seed)
-            stories.append(prompt + "".join(generate_story(*words, max_new_tokens=120, temperature=0.8)))
+            model, ops = (self.state.p, self.state.cfg, self.data.tokenizer), tinygpt.find_ops(s.kernels)
+            stories.append(prompt + "".join(generate_story(model, ops, prompt, s.seed, 120, temperature=0.8)))
         return stories
 
     def record_evaluation(self, nats, bits, stories):

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fast
 import sample
 import tinygpt
+from extras import convert
 from fast import decode
 
 MEMORY = 1 << 28  # bytes of the array that is read: more than caches hold
@@ -57,7 +58,7 @@ def bandwidth(x, sums):
 def our_model(size, checkpoint):
     """(parameter views, configuration)."""
     if checkpoint:
-        found = sample.load_llama2c(checkpoint)
+        found = convert.load_llama2c(checkpoint)
         return tinygpt.views(tinygpt.layout(found.cfg), found.parameters, found.cfg.layers), found.cfg
     cfg = tinygpt.find_size(size)
     return tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), cfg

@@ -21,7 +21,8 @@ from extras import data, locks, run, summary
 def resume_run(args, ranks):
     """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
     continue."""
-    folder, flags = args.out or sample.newest_run(), train.flags_given(args)
+    newest, flags = sample.newest_checkpoint(), train.flags_given(args)
+    folder = args.out or newest and newest.parent
     if not folder or not (folder / "last.safetensors").exists():
         if args.out and not flags:
             raise ValueError(f"{folder} has no checkpoint to go on with; name another, or flags to begin a run there")

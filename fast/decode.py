@@ -30,7 +30,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fast.attention import first_seen, norm_columns, turn_pair
-from fast.draw import add_offsets, draw_token, screen_error
+from fast.draw import add_offsets, draw_token, penalise_seen, screen_error
 from fast.jit import COMPILE, callback, inlined
 from fast.memory import matrix, peek, poke, vector
 from fast.products import VECTOR_BYTES, provide_product, row_tile
@@ -80,6 +80,7 @@ MODEL = record_type(
     x qkv o h a logits: addresses of one token's activations, named as in section 3 of tinygpt.py
     offsets: address of what is added to the logits (V,): the head's bias, or -inf for a banned token
     exp_logits: address of exp((logits - max) / temperature) (V,)
+    seen: address of one for each token that the repetition penalty is for, else 0 (V,)
     kv: address of the cache of `Decoding` (L, 1, S, 2, G, D)
     keys values: addresses of the same in reading order, (L, G, D, S_padded) and (L, G, S, D_padded)
     embed_w head_w position_w embed_norm: addresses of parameters; 0 if the model lacks them
@@ -98,7 +99,7 @@ MODEL = record_type(
     """
     eps scale: of the norms; of the scores
     largest_unit: of screen_units
-    temperature top_p: filters of `probabilities`
+    temperature top_p min_p repetition_penalty: filters of `probabilities`
     """,
 )
 NO_MODELS, NO_STAGES = np.zeros(0, MODEL), np.zeros(0, STAGE)  # tell `vector` the type of a record
@@ -338,7 +339,9 @@ def begin_token(model, head, index, n, scratch, zero):
     tokens = vector(model.tokens, model.S + 2, np.int64(0))
     if index > 0:
         logits, offsets = vector(model.logits, model.V, zero), vector(model.offsets, model.V, zero)
-        has_nan = add_offsets(logits, offsets)
+        has_nan, seen = add_offsets(logits, offsets), vector(model.seen, model.V, zero)
+        if model.repetition_penalty != 1:
+            penalise_seen(logits, seen, logits.dtype.type(model.repetition_penalty))
         if model.screened:
             normalise_row(model, head.norm, head.gains, model.x, n, zero)
             token = pick_screened_token(model, vector(n, model.C, zero), logits, offsets, scratch, zero)
@@ -346,10 +349,11 @@ def begin_token(model, head, index, n, scratch, zero):
             token = -1
         else:
             uniform, room = vector(model.uniforms, model.S + 1, 0.0)[index - 1], vector(model.exp_logits, model.V, zero)
-            token = draw_token(logits, uniform, model.temperature, model.top_k, model.top_p, room)
+            filters = (model.temperature, model.top_k, model.top_p, model.min_p)
+            token = draw_token(logits, uniform, filters, room)
         if token < 0:
             return True
-        tokens[index] = token
+        tokens[index], seen[token] = token, 1
         put(model.words + 8 * DRAWN, index)
         if index == model.count or token == model.stop:
             return True

@@ -30,6 +30,14 @@ def add_offsets(logits, offsets):
     return nans > zero
 
 
+@inlined
+def penalise_seen(logits, seen, penalty):
+    """The repetition penalty of `probabilities`, for the logits whose token was `seen`."""
+    for v in range(logits.size):
+        if seen[v] > 0:
+            logits[v] = logits[v] / penalty if logits[v] > 0 else logits[v] * penalty
+
+
 @inlined_in_order
 def exponentiate_logits(logits, top, temperature, exp_logits):
     """`logits = (logits - logits.max()) / temperature; p = np.exp(logits)`; divided by their sum in `draw_token`.
@@ -74,9 +82,10 @@ def keep_likeliest(exp_logits, counted, enough):
 
 
 @inlined
-def draw_token(logits, uniform, temperature, top_k, top_p, exp_logits):
+def draw_token(logits, uniform, filters, exp_logits):
     """The token that `uniform`, from 0 to 1, draws from `probabilities(logits)`; -1 if the largest is not finite.
-    exp_logits (V,) is scratch memory."""
+    `filters`: those of `probabilities` from temperature to min-p; exp_logits (V,) is scratch memory."""
+    temperature, top_k, top_p, min_p = filters
     top, token, cumulative, zero = maximum(logits), 0, 0.0, logits.dtype.type(0)
     if not math.isfinite(top):
         return -1
@@ -88,6 +97,9 @@ def draw_token(logits, uniform, temperature, top_k, top_p, exp_logits):
             keep_likeliest(exp_logits, True, float(top_k))
         if top_p < 1:
             keep_likeliest(exp_logits, False, top_p * sum_at_least(exp_logits, zero, False))
+        if min_p > 0:
+            for v in range(logits.size):  # the largest is exp(0) = 1
+                exp_logits[v] = exp_logits[v] if float(exp_logits[v]) >= min_p else zero
         total = uniform * sum_at_least(exp_logits, zero, False)
         for v in range(logits.size):  # `np.searchsorted(cumulative, total, side="right")`
             if exp_logits[v] > 0:

@@ -36,6 +36,7 @@ from tinygpt import aligned, layer_window, rotation
 PREFETCH_BYTES = 1 << 21  # models with more bytes of weights than this, a core's own cache, prefetch
 ONE_THREAD_BYTES = 1 << 19  # models with at most as many bytes of weights run on one thread, in its own cache
 ALLOCATION_BYTES = 1 << 24  # size of an allocation for packed weights: enough for NumPy to ask for large pages
+NO_FILTERS = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 SCREEN_BYTES = 1 << 22  # heads with more bytes of weights than this are screened in greedy decoding
 
 
@@ -84,7 +85,7 @@ class Steps:
         self.set_fields(C=C, H=H, G=G, D=D, V=V, S=S, scratch_bytes=scratch * dtype.itemsize)
         self.set_fields(C_padded=C_padded, F_padded=F_padded, D_padded=D_padded, S_padded=S_padded)
         shapes = dict(x=C, qkv=cfg.qkv_width, o=H * D, h=2 * (F_padded + panel), a=F_padded + panel)
-        shapes |= dict(logits=V + panel, offsets=V, exp_logits=V, zeros=panel, scratch=POOL.threads * scratch)
+        shapes |= dict(logits=V + panel, offsets=V, exp_logits=V, seen=V, zeros=panel, scratch=POOL.threads * scratch)
         shapes |= dict(keys=(L, G, D, S_padded), values=(L, G, S, D_padded))
         counts = {name: math.prod(np.atleast_1d(shape)) for name, shape in shapes.items()}
         arrays = {name: aligned(whole_vectors(n), dtype)[:n].reshape(shapes[name]) for name, n in counts.items()}
@@ -186,14 +187,18 @@ class Steps:
         logits = self.arrays["logits"][: self.cfg.vocab_size]
         return logits.copy() if self.head_b is None else logits + self.head_b
 
-    def draw(self, token, x, position, uniforms, stop, temperature=1.0, top_k=0, top_p=1.0, banned=()):
+    def draw(self, token, x, position, uniforms, stop, seen=(), banned=(), **filters):
         """The ids that follow, one for each of uniforms (count,), or up to `stop`; all but the last are in the cache.
-        Fewer if the logits after them are not finite; FloatingPointError if the first are not."""
+        Fewer if the logits after them are not finite; FloatingPointError if the first are not. `seen`, `banned` and the
+        filters are those of `probabilities`; what is drawn is seen by the next."""
         count, offsets = len(uniforms), self.arrays["offsets"]
+        filters = NO_FILTERS | filters
         self.arrays["uniforms"][:count], offsets[:] = uniforms, 0 if self.head_b is None else self.head_b
         offsets[list(banned)] = -math.inf
-        launch = dict(count=count, stop=stop, temperature=temperature, top_k=top_k, top_p=top_p)
-        self.run(token, x, position, temperature == 0 and self.prepare_screen(), **launch)
+        self.arrays["seen"][:] = 0
+        self.arrays["seen"][list(seen)] = 1
+        screened = filters["temperature"] == 0 and filters["repetition_penalty"] == 1 and self.prepare_screen()
+        self.run(token, x, position, screened, count=count, stop=stop, **filters)
         drawn = self.arrays["tokens"][1 : 1 + self.arrays["words"][DRAWN]].tolist()
         if not drawn:
             raise FloatingPointError("logits are not finite")

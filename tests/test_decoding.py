@@ -161,15 +161,20 @@ def test_the_screen_finds_the_largest_logit_even_among_equals(monkeypatch):
     assert len(set(texts[0])) > 5
 
 
-@pytest.mark.parametrize("filters", [dict(), dict(top_k=3), dict(top_p=0.6), dict(top_k=6, top_p=0.7), dict(top_k=1)])
+STEP_FILTERS = [dict(), dict(top_k=3), dict(top_p=0.6), dict(top_k=6, top_p=0.7), dict(top_k=1), dict(min_p=0.4)]
+STEP_FILTERS += [dict(repetition_penalty=1.7), dict(repetition_penalty=0.5, top_k=8, top_p=0.9, min_p=0.2)]
+
+
+@pytest.mark.parametrize("filters", STEP_FILTERS, ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 1.0])
 def test_the_step_draws_what_probabilities_say(filters, temperature):
     _, p = random_parameters(CFG)
     decoding, rng = Decoding(p, CFG, ops_of("fast")), np.random.default_rng(1)
-    p = probabilities(decoding.feed(TEXT[:3]), temperature, banned=(4,), **filters)
+    filters = filters | dict(temperature=temperature, seen={1, 5, 8}, banned=(4,))
+    p = probabilities(decoding.feed(TEXT[:3]), **filters)
     for uniform in [0.0, *rng.random(200), 1 - 1e-9]:
         x = decoding.steps.arrays["x"].copy()
-        drawn = decoding.steps.draw(-1, x, 2, [uniform], -1, temperature, banned=(4,), **filters)
+        drawn = decoding.steps.draw(-1, x, 2, [uniform], -1, **filters)
         assert drawn == [int(np.searchsorted(np.cumsum(p), uniform * p.sum(), side="right"))]
 
 
@@ -185,8 +190,10 @@ def test_turns_of_any_length_tell_one_text(monkeypatch):
 # -- probabilities
 
 
-def slow_probabilities(logits, temperature, top_k, top_p, banned):
-    """Word for word: temperature, then top-k, then the fewest likeliest tokens that have top_p, at least one."""
+def slow_probabilities(logits, temperature, top_k, top_p, min_p=0.0, repetition_penalty=1.0, seen=(), banned=()):
+    """Word for word: penalty, temperature, top-k, the fewest likeliest tokens that have top_p, at least one, min-p."""
+    signs = [1 if logit > 0 else -1 for logit in logits]
+    logits = [logits[i] / repetition_penalty ** signs[i] if i in seen else logits[i] for i in range(len(logits))]
     allowed = [i for i in range(len(logits)) if i not in banned]
     ranked = sorted(allowed, key=lambda i: (-logits[i], i))
     if temperature == 0:
@@ -200,6 +207,7 @@ def slow_probabilities(logits, temperature, top_k, top_p, banned):
             break
         kept.append(i)
         cumulative += exp_logits[i] / total
+    kept = [i for i in kept if exp_logits[i] >= min_p * exp_logits[kept[0]]]
     total = math.fsum(exp_logits[i] for i in kept)
     return [exp_logits[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
@@ -207,19 +215,26 @@ def slow_probabilities(logits, temperature, top_k, top_p, banned):
 @pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 11, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.35, 1e-9])
-def test_probabilities_are_what_their_definition_says(temperature, top_k, top_p):
+@pytest.mark.parametrize("min_p, penalty", [(0.0, 1.0), (0.3, 1.0), (0.1, 1.3), (1.0, 0.8)])
+def test_probabilities_are_what_their_definition_says(temperature, top_k, top_p, min_p, penalty):
     rng = np.random.default_rng(0)
     for banned in ((), (4,), (0, 10, 5)):
         logits = 3 * rng.standard_normal(11)
-        before = logits.copy()
-        p = probabilities(logits, temperature, top_k, top_p, banned)
-        assert p == pytest.approx(slow_probabilities(logits, temperature, top_k, top_p, banned), rel=1e-12, abs=1e-15)
+        before, filters = logits.copy(), (temperature, top_k, top_p, min_p, penalty, (1, 2, 10), banned)
+        p = probabilities(logits, *filters)
+        assert p == pytest.approx(slow_probabilities(logits, *filters), rel=1e-12, abs=1e-15)
         assert p.dtype == np.float64 and p.sum() == pytest.approx(1, abs=1e-15)
         assert np.array_equal(logits, before)
 
 
-def test_filters_apply_in_the_order_temperature_top_k_top_p():
+def test_filters_apply_in_the_order_penalty_temperature_top_k_top_p_min_p():
     logits = np.log([0.4, 0.3, 0.2, 0.1])
+    # the penalty before top-k: 0.4 becomes 0.4^3, and is no longer among the two likeliest
+    assert probabilities(logits, top_k=2, repetition_penalty=3.0, seen=[0]) == pytest.approx([0, 3 / 5, 2 / 5, 0])
+    # temperature before min-p: at 0.5 the ratios are 16 : 9 : 4 : 1
+    assert probabilities(logits, temperature=0.5, min_p=0.5) == pytest.approx([16 / 25, 9 / 25, 0, 0])
+    # top-p before min-p: the three that have 0.85; without min-p's second token these would be two
+    assert probabilities(logits, top_p=0.85, min_p=0.6) == pytest.approx([4 / 7, 3 / 7, 0, 0])
     # temperature before top-p: at 0.5 the ratios are 16 : 9 : 4 : 1, and the first two have 25/30 > 0.8
     assert probabilities(logits, temperature=0.5, top_p=0.8) == pytest.approx([16 / 25, 9 / 25, 0, 0])
     # top-k before top-p: of the three that are left the first two have 7/9 > 0.75; of all four they have 0.7
@@ -304,7 +319,9 @@ def quantile(df):
 
 
 @pytest.mark.parametrize(
-    "filters", [dict(), dict(temperature=0.7, top_k=6), dict(top_p=0.8, banned=(2,)), dict(top_k=2)], ids=str
+    "filters",
+    [dict(), dict(temperature=0.7, top_k=6), dict(top_p=0.8, banned=(2,)), dict(top_k=2), dict(min_p=0.4)],
+    ids=str,
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tokens_are_drawn_as_often_as_the_filtered_probabilities_say(seed, filters):
@@ -336,10 +353,32 @@ def test_generate_repeats_itself_for_a_seed_and_differs_between_seeds(table):
     assert all(len(ids) == 50 and set(ids) <= set(range(11)) and type(ids[0]) is int for ids in told)
 
 
-def test_both_tables_tell_the_same_story():
+@pytest.mark.parametrize("filters", [dict(), dict(repetition_penalty=1.5), dict(min_p=0.2, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_table_tells_the_same_story(temperature, filters):
     _, p = random_parameters(CFG)
-    told = [list(generate(Decoding(p, CFG, ops), TEXT[:3], 3, -1, 60, temperature=0.8)) for ops in map(ops_of, TABLES)]
-    assert told[0] == told[1]
+    filters = filters | dict(temperature=temperature)
+    told = [list(generate(Decoding(p, CFG, ops), TEXT[:3], 3, -1, 60, **filters)) for ops in map(ops_of, TABLES)]
+    assert all(ids == told[0] for ids in told)
+
+
+def test_the_penalty_is_for_what_was_told_and_not_for_the_end_of_a_story():
+    decoding = SimpleNamespace(feed=lambda ids: np.array([1.0, 0.9, 0.8, 0.7, 0.6]))
+    assert list(generate(decoding, [3, 0], 0, 3, 9, temperature=0, repetition_penalty=2.0)) == [1, 2]
+    assert list(generate(decoding, [3, 0], 0, 4, 5, temperature=0, repetition_penalty=2.0)) == [1, 2]
+    assert list(generate(decoding, [3, 0], 0, -1, 5, temperature=0, repetition_penalty=2.0)) == [1, 2, 4, 0, 0]
+
+
+@every_table
+def test_who_watches_sees_each_token_with_its_logits_and_the_story_stays_the_same(table):
+    _, p = random_parameters(CFG)
+    seen, (ids, *rest) = [], (TEXT[:3], 3, 9, 15)
+    decoding = Decoding(p, CFG, ops_of(table))
+    new = list(generate(decoding, ids, *rest, watch=lambda token, logits: seen.append((token, logits))))
+    assert new == list(generate(Decoding(p, CFG, ops_of(table)), ids, *rest))
+    assert [token for token, _ in seen] == new + [9] * (len(new) < 15)
+    for number, (_, logits) in enumerate(seen):
+        assert relative(logits, fresh_logits(p, ids + new[:number])[-1]) < 1e-12
 
 
 def test_generate_ends_at_the_stop_token_and_does_not_yield_it():

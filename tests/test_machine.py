@@ -72,8 +72,10 @@ def kept(folder):
 
 
 @both_tiers
-@pytest.mark.parametrize("ending", ["nbi", "nbc"])
-@pytest.mark.parametrize("size", [0, 7])
+@pytest.mark.parametrize(
+    "ending, size",
+    [("nbi", 0), ("nbc", 7), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("nbi", 7), ("nbc", 0)))],
+)
 def test_a_damaged_file_of_the_cache_is_compiled_again_once(project, code, ending, size):
     show = code + "print(sum(hits.values()))"
     python(project, code=show)

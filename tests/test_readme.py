@@ -57,7 +57,7 @@ def test_a_norm_without_a_kernel_is_refused_by_fast_in_one_line(tmp_path, source
     assert refused.returncode == 2 and "has no kernel" in refused.stderr and "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("kernels", ["numpy", "numba"])
+@pytest.mark.parametrize("kernels", ["numpy", pytest.param("numba", marks=pytest.mark.slow)])
 def test_the_same_norm_with_a_wrong_sign_is_not_proved(tmp_path, source, kernels):
     wrong = source.replace("r * (dn - sign * (dn * n)", "r * (dn + sign * (dn * n)")
     assert wrong != source

@@ -140,6 +140,42 @@ def test_a_story_stops_at_its_end(place, model):
     assert out == "Lily\n" and "[0 tokens" in err
 
 
+@pytest.mark.parametrize(
+    "stops", [["d. "], ["zzz", "dog"], [" and t", "d t"], ["a"], ["zzz"], ["x", "a dog, e"]], ids=str
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_text_ends_before_the_first_stop_however_tokens_cut_it(stops, size):
+    text = "a cat and dad and a dog, dear"
+    pieces = list(sample.cut_at(stops, (text[i : i + size] for i in range(0, len(text), size))))
+    ends = [text.index(stop) for stop in stops if stop in text]
+    assert "".join(pieces) == text[: min(ends, default=len(text))]
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop():
+    pieces = sample.cut_at(["the end"], ["so", " the", " cat", " t", "h", "e end"])
+    assert list(pieces) == ["so", " ", "the ca", "t ", "", ""]
+    assert list(sample.cut_at([], ["so", " the"])) == ["so", " the", ""]
+
+
+def test_a_story_stops_at_a_text_of_stop(place, model):
+    whole = story(model, "--prompt", "Lily", "--stop", "no such text")
+    assert whole == story(model, "--prompt", "Lily")
+    stop = whole[12:15]
+    assert story(model, "--prompt", "Lily", "--stop", "never", "--stop", stop) == whole[: whole.index(stop, 4)] + "\n"
+    assert "expected a text" in refusal(sample.main, "sample.py", "--checkpoint", model.path, "--stop", "")
+
+
+def test_a_prompt_may_stand_in_a_file(place, model):
+    Path("p.txt").write_text("Once upon a time,\nLily\n", encoding="utf-8")
+    assert story(model, "--prompt-file", "p.txt") == story(model, "--prompt", "Once upon a time,\nLily")
+    assert "none.txt" in refusal(sample.main, "sample.py", "--checkpoint", model.path, "--prompt-file", "none.txt")
+
+
+def test_filters_change_a_story(place, model):
+    words = ("--prompt", "Lily", "--temperature", 1.5, "--top-p", 1)
+    assert len({story(model, *words, *more) for more in ((), ("--min-p", 0.3), ("--repetition-penalty", 1.5))}) == 3
+
+
 def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(place, model, monkeypatch):
     prompt = " ".join(f"{number} cats" for number in range(100))
     ids, read = [model.tokenizer.end, *model.tokenizer.encode(prompt)], []
@@ -331,6 +367,8 @@ OUT_OF_RANGE = {
     "--temperature": ["-0.1", "nan", "inf", "warm"],
     "--top-k": ["-1", "1.5"],
     "--top-p": ["-0.1", "1.1", "nan", "0"],
+    "--min-p": ["-0.1", "1.1", "nan"],
+    "--repetition-penalty": ["0", "-1", "nan"],
     "--max-new-tokens": ["-1", "many"],
     "--num-samples": ["0", "-2"],
     "--seed": ["-1", "x"],
