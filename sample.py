@@ -150,8 +150,8 @@ def generate(decoding, ids, seed, stop, max_new_tokens, watch=None, **filters):
 
 
 def newest_checkpoint(folder=Path("runs")):
-    """The last checkpoint of the newest run; None if there is none."""
-    return max(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
+    """[the last checkpoint of the newest run], empty if there is none."""
+    return sorted(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)[-1:]
 
 
 def load_model(path, tokenizer_path=None):
@@ -169,6 +169,18 @@ def load_model(path, tokenizer_path=None):
         of = tokenizer_path or "its tokenizer"
         raise ValueError(f"{path}: {of} has {tokenizer.vocab_size} tokens, its model V={checkpoint.cfg.vocab_size}")
     return checkpoint, tokenizer
+
+
+def open_model(path, tokenizer_path, prompt):
+    """(parameters by name, `Config`, tokenizer) to tell stories with; notes say what it is, how it reads the prompt."""
+    checkpoint, tokenizer = load_model(path, tokenizer_path)
+    cfg = checkpoint.cfg
+    note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
+    if (length := 1 + len(tokenizer.encode(prompt))) > cfg.seq_len:
+        note(f"the prompt has {length} tokens, the context {cfg.seq_len}: only its end is read")
+    for name in filter(prompt.__contains__, tokenizer.specials):
+        note(f"{name} in the prompt is read as text, not as the token of that name")
+    return tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers), cfg, tokenizer
 
 
 def never_drawn(cfg, tokenizer):
@@ -211,14 +223,15 @@ def generate_story(model, ops, prompt, seed, max_new_tokens, stops=(), drawn=Non
 
 
 def print_story(model, prompt, **options):
-    """Print a story while it is drawn -> number of tokens, seconds to the first, seconds from the first to the last."""
+    """Print a story while it is drawn, then a line of statistics to stderr; `options` of `generate_story`."""
     print(prompt, end="", flush=True)
     start, times, drawn = time.monotonic(), [], []
     for text in generate_story(model, prompt=prompt, drawn=drawn, **options):
         print(text, end="", flush=True)
         times.append(time.monotonic())
     print(flush=True)
-    return len(drawn), times[0] - start, times[-1] - times[0]
+    wait, speed = times[0] - start, max(0, len(drawn) - 1) / max(times[-1] - times[0], 1e-9)
+    note(f"[{len(drawn)} tokens, the first after {wait:.1f} s, then {speed:,.0f} tok/s, seed {options['seed']}]")
 
 
 # == 5  command line ===================================================================================================
@@ -232,21 +245,18 @@ def make_parser():
 
     add("--prompt", "how the story begins", default="", metavar="TEXT")
     add("--prompt-file", "read the prompt from this file", type=Path, metavar="FILE")
-    add("--checkpoint", "a .safetensors of train.py, a .bin of llama2.c; the newest run's by default", type=Path)
+    add("--checkpoint", "a .safetensors, a .bin of llama2.c (default the newest run's)", type=Path, action="append")
     add("--tokenizer", "of a checkpoint that holds none, as llama2.c's", type=Path, metavar="FILE")
     add("--temperature", "below 1 safer, above 1 wilder, 0 greedy", type=in_range(float, 0, 1e6), default=0.8)
-    add(
-        "--repetition-penalty",
-        "above 1 avoids what was told; 1 is off",
-        type=in_range(float, 0, 1e6, True),
-        default=1.0,
-    )
+    add("--repetition-penalty", "above 1 repeats less; 1 is off", type=in_range(float, 0, 1e6, True), default=1.0)
     add("--top-k", "only the K likeliest tokens; 0 is off", type=in_range(int, 0, 2**31), default=0, metavar="K")
     add("--top-p", "the likeliest that have P; 1 is off", type=in_range(float, 0, 1, True), default=0.95, metavar="P")
     add("--min-p", "tokens with P times the likeliest's share; 0 is off", type=in_range(float, 0, 1), default=0.0)
     add("--stop", "end before this text; may be repeated", action="append", default=[], metavar="TEXT")
     add("--max-new-tokens", "longest story, in tokens", type=in_range(int, 0, 2**31), default=400, metavar="N")
     add("--num-samples", "number of stories", type=in_range(int, 1, 2**31), default=1, metavar="N")
+    add("--json", "a line of JSON for each story: text, tokens, log-probabilities", action="store_true")
+    add("--show-probs", "shade each token by its probability", action="store_true")
     add("--seed", "of the first story; each next one has the next", type=in_range(int, 0, 2**63 - 1), default=0)
     add("--kernels", "table of ops, by default the fastest that is here", choices=tinygpt.KERNELS)
     add("--threads", "to compute with, by default all cores", type=in_range(int, 1, 1024), metavar="N")
@@ -260,27 +270,21 @@ def main(argv=None):
         tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:
             tinygpt.set_threads(args.threads)
-        if not (path := args.checkpoint or newest_checkpoint()):
+        if not (paths := args.checkpoint or newest_checkpoint()):
             raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
-        if "" in args.stop:
-            raise ValueError("--stop is empty; expected a text")
         prompt = args.prompt_file.read_text("utf-8").rstrip("\n") if args.prompt_file else args.prompt
-        checkpoint, tokenizer = load_model(path, args.tokenizer)
-        cfg = checkpoint.cfg
-        model = (tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers), cfg, tokenizer)
+        shown = args.json or args.show_probs or len(paths) > 1
+        show = shown and bpe.find_extra("show", "--json, --show-probs or a second --checkpoint")
+        models = [open_model(path, args.tokenizer, prompt) for path in paths]
+        tell = (
+            show.choose(args, models) if show else lambda *words, **options: print_story(models[0], *words, **options)
+        )
         options = {"max_new_tokens": args.max_new_tokens, "stops": args.stop, "ops": tinygpt.find_ops(args.kernels)}
         options |= {name: getattr(args, name) for name in FILTERS}
-        note(f"{path}: {tinygpt.count_parameters(cfg)[0]:,} parameters; first use of a kernel compiles it (once)")
-        if (length := 1 + len(tokenizer.encode(prompt))) > cfg.seq_len:
-            note(f"the prompt has {length} tokens, the context {cfg.seq_len}: only its end is read")
-        for name in filter(prompt.__contains__, tokenizer.specials):
-            note(f"{name} in the prompt is read as text, not as the token of that name")
         for seed in range(args.seed, args.seed + args.num_samples):
-            if seed > args.seed:
+            if seed > args.seed and not args.json:
                 print("\n---\n")
-            count, wait, seconds = print_story(model, prompt, seed=seed, **options)
-            speed = max(0, count - 1) / max(seconds, 1e-9)
-            note(f"[{count} tokens, the first after {wait:.1f} s, then {speed:,.0f} tok/s, seed {seed}]")
+            tell(prompt, seed=seed, **options)
     except BrokenPipeError:  # whoever read stdout has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
