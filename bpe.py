@@ -30,7 +30,7 @@ import regex
 
 # == 1  pre-tokens, and the trainer as a specification =================================================================
 
-END = "<|endoftext|>"  # stands after every document; merges never cross it, nor other special tokens
+END = "<|endoftext|>"  # follows every document; merges never cross it, nor other special tokens
 
 # GPT-2's: English contractions, then runs of letters, of digits, of other signs, each with at most one space before
 # it, then white space, which leaves its last character to the run that follows. Radford et al. 2019.
@@ -102,8 +102,8 @@ def train(texts, num_merges, progress=None, specials=(END,)):
 def merge_pairs(words, num_merges, progress=None):
     """The merges of train_spec for {pre-token: how often it occurs}.
 
-    The pre-tokens stand one behind the other, None between them. Cell i holds a token, before[i] and after[i] are its
-    neighbours, places[pair] the cells where a pair begins. One merge makes all pairs of its new token; afterwards their
+    `tokens` is all pre-tokens, None between them. Cell i holds a token, before[i] and after[i] are its neighbours,
+    places[pair] the cells where a pair begins. One merge makes all pairs of its new token; afterwards their
     counts only fall. So the heap may hold counts that are too high: it corrects one when it comes first.
     """
     tokens, times = [None], [0]
@@ -442,7 +442,7 @@ def pieces(paths, progress=None):
 
 
 def text_files(paths):
-    """The files that paths name, as Path; a folder stands for its *.txt, *.jsonl and arrays in *.json, sorted."""
+    """The files that paths name, as Path; a folder means its *.txt, *.jsonl and arrays in *.json, sorted."""
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         if path.is_dir():
             documents = find_extra("documents", path if any(path.glob("*.json*")) else None)
@@ -560,7 +560,7 @@ def read_tokens(path, tokenizer=None, check=True):
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist")
     if not beside.exists():
-        refuse(f"{beside} is missing, which says what {path} holds")
+        refuse(f"{beside} is missing, the description of {path}")
     try:
         info = json.loads(beside.read_bytes())
         version, hash, written = info["format_version"], str(info.get("tokenizer_hash")), info.get("crc32")

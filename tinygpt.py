@@ -121,7 +121,7 @@ class Config:
 
     @property
     def up_width(self):
-        """Columns of the MLP's first product: F, or 2 F where a gate stands before the values."""
+        """Columns of the MLP's first product: F, or 2 F where a gate precedes the values."""
         return 2 * self.hidden if self.mlp == "swiglu" else self.hidden
 
 
@@ -218,7 +218,7 @@ def layer_window(cfg, index):
 
 
 def views(table, flat, layers):
-    """Names -> views of `flat`; layered tensors stand, one layer each, in the list under "layers"."""
+    """Names -> views of `flat`; layered tensors are in the list under "layers", one dictionary for each layer."""
     named = dict.fromkeys(OPTIONAL[False]) | {"layers": [dict.fromkeys(OPTIONAL[True]) for _ in range(layers)]}
     for t in table:
         whole = flat[t.offset : t.offset + math.prod(t.shape)].reshape(t.shape)
@@ -896,7 +896,7 @@ def linear_backward_numba(dy, cache, dw, db):
 # == 7  attention without a T x T matrix ===============================================================================
 #
 # Dao et al. 2022, arXiv:2205.14135: p is not kept, backward makes it again from lse = log sum_s exp(score_s). A block
-# of queries meets all of its keys at once. Scores stand as (keys, queries): queries fill the vectors, whatever D is.
+# of queries meets all of its keys at once. Scores are (keys, queries): queries fill the vectors, whatever D is.
 
 QUERIES = 64  # in a block
 
@@ -1220,7 +1220,7 @@ def count_cores():
 
 
 def open_cache(function):
-    """Numba's cache of a function; that of extras/machine.py bears damage, and folders that cannot be written."""
+    """Numba's cache of a function; that of extras/machine.py survives damaged files and read-only folders."""
     machine = find_extra("machine")
     return machine.open_cache(function) if machine else FunctionCache(function)
 
@@ -1317,7 +1317,7 @@ def pairs_of(forward, backward, kinds):
     return {name: Pair(*(functools.partial(f, kind) for f in (forward, backward))) for name, kind in kinds.items()}
 
 
-ACTIVATION_KINDS = {  # of `gate_row`: shape of s; c1, c3; whether values stand behind the gates
+ACTIVATION_KINDS = {  # of `gate_row`: shape of s; c1, c3; whether values follow the gates
     "gelu-tanh": (SIGMOID, 2 * GELU_SCALE, 2 * GELU_SCALE * GELU_CUBE, False),  # (1 + tanh u) / 2
     "gelu": (NORMAL, 0.0, 0.0, False),
     "silu": (SIGMOID, 1.0, 0.0, False),
@@ -1441,7 +1441,7 @@ def overrides(words):
 # == 11  checkpoints ===================================================================================================
 #
 # A `.safetensors` file: the length of a JSON header (8 bytes, little-endian), the header, the tensors without gaps.
-# https://github.com/huggingface/safetensors#format. Parameters stand under the names of `layout`, in its order. The
+# https://github.com/huggingface/safetensors#format. Tensors have the names of `layout`, in its order. The
 # metadata holds configuration, tokenizer, and a CRC-32 of it all: 1.9 GB/s where SHA-256, against malice, has 1.0.
 
 FORMAT, FORMAT_VERSION = "tinygpt", "1"

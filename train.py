@@ -43,9 +43,9 @@ from tinygpt import KERNELS, THREADS, kernel
 
 # == 1  batches ========================================================================================================
 #
-# Each token of the text is a target once an epoch. Its input is the token before it; before the first token stands the
-# end of a story. An epoch cuts the text into windows of T targets, at an offset of its own, and reads them in an order
-# of its own. Both are drawn from (seed, epoch).
+# Each token of the text is a target once an epoch. Its input is the token before it; the first token's input is the
+# end of a story. Each epoch cuts the text into windows of T targets at another offset and reads them in another order.
+# Both are drawn from (seed, epoch).
 
 
 def window(tokens, first, stop, T, end):
@@ -310,7 +310,7 @@ TOKENS_AT_ONCE = 2048  # in a forward here, and in a usual micro-batch: twice as
 def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
     """tokens (M,) -> nats of each, (M,) float64, given those before it in a window of T = cfg.seq_len.
 
-    A window ends `stride` tokens after the one before it and scores the tokens in between. By default windows stand end
+    A window ends `stride` tokens after the one before it and scores the tokens in between. By default windows are end
     to end; with a smaller stride each token beyond the first window sees at least T - stride before it, at more cost.
     `at_once` windows are scored together: memory only, same result.
     """
@@ -335,7 +335,7 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
 
 
 def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
-    """Nats per token over windows that stand end to end, each target once; over the first `limit` tokens if given."""
+    """Nats per token over windows end to end, each target once; over the first `limit` tokens if given."""
     tokens = tokens[:limit]
     return float(score(p, cfg, tokens, end, ops, progress=progress).sum()) / len(tokens)
 

@@ -78,7 +78,7 @@ def stories_of(value, where, shown=None):
 # == 2  compressed files ===============================================================================================
 
 TO_JSONL = "import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
-PACKED = [  # suffixes; first bytes and where they stand; what the unpacked file ends in; the command that unpacks it
+PACKED = [  # suffixes; first bytes and their offset; suffix of the unpacked file; the command that unpacks it
     ((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), b"ustar", 257, "", "tar -xf {file}"),
     ((".gz",), b"\x1f\x8b", 0, "", "gunzip -c {file} > {out}"),
     ((".bz2",), b"BZh", 0, "", "bunzip2 -c {file} > {out}"),

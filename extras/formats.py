@@ -397,8 +397,8 @@ LAST_CUT_BYTES = regex.compile(b"(?r)" + CUT_BYTES.pattern)
 
 
 def refuse_specials(tokenizer, text, allowed, disallowed, place=0):
-    """ValueError where a special token stands in the text that is disallowed and not allowed, as in tiktoken. Return
-    how many characters end with the text, of which `place` stand before it."""
+    """ValueError if the text has a special token that is disallowed and not allowed, as in tiktoken. Return the number
+    of characters up to the end of the text, `place` of them before it."""
     allowed = tokenizer.special_names("allowed_special", allowed)
     disallowed = tokenizer.special_names("disallowed_special", disallowed)
     names = {tokenizer.specials[name]: name for name in allowed | disallowed}

@@ -1,5 +1,5 @@
-"""What a machine may do to a process that trains: quotas of its container, and a cache of kernels that is damaged or
-cannot be written. tinygpt.py asks this file where it is here."""
+"""What depends on the machine: the CPU quota of a container, and a kernel cache that is damaged or read-only. tinygpt.py
+uses this file if it is there."""
 
 import contextlib
 import os
@@ -30,13 +30,13 @@ class Cache(FunctionCache):
         with contextlib.suppress(OSError):  # a full disk
             try:
                 yield
-            except Exception:  # what pickle says of a file that a loss of power cut short: it is compiled again
+            except Exception:  # what unpickling a file that a power loss cut short may raise: compile again
                 self.flush()
 
 
 def open_cache(function):
-    """Numba's cache of a function, which compiles again what is damaged; one that keeps nothing where no folder can be
-    written."""
+    """Numba's cache of a function, which recompiles damaged files; a cache that keeps nothing if no folder is
+    writable."""
     try:
         return Cache(function)
     except RuntimeError:

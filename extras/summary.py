@@ -1,4 +1,4 @@
-"""What train.py says of a run before its first update, and the command that makes the same run again."""
+"""What train.py prints about a run before its first update, and the command that makes the same run again."""
 
 import math
 from dataclasses import asdict, fields

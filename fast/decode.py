@@ -160,7 +160,7 @@ def normalise_row(model, kind, gains, x, n, zero):
 
 @inlined_by_numba
 def activate_panels(model, stage, first, last, zero):
-    """Panels first .. last - 1 of a (F,) = f(h), section 2.3; each panel of a gate stands before that of its values."""
+    """Panels first .. last - 1 of a (F,) = f(h), section 2.3; each panel of the gate precedes that of its values."""
     size = model.itemsize
     for low in range(first * model.panel, min(last * model.panel, model.F_padded), model.panel):
         width = min(model.panel, model.F_padded - low)

@@ -45,7 +45,7 @@ LOGITS_BLOCK = 960  # rows of head_w that a task of `head_logits_fast` multiplie
 @kernel
 def pack_head_kernel(task, slot, w, left, work):
     """left (blocks, V, TILE_ROWS): the columns of w (V, C) in strips that a register tile reads from one end to the
-    other; or (1, V', C'): w as the driver packs what stands on the left of a product."""
+    other; or (1, V', C'): w packed by the driver as a left operand."""
     first, last, C = PACK_ROWS_OF_HEAD * task, min(PACK_ROWS_OF_HEAD * (task + 1), len(w)), w.shape[1]
     (_, driver), _ = thread_scratch(work, slot)
     if pack_operand(w[first:last], False, True, left[0, first:last], 0, driver):
@@ -65,7 +65,7 @@ def head_kernel(task, slot, earlier, x, norm, head, batch, T, backward, outputs,
     head = (w (V, C), b, left, right): `left` of `pack_head_kernel`; `right` is w by panels, empty in float32, where
     w itself is read. batch = (targets, weights) (N,). outputs = (exp_logits, row_scale, nats, dx, n, sums).
 
-    Rows stand side by side, in columns of exp_logits (blocks, V, HEAD_BLOCK): e = exp(logits - top), p = e / total.
+    Rows are the columns of exp_logits (blocks, V, HEAD_BLOCK): e = exp(logits - top), p = e / total.
     With row_scale = weight / total, dlogits = row_scale (e - total onehot): exp_logits, where total is subtracted, and
     n (N, C), which is scaled, keep the two factors for the gradient of w. Fills row_scale and nats (N,), dx (N, C),
     sums (blocks, 2, C).

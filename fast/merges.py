@@ -15,7 +15,7 @@ from fast.words import U, called, distinct_words, hash_slot, kernel
 # between them; of the pair that begins here the next cell and the previous one, -1 where there is none.
 TOKEN, NEXT, PREVIOUS = range(3)
 KEY, COUNT, FIRST, LAST, LINKS = range(5)  # of pairs, int64 (pairs, 5): tokens, count, chain of cells, their number
-START, LENGTH = range(2)  # of tokens, int64 (tokens, 2): where the bytes of a token stand in `raw`
+START, LENGTH = range(2)  # of tokens, int64 (tokens, 2): offset and number of a token's bytes in `raw`
 PAIRS, HEAP, TOKENS = range(3)  # of used, int64 (3,): how many there are of each
 BLOCK = 4  # blocks of 1 << BLOCK bytes: each knows the word of its first byte
 NARROW = (1 << 30) - 1  # bytes of words up to which cells, and rows of at most two pairs a byte, are numbered by int32

@@ -33,8 +33,8 @@ from fast.workspace import (
 
 @inlined
 def pack_operand(w, transposed, left, out, first, driver):
-    """Let the driver pack w (K, M), or w^T of w (M, K) if `transposed`, into `out` in its own order: as what stands on
-    the left of a product if `left`, else on its right, in columns `first` on. False if there is no driver."""
+    """Let the driver pack w (K, M), or w^T of w (M, K) if `transposed`, into `out` in its own order: as a left operand
+    if `left`, else as a right one, from column `first` on. False if there is no driver."""
     row, column = (w.strides[1], w.strides[0]) if transposed else (w.strides[0], w.strides[1])
     K, M = (w.shape[1], w.shape[0]) if transposed else (w.shape[0], w.shape[1])
     place = (out.ctypes.data, out.strides[0], first)
@@ -59,7 +59,7 @@ def panels_kernel(task, slot, w, transposed, per_part, width, piece, panels, wor
 
 def panels_of(w, space, transposed=False, parts=1, first=0):
     """w (K, M), or w^T of w (M, K) if `transposed`, by panels as wide as a register tile: (blocks, K, columns), in the
-    space from element `first` on; a part of the columns begins with a panel of its own."""
+    space from element `first` on; each of the `parts` of the columns begins a new panel."""
     columns = piece = TILE_VECTORS * VECTOR_BYTES // w.itemsize
     (K, M), work = w.shape[::-1] if transposed else w.shape, work_of(space)
     if uses_bf16(work):
@@ -82,7 +82,7 @@ def product_of_panels(a, panels, c, add, panel):
 
 @inlined
 def pack_transposed(x, x_T, driver):
-    """x_T (K, size) = x (rows, K)^T, as it stands on the left of a product."""
+    """x_T (K, size) = x (rows, K)^T, packed as a left operand."""
     if not pack_operand(x, True, True, x_T, 0, driver):
         transpose_rows(x, x_T)
 

@@ -375,7 +375,7 @@ def dispatch(typing_context, driver, operands):
 @intrinsic
 def product(typing_context, a, b, c, add, panel):
     """c (M, N) = a (M, K) b (K, N), or c += a b if `add`; K >= 1, rows of b and c without gaps. panel = (buffer,
-    driver): BUFFER_SIZE elements to copy b to, and the driver that is asked to multiply first, 0 if there is none."""
+    driver): BUFFER_SIZE elements to copy b to, and the driver to try first, 0 if there is none."""
 
     def build(context, builder, signature, args):
         (a_at, a_strides, (M, K)), (b_at, b_strides, _), (c_at, c_strides, (_, N)) = (

@@ -142,7 +142,7 @@ GELU_TANH, GELU, SILU, RELU2, SWIGLU = ACTIVATION.values()
 
 @inlined
 def activation_rows(kind, h, start, first, gated, a):
-    """a (rows, columns) = f(h), section 2.3, h (N, F) from row `start`, column `first` on; a gate's values stand
+    """a (rows, columns) = f(h), section 2.3, h (N, F) from row `start`, column `first` on; a gate's values are
     `gated` columns after it. gelu-tanh: (1 + tanh u) / 2 = 1 / (1 + e^-2u)."""
     one, half, zero = h.dtype.type(1), h.dtype.type(0.5), h.dtype.type(0)
     scale, cube, root = h.dtype.type(2 * GELU_SCALE), h.dtype.type(GELU_CUBE), h.dtype.type(math.sqrt(0.5))

@@ -107,7 +107,7 @@ class Steps:
 
     def pack(self, x, panel=1 << 62):
         """Address of a copy of x (K, M) or (M,), columns padded to whole vectors: `panel` columns, row after row, then
-        the next. Weights stand in large allocations in the order of packing, which is that of reading."""
+        the next. Large allocations hold the weights in the order of packing, which is that of reading."""
         x = x.reshape(-1, x.shape[-1])
         (K, M), columns = x.shape, whole_vectors(x.shape[1])
         if K * columns > len(self.free):

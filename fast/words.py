@@ -154,8 +154,8 @@ def read_word(text, words, i, stop, classes):
 # == 3  the table of words =============================================================================================
 #
 # Rows of four integers, a power of two of rows, at most two thirds used. A row is the first eight bytes of a word, the
-# next eight, its length, and a value. Of a word longer than 16 bytes a hash stands first, and second its place in the
-# arena, which holds the whole word. Length 0 is a free row.
+# next eight, its length, and a value. For a word longer than 16 bytes the first two are its hash and its place in
+# the arena, which holds it whole. Length 0 is a free row.
 
 ROWS, ARENA = range(2)  # of used, int64 (2,): rows of the table, integers of the arena
 
@@ -169,7 +169,7 @@ def hash_slot(key, slots):
 
 @called
 def find_row(table, arena, words, i, size, first, second):
-    """(where the row of the word at byte i begins, or the free row where it belongs; what stands first in it)."""
+    """(start of the row of the word at byte i, or of the free row where it belongs; the first integer of that row)."""
     if size > 16:
         for k in range(8, size, 8):
             first = (first ^ first >> U32) * GOLDEN + (read_eight(words, i + k) & mask_first(size - k))
@@ -240,7 +240,7 @@ def copy_rows(table, wider):
 
 @kernel
 def spell_words(table, stored, rows, words, raw):
-    """Write the bytes of the words in these rows of a table to where they stand in raw; stored: the arena as bytes."""
+    """Write the bytes of the words in these rows of a table to their places in raw; stored: the arena as bytes."""
     for w in range(len(rows)):
         first, second = table[4 * rows[w]], table[4 * rows[w] + 1]
         for k in range(words[w, 1] - words[w, 0]):

@@ -60,7 +60,7 @@ def block_rows(task, T, size):
 
 # == scratch: what a thread works in ===================================================================================
 #
-# Behind the buffer of `product`, a thread's scratch is cut into arrays of two axes that stand one after another. The
+# Behind the buffer of `product`, a thread's scratch is cut into arrays of two axes, one after another. The
 # functions here state their shapes, by name; kernels cut by them, and `scratch_size` takes the largest.
 
 
@@ -138,7 +138,7 @@ def mlp_backward_scratch(rows, width):
 
 @inlined
 def head_scratch(rows, C, width):
-    """n_T is read until the last logits are there; from then on dn (rows, C) stands in its memory."""
+    """n_T is read until the last logits are computed; afterwards dn (rows, C) takes its memory."""
     mean_rstd_top_total, n_T, dn_T = (4, width), (C, width), (blocks(C, TILE_ROWS) * TILE_ROWS, width)
     return mean_rstd_top_total, n_T, dn_T
 
@@ -225,7 +225,7 @@ def workspace_layout(cfg, B, T, recompute=False):
 
 def make_workspace(cfg, B, T, dtype, recompute=False, drivers=None):
     """Views of one new buffer for `workspace_layout`; each layer's dictionary also names the shared ones. "drivers"
-    (threads, words) int64 holds what `product` is told of each thread's driver; no rows: products are in float32."""
+    (threads, words) int64 holds the arguments of each thread's driver; no rows: products are in float32."""
     provide_product(np.dtype(dtype).name)
     table = workspace_layout(cfg, B, T, recompute)
     flat = aligned(table[-1].offset + math.prod(table[-1].shape), dtype)
