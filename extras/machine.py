@@ -1,5 +1,5 @@
-"""What depends on the machine: the CPU quota of a container, and a kernel cache that is damaged or read-only. tinygpt.py
-uses this file if it is there."""
+"""What depends on the machine: the CPU quota of a container, and a kernel cache that is damaged or read-only.
+tinygpt.py uses this file if it is there."""
 
 import contextlib
 import os
