@@ -32,7 +32,7 @@ TOP = {"README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "pypr
 TOP |= {"bpe.py", "tinygpt.py", "train.py", "sample.py", "fast", "extras", "benchmarks", "docs", "tests"}
 NOT_OURS = {"data", "runs", "build", "dist"}  # what running or installing leaves
 FILES = [
-    path for name in AT_IMPORT for path in sorted((ROOT / name).glob("*.py") if "." not in name else [ROOT / name])
+    path for name in AT_IMPORT for path in sorted((ROOT / name).rglob("*.py") if "." not in name else [ROOT / name])
 ]
 
 
@@ -74,7 +74,7 @@ def imports_of(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_run_one_way(path):
-    place = path.name if path.parent == ROOT else path.parent.name
+    place = path.relative_to(ROOT).parts[0]
     for name, at_import in imports_of(path):
         assert name in AT_IMPORT[place] + (() if at_import else WHEN_USED[place]), (name, at_import)
 
