@@ -1,12 +1,13 @@
-"""Convert models of Hugging Face `transformers` to our checkpoints: GPT-2, GPT-Neo, Llama, Bloom.
+"""Convert models of Hugging Face `transformers` to our checkpoints and back.
 
-    python extras/convert.py FOLDER --out model.safetensors      # config.json, *.safetensors, tokenizer.json
-    python sample.py --checkpoint model.safetensors --prompt "Lily found"
+    python extras/convert.py --from hf FOLDER model.safetensors     # config.json, *.safetensors, tokenizer.json
+    python extras/convert.py --to hf runs/1m OUT                    # AutoModelForCausalLM.from_pretrained("OUT")
 
-The converted model computes the same logits; otherwise the conversion fails. Every field of config.json that affects
-logits is either converted or rejected; the fields not named here affect only training (dropout), memory or other heads.
-Every tensor is either read or known to be derived from the configuration (a mask, the frequencies of rotations).
-Read in order: 1 tensors, 2 fields of config.json, 3 families, 4 the conversion, 5 command line.
+GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. The converted model computes the same logits; otherwise the
+conversion fails. Every field of config.json that affects logits is either converted or rejected; the fields not named
+here affect only training (dropout), memory or other heads. Every tensor is either read or known to be derived from the
+configuration (a mask, the frequencies of rotations).
+Read in order: tensors.py, which names tensors; here 1 fields of config.json, 2 families, 3 from and 4 to transformers.
 """
 
 import codecs
@@ -16,6 +17,7 @@ import math
 import os
 import struct
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,42 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bpe
 import tinygpt
 from extras.recipes import LLAMA
+from extras.tensors import (
+    TABLES,
+    fold_embedding_norm,
+    parameters_from,
+    read_tensors,
+    read_weight,
+    tensors_from,
+    with_halves,
+)
+from sample import load_model, never_drawn
 
-# == 1  tensors ========================================================================================================
-
-ITEM_SIZES = {"BF16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}  # bytes
-ITEM_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
-DTYPES = tinygpt.DTYPES | {"F16": np.dtype("<f2")}
-DTYPES |= {name: np.dtype([(name, f"<u{size}")]) for name, size in ITEM_SIZES.items()}  # records, so that U16 != BF16
-
-
-def read_tensors(files):
-    """Read .safetensors files -> {name: array as stored}. ValueError if there are none or a tensor is in two files."""
-    if not files:
-        raise ValueError("there is no .safetensors file; expected a model of transformers")
-    tensors = {}
-    for path in files:
-        found = tinygpt.read_safetensors(path, DTYPES)[0]
-        if twice := tensors.keys() & found:
-            raise ValueError(f"tensor {min(twice)!r:.80} is in {path.name} and in another file")
-        tensors |= found
-    return tensors
-
-
-def read_weight(name, x):
-    """A tensor as float32 or float64. ValueError for other dtypes and for values not finite in float32."""
-    if x.dtype == DTYPES["BF16"]:  # the upper half of a float32
-        x = (x["BF16"].astype(np.uint32) << 16).view(np.float32)
-    if x.dtype.kind != "f":
-        found = x.dtype.names[0] if x.dtype.names else x.dtype
-        raise ValueError(f"tensor {name} has dtype {found}; expected F16, BF16, F32 or F64")
-    x = x.astype(np.float32) if x.dtype == np.float16 else x
-    if not (np.abs(x) <= np.finfo(np.float32).max).all():
-        raise ValueError(f"tensor {name} has a NaN, an infinity or a number beyond float32")
-    return x
-
-
-# == 2  fields of config.json ==========================================================================================
+# == 1  fields of config.json ==========================================================================================
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "silu": "silu", "swish": "silu", "relu2": "relu2"}
 TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
@@ -111,18 +89,10 @@ def activation(c, name, known=tuple(ACTIVATIONS), default=...):
     return ACTIVATIONS[value]
 
 
-# == 3  families =======================================================================================================
+# == 2  families =======================================================================================================
 #
-# Each function returns the fields of our Config, the prefix of the tensor names, rows {our tensor: their tensors}, and
-# the names of derived tensors. {} in a name stands for the layer. A row is one of: a name, for a tensor that is copied,
-# (in, out); a tuple of names, for Linear weights (out, in) that are concatenated and transposed; (name, function).
-
-
-def with_biases(rows, pairs):
-    """Add to `rows`, for each (ours, theirs), the weight and the bias."""
-    for ours, theirs in pairs:
-        rows |= {f"{ours}_w": f"{theirs}.weight", f"{ours}_b": f"{theirs}.bias"}
-    return rows
+# Each function returns the fields of our Config and the names of derived tensors, {} is the layer. The names of the
+# others are in tensors.py.
 
 
 def gpt2(c):
@@ -133,10 +103,7 @@ def gpt2(c):
     cfg |= dict(hidden=field(c, "n_inner", default=0), norm_eps=field(c, "layer_norm_epsilon", kind=float))
     cfg |= dict(mlp=activation(c, "activation_function"))
     cfg |= dict(attention_scale=field(c, "scale_attn_weights", kind=bool, default=True))
-    rows = {"embed_w": "wte.weight", "position_w": "wpe.weight"}
-    pairs = (("norm1", "h.{}.ln_1"), ("qkv", "h.{}.attn.c_attn"), ("out", "h.{}.attn.c_proj"), ("norm2", "h.{}.ln_2"))
-    pairs += (("up", "h.{}.mlp.c_fc"), ("down", "h.{}.mlp.c_proj"), ("norm", "ln_f"))
-    return cfg, "transformer.", with_biases(rows, pairs), ("h.{}.attn.bias", "h.{}.attn.masked_bias")
+    return cfg, ("h.{}.attn.bias", "h.{}.attn.masked_bias")
 
 
 def gpt_neo(c):
@@ -145,13 +112,7 @@ def gpt_neo(c):
     cfg |= dict(heads=field(c, "num_heads", "num_attention_heads"), hidden=field(c, "intermediate_size", default=0))
     cfg |= dict(norm_eps=field(c, "layer_norm_epsilon", kind=float), mlp=activation(c, "activation_function"))
     cfg |= dict(window=field(c, "window_size") if local else 0, attention_scale=False, qkv_bias=False)
-    rows = {"embed_w": "wte.weight", "position_w": "wpe.weight"}
-    rows = with_biases(rows, (("norm1", "h.{}.ln_1"), ("norm2", "h.{}.ln_2"), ("norm", "ln_f")))
-    attention = "h.{}.attn.attention."
-    rows |= {"qkv_w": tuple(f"{attention}{x}_proj.weight" for x in "qkv"), "out_w": (f"{attention}out_proj.weight",)}
-    rows |= {"up_w": ("h.{}.mlp.c_fc.weight",), "down_w": ("h.{}.mlp.c_proj.weight",)}
-    rows |= {"out_b": f"{attention}out_proj.bias", "up_b": "h.{}.mlp.c_fc.bias", "down_b": "h.{}.mlp.c_proj.bias"}
-    return cfg, "transformer.", rows, (f"{attention}bias", f"{attention}masked_bias")
+    return cfg, ("h.{}.attn.attention.bias", "h.{}.attn.attention.masked_bias")
 
 
 def has_local_layers(c):
@@ -185,16 +146,16 @@ def llama(c):
     cfg |= dict(hidden=field(c, "intermediate_size"), norm="rmsnorm", norm_eps=field(c, "rms_norm_eps", kind=float))
     cfg |= dict(positions="rope-half", rope_theta=read_theta(c), mlp="swiglu")
     cfg |= dict(qkv_bias=attention_bias, out_bias=attention_bias, up_bias=mlp_bias, down_bias=mlp_bias)
-    layer = "layers.{}."
-    rows = {"embed_w": "embed_tokens.weight", "norm_w": "norm.weight"}
-    rows |= {"norm1_w": layer + "input_layernorm.weight", "norm2_w": layer + "post_attention_layernorm.weight"}
-    for ours, names in (("qkv", ("q", "k", "v")), ("out", ("o",))):
-        for end, word in (("w", "weight"), ("b", "bias")):
-            rows[f"{ours}_{end}"] = tuple(f"{layer}self_attn.{x}_proj.{word}" for x in names)
-    for ours, names in (("up", ("gate", "up")), ("down", ("down",))):
-        for end, word in (("w", "weight"), ("b", "bias")):
-            rows[f"{ours}_{end}"] = tuple(f"{layer}mlp.{x}_proj.{word}" for x in names)
-    return cfg, "model.", rows, (f"{layer}self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+    return cfg, ("layers.{}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+
+
+def qwen3(c):
+    """Llama with norms of queries and keys."""
+    expect(c, "use_sliding_window", False)
+    if {*field(c, "layer_types", kind=list, default=[])} - {"full_attention"}:
+        raise ValueError(f"config.json: layer_types is {c['layer_types']!r:.80}; expected full_attention alone")
+    cfg, derived = llama(c)
+    return cfg | dict(qk_norm=True, head_width=field(c, "head_dim", default=128)), derived
 
 
 def read_theta(c):
@@ -216,22 +177,13 @@ def bloom(c):
     cfg |= dict(layers=field(c, "n_layer", "num_hidden_layers"), norm_eps=field(c, "layer_norm_epsilon", kind=float))
     cfg |= dict(positions="alibi", embedding_norm=True)
 
-    def by_kind(x):  # (H, 3, D) -> (3, H, D) along the first axis: q of all heads, then k, then v
-        return x.reshape(H, 3, C // H, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-
-    layer = "h.{}."
-    pairs = (("embed_norm", "word_embeddings_layernorm"), ("norm1", layer + "input_layernorm"), ("norm", "ln_f"))
-    rows = with_biases({"embed_w": "word_embeddings.weight"}, (*pairs, ("norm2", layer + "post_attention_layernorm")))
-    qkv = layer + "self_attention.query_key_value."
-    rows |= {"qkv_w": (qkv + "weight", lambda x: by_kind(x).T), "qkv_b": (qkv + "bias", by_kind)}
-    for ours, theirs in (("out", "self_attention.dense"), ("up", "mlp.dense_h_to_4h"), ("down", "mlp.dense_4h_to_h")):
-        rows |= {f"{ours}_w": (f"{layer}{theirs}.weight",), f"{ours}_b": f"{layer}{theirs}.bias"}
-    return cfg, "transformer.", rows, ()
+    return cfg, ()
 
 
-FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "llama": llama, "bloom": bloom}
+FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "llama": llama, "qwen3": qwen3, "bloom": bloom}
+UNTIED = ("llama", "qwen3")  # where config.json does not say
 
-# == 4  the conversion =================================================================================================
+# == 3  from transformers ==============================================================================================
 
 
 def from_transformers(config, tensors):
@@ -247,49 +199,124 @@ def from_transformers(config, tensors):
     for name, known in (("is_causal", True), ("is_encoder_decoder", False), ("pruned_heads", {}), ("auto_map", {})):
         expect(config, name, known)
     expect(config, "quantization_config")
-    fields, prefix, rows, derived = FAMILIES[family](config)
-    used = set()
-
-    def read(name, layer=0):
-        for full in both_names(name, prefix, layer):
-            if full in tensors:
-                used.add(full)
-                return read_weight(full, tensors[full])
-        raise ValueError(f"tensor {name.format(layer)} is missing")
-
-    rows["head_w"] = "lm_head.weight"
-    tied = field(config, "tie_word_embeddings", kind=bool, default=family != "llama")
-    if tied and "lm_head.weight" in tensors:  # as in transformers: not tied if both are stored and differ
-        tied = np.array_equal(read("lm_head.weight"), read(rows["embed_w"]))
-    cfg, parts = tinygpt.Config(vocab_size=field(config, "vocab_size"), tied=tied, **fields), []
-    for t in tinygpt.layout(cfg):
-        shape, row = t.shape[1:] if t.layered else t.shape, rows[t.name]
-        for layer in range(cfg.layers if t.layered else 1):
-            names = [row] if isinstance(row, str) else [name for name in row if not callable(name)]
-            found, x = [read(name, layer) for name in names], None
-            with contextlib.suppress(ValueError):  # shapes that do not match
-                x = combine(row, found)
-            if x is None or x.shape != shape:
-                theirs = ", ".join(f"{name.format(layer)} {y.shape}" for name, y in zip(names, found))
-                raise ValueError(f"tensor {theirs} does not give {t.name}; expected {shape}")
-            parts.append(np.ascontiguousarray(x).reshape(-1))
-    used |= {full for name in derived for layer in range(cfg.layers) for full in both_names(name, prefix, layer)}
-    if unread := sorted(tensors.keys() - used):
+    fields, derived = FAMILIES[family](config)
+    named = short_names(tensors)
+    tied = field(config, "tie_word_embeddings", kind=bool, default=family not in UNTIED)
+    head, embed = (TABLES[family][name].names[0] for name in ("head_w", "embed_w"))
+    if tied and head in named and embed in named:  # as in transformers: not tied if both are stored and differ
+        tied = np.array_equal(*(read_weight(name, tensors[named[name]]) for name in (head, embed)))
+    cfg = tinygpt.Config(vocab_size=field(config, "vocab_size"), tied=tied, **fields)
+    short = {name: tensors[full] for name, full in named.items()}
+    parameters, left = parameters_from(cfg, short, TABLES[family])
+    known = {name.format(layer) for name in derived for layer in range(cfg.layers)} | ({head} if tied else set())
+    if unread := sorted({named[name] for name in left if name not in known}):
         more = f" and {len(unread) - 1} more" if unread[1:] else ""
         raise ValueError(f"tensor {unread[0]!r:.80}{more}: not part of the {family} model that config.json describes")
-    return np.concatenate(parts), cfg
+    return parameters, cfg
 
 
-def combine(row, found):
-    """Our tensor from the tensors that a row names."""
-    if isinstance(row, str):
-        return found[0]
-    return row[-1](found[0]) if callable(row[-1]) else np.concatenate(found).T
+def short_names(tensors):
+    """{name without the prefix of models with a head: name in the file}. ValueError if a tensor is there twice."""
+    named = {}
+    for full in sorted(tensors):
+        short = full.removeprefix("transformer.").removeprefix("model.")
+        if named.setdefault(short, full) != full:
+            raise ValueError(f"tensor {full!r:.80} is there as {named[short]!r:.80} as well")
+    return named
 
 
-def both_names(name, prefix, layer):
-    """The two possible names of a tensor: in a model with a head and in one without."""
-    return (prefix + name).format(layer), name.format(layer)
+# == 4  to transformers ================================================================================================
+#
+# A family fits a model if its config.json, read again by `FAMILIES`, gives the model's Config.
+
+THEIR_ACTIVATION = {"gelu-tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu2": "relu2"}
+IGNORED = ("embed_dropout", "attention_dropout", "out_dropout", "mlp_dropout", "init")  # fields that change no logit
+
+
+def gpt2_config(cfg):
+    config = {"n_positions": cfg.position_rows, "n_embd": cfg.width, "n_layer": cfg.layers, "n_head": cfg.heads}
+    config |= {"n_inner": cfg.hidden, "activation_function": THEIR_ACTIVATION.get(cfg.mlp, "gelu")}
+    return config | {"layer_norm_epsilon": cfg.norm_eps, "scale_attn_weights": cfg.attention_scale}
+
+
+def gpt_neo_config(cfg):
+    kinds, count = (["global", "local"] if cfg.window else ["global"]), cfg.layers
+    types = [[kinds, count // len(kinds)]] + [[["global"], 1]] * (count % len(kinds))
+    config = {"max_position_embeddings": cfg.position_rows, "hidden_size": cfg.width, "num_layers": count}
+    config |= {"num_heads": cfg.heads, "intermediate_size": cfg.hidden, "attention_types": types}
+    config |= {"activation_function": THEIR_ACTIVATION.get(cfg.mlp, "gelu"), "window_size": cfg.window or 256}
+    return config | {"layer_norm_epsilon": cfg.norm_eps}
+
+
+def llama_config(cfg):
+    config = {"max_position_embeddings": cfg.seq_len, "hidden_size": cfg.width, "num_hidden_layers": cfg.layers}
+    config |= {"num_attention_heads": cfg.heads, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_width}
+    config |= {"intermediate_size": cfg.hidden, "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu"}
+    config |= {"rope_theta": cfg.rope_theta, "attention_bias": cfg.qkv_bias, "mlp_bias": cfg.up_bias}
+    return config | {"rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta}}
+
+
+WRITERS = {"gpt2": gpt2_config, "gpt_neo": gpt_neo_config, "llama": llama_config, "qwen3": llama_config}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "gpt_neo": "GPTNeoForCausalLM"}
+CLASSES |= {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def fitting_family(cfg):
+    """(family, config.json) of the class of transformers that computes what a model with this `Config` computes.
+
+    ValueError if there is none: the fields in which the closest differs.
+    """
+    wanted, closest = normal_form(cfg), None
+    for family, write in WRITERS.items():
+        config = write(cfg)
+        fields = FAMILIES[family](config)[0]
+        found = normal_form(tinygpt.Config(vocab_size=cfg.vocab_size, tied=cfg.tied, **fields))
+        different = [
+            f"{name}={wanted[name]} (expected {found[name]})" for name in wanted if wanted[name] != found[name]
+        ]
+        if not different:
+            config |= {"model_type": family, "architectures": [CLASSES[family]], "vocab_size": cfg.vocab_size}
+            return family, config | {"tie_word_embeddings": cfg.tied, "dtype": "float32", "torch_dtype": "float32"}
+        if closest is None or len(different) < len(closest[1]):
+            closest = CLASSES[family], different
+    raise ValueError(f"transformers has no class for this model; {closest[0]} differs in {', '.join(closest[1])}")
+
+
+def normal_form(cfg):
+    """The fields of a Config that change logits; pairs of neighbours and pairs D/2 apart differ in the order of weights
+    alone, learned positions end where their table does."""
+    cfg = cfg.changed(positions="rope-half") if cfg.positions == "rope" else cfg
+    cfg = cfg.changed(seq_len=cfg.position_rows) if cfg.positions == "learned" else cfg
+    return {name: value for name, value in asdict(cfg).items() if name not in IGNORED}
+
+
+def to_transformers(cfg, parameters):
+    """A model -> config.json (a dict), {name: array} as transformers has them. A norm after the embedding becomes part
+    of an input table apart from the head's. ValueError if transformers has no class for the model."""
+    if cfg.embedding_norm:
+        cfg, parameters = fold_embedding_norm(cfg, parameters)
+    family, config = fitting_family(cfg)
+    table = with_halves(TABLES[family]) if cfg.positions == "rope" else TABLES[family]
+    prefix = "transformer." if family.startswith("gpt") else "model."
+    tensors = tensors_from(cfg, parameters, table)
+    return config, {name if name.startswith("lm_head") else prefix + name: x for name, x in tensors.items()}
+
+
+def save_transformers(folder, cfg, parameters, tokenizer):
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load. Ids that are never sampled are suppressed."""
+    config, tensors = to_transformers(cfg, parameters)
+    ends = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    words = {f"{kind}_token": bpe.END for kind in ("bos", "eos", "pad")} | {"model_max_length": cfg.seq_len}
+    files = {"config.json": config | ends, "generation_config.json": ends | {"pad_token_id": tokenizer.end}}
+    if banned := never_drawn(cfg, tokenizer):
+        files["generation_config.json"]["suppress_tokens"] = banned
+    files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | words
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    tinygpt.write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
 
 
 # == 5  models of llama2.c =============================================================================================
@@ -335,27 +362,55 @@ def load_llama2c(path):
 # == 6  command line ===================================================================================================
 
 
+def read_folder(folder, out):
+    """Convert a model of transformers to the checkpoint `out` -> its number of parameters."""
+    config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
+    config = read_config(config_path)
+    tokenizer = bpe.Tokenizer.load(tokenizer_path)
+    files = sorted(folder.glob("*.safetensors"))
+    if out.exists() and any(out.samefile(path) for path in (config_path, tokenizer_path, *files)):
+        raise ValueError(f"--out {out} is a file of the model to convert; name another")
+    parameters, cfg = from_transformers(config, read_tensors(files))
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens; expected at most V={cfg.vocab_size}")
+    tinygpt.save_checkpoint(out, parameters.astype(np.float32), cfg, tokenizer.to_json())
+    return len(parameters)
+
+
+def write_folder(source, out, tokenizer_path):
+    """Convert a checkpoint, or the best of a run's folder, to a folder for transformers -> its number of parameters."""
+    if source.is_dir():
+        source = source / ("best.safetensors" if (source / "best.safetensors").exists() else "last.safetensors")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name another")
+    checkpoint, tokenizer = load_model(source, tokenizer_path)
+    if checkpoint.cfg.embedding_norm:
+        bpe.note("the norm after the embedding becomes part of an input table of its own")
+    save_transformers(out, checkpoint.cfg, checkpoint.parameters, tokenizer)
+    return len(checkpoint.parameters)
+
+
 def main(argv=None):
-    parser = bpe.Parser(prog="convert.py", description="Convert a model of transformers to a checkpoint.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write")
+    parser = bpe.Parser(prog="convert.py", description="Convert models of transformers to checkpoints, and back.")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="with --to a checkpoint or a run, else a folder")
+    parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the folder or checkpoint to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="OUT, named by a flag")
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument("--to", choices=["hf"], help="write a folder that transformers loads")
+    direction.add_argument("--from", choices=["hf"], help="read such a folder: the default")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
     args = parser.parse_args(argv)
-    config_path, tokenizer_path = args.folder / "config.json", args.folder / "tokenizer.json"
+    if (args.out is None) == (args.target is None):
+        parser.error("expected one file or folder to write: OUT or --out")
+    out = args.out or args.target
     try:
-        config = read_config(config_path)
-        tokenizer = bpe.Tokenizer.load(tokenizer_path)
-        files = sorted(args.folder.glob("*.safetensors"))
-        if args.out.exists() and any(args.out.samefile(path) for path in (config_path, tokenizer_path, *files)):
-            raise ValueError(f"--out {args.out} is a file of the model to convert; name another")
-        parameters, cfg = from_transformers(config, read_tensors(files))
-        if tokenizer.vocab_size > cfg.vocab_size:
-            raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens; expected at most V={cfg.vocab_size}")
-        tinygpt.save_checkpoint(args.out, parameters.astype(np.float32), cfg, tokenizer.to_json())
+        count = write_folder(args.source, out, args.tokenizer) if args.to else read_folder(args.source, out)
     except OSError as error:
         parser.error(error)
     except (ValueError, RecursionError) as error:
-        parser.error(f"{args.folder}: {error}")
-    print(f"{args.out}: {len(parameters):,} parameters; python sample.py --checkpoint {args.out}", file=sys.stderr)
+        parser.error(f"{args.source}: {error}")
+    use = f'AutoModelForCausalLM.from_pretrained("{out}")' if args.to else f"python sample.py --checkpoint {out}"
+    print(f"{out}: {count:,} parameters; {use}", file=sys.stderr)
     return 0
 
 

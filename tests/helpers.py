@@ -21,6 +21,7 @@ import bpe
 import tinygpt
 import train
 from extras import convert, plan, stories
+from extras.tensors import TABLES, tensors_from
 
 ROOT = Path(train.__file__).resolve().parent
 SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 --batch-size 2 --threads 1".split()
@@ -308,6 +309,10 @@ CONFIGS = {
         "max_position_embeddings": 5, "num_hidden_layers": 2, "intermediate_size": 7, "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "tie_word_embeddings": True,
     },
+    "qwen3": {
+        "max_position_embeddings": 5, "num_hidden_layers": 2, "intermediate_size": 7, "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0, "head_dim": 4, "num_key_value_heads": 1, "tie_word_embeddings": True,
+    },
     "bloom": {"n_layer": 2, "seq_length": 5},
 }  # fmt: skip
 
@@ -315,18 +320,12 @@ CONFIGS = {
 def transformers_files(family):
     """{name: content}: config.json and model.safetensors of a small model of this family."""
     config = {"model_type": family, **OF_ALL, **CONFIGS[family]}
-    fields, _, rows, _ = convert.FAMILIES[family](config)
-    tensors, header, rng = {}, {}, np.random.default_rng(0)
-    for t in tinygpt.layout(tinygpt.Config(vocab_size=11, tied=True, **fields)):
-        shape, row = t.shape[1:] if t.layered else t.shape, rows[t.name]
-        names = [row] if isinstance(row, str) else [name for name in row if not callable(name)]
-        shape = shape if isinstance(row, str) else (shape[-1] // len(names), *shape[:-1])
-        tensors |= {name.format(layer): shape for name in names for layer in range(2)}
-    end = 0
-    for name, shape in tensors.items():
-        begin, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
-    data = rng.standard_normal(end // 4, np.float32).tobytes()
+    cfg = tinygpt.Config(vocab_size=11, tied=True, **convert.FAMILIES[family](config)[0])
+    flat = np.random.default_rng(0).standard_normal(tinygpt.count_parameters(cfg)[0], np.float32)
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, x in tensors_from(cfg, flat, TABLES[family]).items():
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [len(data), len(data) + x.nbytes]}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
     files = {"config.json": json.dumps(config).encode()}
     return files | {"model.safetensors": struct.pack("<Q", len(text)) + text + data}

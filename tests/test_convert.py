@@ -1,19 +1,19 @@
 """extras/convert.py: models of `transformers` with random weights give the same logits as ours; what is refused."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TABLES, ops_of, relative
-from helpers import CONFIGS, transformers_files
+from helpers import CONFIGS, OF_ALL, transformers_files
 
+import bpe
+import sample
 import tinygpt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "extras"))
-
-import convert
+from extras import convert
+from extras.recipes import LLAMA
+from extras.tensors import TABLES as NAMES
+from extras.tensors import fold_embedding_norm, parameters_from, tensors_from
 
 # == 1  the same logits ================================================================================================
 
@@ -51,6 +51,17 @@ MODELS = {  # family -> (configurations of transformers, limit): parts of theirs
                 mlp_bias=bias, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             )
             for groups, tied, bias in ((2, False, True), (6, True, False))
+        ],
+        1e-5,
+    ),
+    "Qwen3": (
+        [
+            dict(
+                hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6, head_dim=head,
+                num_key_value_heads=groups, max_position_embeddings=24, tie_word_embeddings=tied, attention_bias=bias,
+                rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+            )
+            for groups, tied, bias, head in ((2, False, True, 8), (6, True, False, 4))
         ],
         1e-5,
     ),
@@ -170,3 +181,124 @@ def test_layers_without_end_are_refused_at_once(types, tmp_path):
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match="config.json: .*attention_types"):
         load(tmp_path, json.loads((tmp_path / "config.json").read_bytes()) | {"attention_types": types})
+
+
+# == 3  to transformers ================================================================================================
+
+TOKENIZER = bpe.Tokenizer.from_merges([(b"a", b"b"), (b"c", b"d"), (b"ab", b"cd")])
+SHAPE = dict(vocab_size=TOKENIZER.vocab_size + 3, seq_len=24, width=24, layers=3, heads=6, hidden=28)
+BIASES = dict.fromkeys(("qkv_bias", "out_bias", "up_bias", "down_bias"), True)
+HALF, QWEN = LLAMA | dict(positions="rope-half"), LLAMA | dict(qk_norm=True, head_width=8)
+EXPORTED = {  # name -> (class of transformers, our fields, whether the same bytes come back)
+    "gpt2": ("GPT2LMHeadModel", dict(mlp="relu2", attention_scale=False), True),
+    "gpt2, short window": ("GPT2LMHeadModel", dict(position_rows=30, tied=False), True),
+    "gpt neo": ("GPTNeoForCausalLM", dict(attention_scale=False, qkv_bias=False, window=4, mlp="gelu"), True),
+    "llama": ("LlamaForCausalLM", HALF | dict(kv_heads=2, norm_eps=1e-3), True),
+    "llama, pairs of neighbours": ("LlamaForCausalLM", LLAMA | dict(kv_heads=2, tied=False), False),
+    "qwen3": ("Qwen3ForCausalLM", QWEN | dict(positions="rope-half", rope_theta=100.0), True),
+    "qwen3, pairs of neighbours": ("Qwen3ForCausalLM", QWEN | dict(kv_heads=3), False),
+    "qwen3, norm after the embedding": ("Qwen3ForCausalLM", QWEN | dict(embedding_norm=True), False),
+    "llama with biases": (
+        "LlamaForCausalLM",
+        LLAMA | dict.fromkeys(("qkv_bias", "out_bias", "down_bias"), True),
+        False,
+    ),
+}
+EXPORTED["llama with biases"][1]["up_bias"] = True
+
+
+def model_of(fields):
+    cfg = tinygpt.Config(**SHAPE | fields)
+    flat = tinygpt.init_parameters(cfg, 0) + 0.2 * np.random.default_rng(0).standard_normal(
+        tinygpt.count_parameters(cfg)[0]
+    )
+    return cfg, flat.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_transformers_loads_what_is_exported_and_tells_the_same(name, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    expected, fields, same_bytes = EXPORTED[name]
+    (cfg, flat), source, out = model_of(fields), tmp_path / "ours.safetensors", tmp_path / "theirs"
+    tinygpt.save_checkpoint(source, flat, cfg, TOKENIZER.to_json())
+    assert convert.main(["--to", "hf", str(source), str(out)]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert type(model).__name__ == expected and tokenizer.eos_token == bpe.END
+    text = "Lily abcd ab, the cab\n\u65e5"
+    ids = [TOKENIZER.end, *TOKENIZER.encode(text)][:20]
+    assert tokenizer(text).input_ids == TOKENIZER.encode(text) and tokenizer.decode(TOKENIZER.encode(text)) == text
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits.numpy()
+        greedy = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
+    assert relative(our_logits(flat, cfg, np.array([ids]), "numpy"), theirs) < 1e-5
+    decoding = sample.Decoding(tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers), cfg, tinygpt.OPS["numpy"])
+    banned = sample.never_drawn(cfg, TOKENIZER)
+    ours = list(sample.generate(decoding, ids, 0, TOKENIZER.end, 4, temperature=0, banned=banned))
+    assert [i for i in greedy if i != TOKENIZER.end] == ours
+    assert convert.main(["--from", "hf", str(out), str(tmp_path / "back.safetensors")]) == 0
+    back = tinygpt.load_checkpoint(tmp_path / "back.safetensors")
+    assert (back.parameters.tobytes() == flat.tobytes()) == same_bytes
+    assert relative(our_logits(back.parameters, back.cfg, np.array([ids]), "numpy"), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS])
+def test_tensors_of_other_systems_come_back_as_the_same_bytes(family):
+    cfg = tinygpt.Config(vocab_size=11, tied=False, **convert.FAMILIES[family](OF_ALL | CONFIGS[family])[0])
+    flat = np.random.default_rng(0).standard_normal(tinygpt.count_parameters(cfg)[0], np.float32)
+    theirs = tensors_from(cfg, flat, NAMES[family]) | {"extra": flat[:3]}
+    found, left = parameters_from(cfg, theirs, NAMES[family])
+    assert found.tobytes() == flat.tobytes() and left == ["extra"]
+
+
+def test_the_names_of_cs336_are_a_table():
+    cfg, flat = model_of(LLAMA | dict(tied=False))
+    theirs = tensors_from(cfg, flat, NAMES["cs336"])
+    assert theirs["layers.2.attn.k_proj.weight"].shape == (24, 24) and "layers.0.ffn.w2.weight" in theirs
+    assert parameters_from(cfg, theirs, NAMES["cs336"])[0].tobytes() == flat.tobytes()
+
+
+def test_a_norm_after_the_embedding_folds_exactly():
+    cfg, flat = model_of(QWEN | dict(embedding_norm=True))
+    without, folded = fold_embedding_norm(cfg, flat)
+    tokens = np.arange(20)[None]
+    assert not without.embedding_norm and not without.tied
+    ours, theirs = (our_logits(x, c, tokens, "numpy") for x, c in ((flat, cfg), (folded, without)))
+    assert np.array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="positions=learned"):
+        fold_embedding_norm(*model_of(dict(embedding_norm=True)))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(positions="rope"), "no class for this model; GPT2LMHeadModel differs in positions=rope-half"),
+        (LLAMA | dict(qkv_bias=True), "LlamaForCausalLM differs in out_bias=False \\(expected True\\)"),
+        (dict(window=4), "GPT2LMHeadModel differs in window=4 \\(expected 0\\)"),
+        (dict(head_bias=True), "GPT2LMHeadModel differs in head_bias=True"),
+        (dict(final_norm=False), "GPT2LMHeadModel differs in final_norm=False"),
+    ],
+)
+def test_a_model_that_transformers_has_no_class_for_is_refused_by_what_differs(fields, message):
+    with pytest.raises(ValueError, match=message):
+        convert.to_transformers(*model_of(fields))
+
+
+def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
+    (cfg, flat), source = model_of({}), tmp_path / "m.safetensors"
+    tinygpt.save_checkpoint(source, flat, cfg, TOKENIZER.to_json())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    for words, message in [
+        (["--to", "hf", source, tmp_path / "full"], "full exists and is not an empty folder"),
+        (["--to", "hf", source, source], "exists and is not an empty folder"),
+        (["--to", "hf", source], "expected one file or folder to write"),
+        (["--to", "hf", source, "a", "--out", "b"], "expected one file or folder to write"),
+        (["--to", "hf", tmp_path / "none", "a"], "No such file"),
+        (["--to", "hf", tmp_path / "full", "a"], "No such file"),
+        (["--to", "gif", source, "a"], "invalid choice: 'gif'"),
+    ]:
+        with pytest.raises(SystemExit) as left:
+            convert.main([str(word) for word in words])
+        err = capsys.readouterr().err
+        assert left.value.code == 2 and message in err and err.count("\n") == 1, err
