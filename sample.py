@@ -157,8 +157,8 @@ def newest_checkpoint(folder=Path("runs")):
 def load_model(path, tokenizer_path=None):
     """(`Checkpoint`, its tokenizer). ValueError if the two do not fit together, if a weight is NaN or infinite, or if
     the checkpoint has a tokenizer and the file named holds another."""
-    llama2c = str(path).endswith(".bin") and bpe.find_extra("convert", f"{path}, a model of llama2.c,")
-    checkpoint = llama2c.load_llama2c(path) if llama2c else tinygpt.load_checkpoint(path)
+    llama2c = str(path).endswith(".bin") and bpe.find_extra("llama2c", f"{path}, a model of llama2.c,")
+    checkpoint = llama2c.load(path) if llama2c else tinygpt.load_checkpoint(path)
     if not checkpoint.tokenizer and not tokenizer_path:
         raise ValueError(f"{path} holds no tokenizer; name its file with --tokenizer")
     own = bpe.Tokenizer.from_json(checkpoint.tokenizer) if checkpoint.tokenizer else None

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fast
 import sample
 import tinygpt
-from extras import convert
+from extras import llama2c
 from fast import decode
 
 MEMORY = 1 << 28  # bytes of the array that is read: more than caches hold
@@ -56,12 +56,12 @@ def bandwidth(x, sums):
 
 
 def our_model(size, checkpoint):
-    """(parameter views, configuration)."""
+    """(flat parameters, configuration)."""
     if checkpoint:
-        found = convert.load_llama2c(checkpoint)
-        return tinygpt.views(tinygpt.layout(found.cfg), found.parameters, found.cfg.layers), found.cfg
+        found = llama2c.load(checkpoint)
+        return found.parameters, found.cfg
     cfg = tinygpt.find_size(size)
-    return tinygpt.views(tinygpt.layout(cfg), tinygpt.init_parameters(cfg, 0), cfg.layers), cfg
+    return tinygpt.init_parameters(cfg, 0), cfg
 
 
 def our_turn(decoding, first, stop, steps):
@@ -73,27 +73,6 @@ def our_turn(decoding, first, stop, steps):
 
 
 # == 3  theirs =========================================================================================================
-
-
-def write_llama2c(path, p, cfg):
-    """A model as llama2.c's version 0 has it: seven int32, then float32 tensors (out, in), rotations among them."""
-    H, G, D, layers = cfg.heads, cfg.kv_heads, cfg.head_width, p["layers"]
-
-    def columns(name, first, last):
-        return [layer[name][:, first:last].T for layer in layers]
-
-    parts = [p["embed_w"], *(layer["norm1_w"] for layer in layers)]
-    for first, last in ((0, H * D), (H * D, (H + G) * D), ((H + G) * D, (H + 2 * G) * D)):
-        parts += columns("qkv_w", first, last)
-    parts += [*columns("out_w", 0, cfg.width), *(layer["norm2_w"] for layer in layers)]
-    parts += [*columns("up_w", 0, cfg.hidden), *columns("down_w", 0, cfg.width)]
-    parts += [*columns("up_w", cfg.hidden, 2 * cfg.hidden), p["norm_w"], np.zeros((2 * cfg.seq_len, D // 2))]
-    parts += [] if cfg.tied else [p["head_w"]]
-    vocabulary = cfg.vocab_size if cfg.tied else -cfg.vocab_size
-    with open(path, "wb") as file:
-        file.write(struct.pack("<7i", cfg.width, cfg.hidden, cfg.layers, H, G, vocabulary, cfg.seq_len))
-        for x in parts:
-            file.write(np.ascontiguousarray(x, "<f4").tobytes())
 
 
 def their_pieces(path, V):
@@ -128,7 +107,8 @@ def same_text(ids, pieces, first, theirs):
 
 
 def measure(size, args, folder):
-    (p, cfg), first = our_model(size, args.checkpoint), 1  # 1 is llama2.c's beginning of a text
+    (flat, cfg), first = our_model(size, args.checkpoint), 1  # 1 is llama2.c's beginning of a text
+    p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
     steps, speeds, same = min(args.steps, cfg.seq_len), {}, []
     head = 4 * cfg.vocab_size * cfg.width
     bytes_read = 4 * tinygpt.count_parameters(cfg)[2] + (head if cfg.tied else 0)
@@ -138,7 +118,7 @@ def measure(size, args, folder):
     if theirs:
         pieces = their_pieces(args.tokenizer, cfg.vocab_size)
         if not args.checkpoint:
-            write_llama2c(checkpoint, p, cfg)
+            llama2c.write_model(checkpoint, cfg, flat)
     memory = tinygpt.aligned(MEMORY // 4, np.float32)
     memory[:] = 1
     sums = np.zeros((BLOCKS, 64 + MEMORY // 4 // BLOCKS // 64), np.float32)

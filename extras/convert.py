@@ -2,6 +2,7 @@
 
     python extras/convert.py --from hf FOLDER model.safetensors     # config.json, *.safetensors, tokenizer.json
     python extras/convert.py --to hf runs/1m OUT                    # AutoModelForCausalLM.from_pretrained("OUT")
+    python extras/convert.py --to llama2c runs/1m OUT               # its run: extras/llama2c.py
 
 GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. The converted model computes the same logits; otherwise the
 conversion fails. Every field of config.json that affects logits is either converted or rejected; the fields not named
@@ -13,9 +14,6 @@ Read in order: tensors.py, which names tensors; here 1 fields of config.json, 2 
 import codecs
 import contextlib
 import json
-import math
-import os
-import struct
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
-from extras.recipes import LLAMA
+from extras import llama2c
 from extras.tensors import (
     TABLES,
     fold_embedding_norm,
@@ -319,47 +317,7 @@ def save_transformers(folder, cfg, parameters, tokenizer):
     tinygpt.write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
 
 
-# == 5  models of llama2.c =============================================================================================
-#
-# sample.py and others read such a file as it is: a checkpoint of ours made from it in memory.
-
-
-def load_llama2c(path):
-    """A `Checkpoint` without a tokenizer from a model file of llama2.c, version 0. ValueError if the file is not one or
-    holds NaN or infinity.
-
-    Seven int32, C F L H G V T (V negative: the head has a matrix of its own), then float32 tensors, (out, in).
-    https://github.com/karpathy/llama2.c
-    """
-    with open(path, "rb") as f:
-        size, head = os.fstat(f.fileno()).st_size, f.read(28)
-    if len(head) < 28:
-        raise ValueError(f"{path} is not a model of llama2.c: it has {size} bytes")
-    C, F, L, H, G, V, T = struct.unpack("<7i", head)
-    if min(C, F, L, H, G, abs(V), T) < 1 or max(C, F, L, H, G, abs(V), T) >= 2**24 or C % H or C // H % 2 or H % G:
-        raise ValueError(f"{path} is not a model of llama2.c: its first numbers are no shape")
-    D, tied, V = C // H, V > 0, abs(V)
-    shapes = {"embed_w": (V, C), "norm1_w": (L, C), "q": (L, C, C), "k": (L, G * D, C), "v": (L, G * D, C)}
-    shapes |= {"out_w": (L, C, C), "norm2_w": (L, C), "gate": (L, F, C), "down_w": (L, C, F), "value": (L, F, C)}
-    shapes |= {"norm_w": (C,), "cos": (T, D // 2), "sin": (T, D // 2)} | ({} if tied else {"head_w": (V, C)})
-    if size != (expected := 28 + 4 * sum(map(math.prod, shapes.values()))):
-        raise ValueError(f"{path} is not a model of llama2.c: it has {size} bytes, its shape asks for {expected}")
-    data, x, offset = Path(path).read_bytes(), {}, 28
-    for name, shape in shapes.items():
-        x[name] = np.frombuffer(data, "<f4", math.prod(shape), offset).reshape(shape)
-        offset += x[name].nbytes
-    for name in ("q", "k", "v", "out_w", "gate", "down_w", "value"):
-        x[name] = x[name].swapaxes(1, 2)  # (L, in, out)
-    x |= {"qkv_w": np.concatenate([x["q"], x["k"], x["v"]], 2), "up_w": np.concatenate([x["gate"], x["value"]], 2)}
-    shape = dict(vocab_size=V, seq_len=T, width=C, layers=L, heads=H, kv_heads=G, hidden=F, tied=tied)
-    cfg = tinygpt.Config(**LLAMA, **shape)
-    tensors = {t.name: x[t.name] for t in tinygpt.layout(cfg)}
-    tinygpt.check_finite(path, tensors)
-    parameters = np.concatenate([tensor.reshape(-1) for tensor in tensors.values()])
-    return tinygpt.Checkpoint(parameters, cfg, "", {}, {"format": "llama2.c", "version": "0"})
-
-
-# == 6  command line ===================================================================================================
+# == 5  command line ===================================================================================================
 
 
 def read_folder(folder, out):
@@ -377,8 +335,11 @@ def read_folder(folder, out):
     return len(parameters)
 
 
-def write_folder(source, out, tokenizer_path):
-    """Convert a checkpoint, or the best of a run's folder, to a folder for transformers -> its number of parameters."""
+WRITE = {"hf": save_transformers, "llama2c": llama2c.save}
+
+
+def write_folder(source, out, system, tokenizer_path):
+    """Convert a checkpoint, or the best of a run's folder, to a folder for a system -> its number of parameters."""
     if source.is_dir():
         source = source / ("best.safetensors" if (source / "best.safetensors").exists() else "last.safetensors")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -386,7 +347,7 @@ def write_folder(source, out, tokenizer_path):
     checkpoint, tokenizer = load_model(source, tokenizer_path)
     if checkpoint.cfg.embedding_norm:
         bpe.note("the norm after the embedding becomes part of an input table of its own")
-    save_transformers(out, checkpoint.cfg, checkpoint.parameters, tokenizer)
+    WRITE[system](out, checkpoint.cfg, checkpoint.parameters, tokenizer)
     return len(checkpoint.parameters)
 
 
@@ -396,21 +357,24 @@ def main(argv=None):
     parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the folder or checkpoint to write")
     parser.add_argument("--out", type=Path, metavar="FILE", help="OUT, named by a flag")
     direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--to", choices=["hf"], help="write a folder that transformers loads")
-    direction.add_argument("--from", choices=["hf"], help="read such a folder: the default")
+    direction.add_argument("--to", choices=WRITE, help="write a folder that transformers or llama2.c loads")
+    direction.add_argument("--from", choices=["hf"], help="read a folder of transformers: the default")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
     args = parser.parse_args(argv)
     if (args.out is None) == (args.target is None):
         parser.error("expected one file or folder to write: OUT or --out")
     out = args.out or args.target
     try:
-        count = write_folder(args.source, out, args.tokenizer) if args.to else read_folder(args.source, out)
+        count = write_folder(args.source, out, args.to, args.tokenizer) if args.to else read_folder(args.source, out)
     except OSError as error:
         parser.error(error)
     except (ValueError, RecursionError) as error:
         parser.error(f"{args.source}: {error}")
-    use = f'AutoModelForCausalLM.from_pretrained("{out}")' if args.to else f"python sample.py --checkpoint {out}"
-    print(f"{out}: {count:,} parameters; {use}", file=sys.stderr)
+    use = {
+        "hf": f'AutoModelForCausalLM.from_pretrained("{out}")',
+        "llama2c": f"run {out}/model.bin -z {out}/tokenizer.bin",
+    }
+    print(f"{out}: {count:,} parameters; {use.get(args.to, f'python sample.py --checkpoint {out}')}", file=sys.stderr)
     return 0
 
 

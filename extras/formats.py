@@ -103,11 +103,13 @@ class SpacedTokenizer(Tokenizer):
         return [names[i] if i in names else self.string(token) for i, token in enumerate(self.vocab)]
 
     def string(self, token):
-        return token.decode("utf-8", "replace").replace(" ", BLANK_MARK)
+        return token.decode("utf-8", "surrogateescape").replace(" ", BLANK_MARK)
 
     def to_json(self):
         if self.tied:
             raise ValueError("a tokenizer.json cannot hold merges of one rank, which tokenizer.bin of llama2.c has")
+        if cut := [token for token in self._ids if not token.decode("utf-8", "ignore").encode() == token]:
+            raise ValueError(f"a tokenizer.json cannot hold token {cut[0]!r:.60}: it has a part of a character")
         data = json.loads(super().to_json()) | SPACED
         data["model"] |= {"unk_token": UNKNOWN, "fuse_unk": True, "byte_fallback": True}
         return json.dumps(data, ensure_ascii=False, indent=0) + "\n"

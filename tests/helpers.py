@@ -177,6 +177,24 @@ def write_llama2c(folder):
     (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 8) + data)
 
 
+def llama2c_file(path, cfg, flat):
+    """Our parameters as llama2.c's version 0 writes them: seven int32, then tensors (out, in), rotations among them."""
+    p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
+    C, F, L, H, G, D = cfg.width, cfg.hidden, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_width
+    names = ("norm1_w", "qkv_w", "out_w", "norm2_w", "up_w", "down_w")
+    stacked = {name: np.stack([layer[name] for layer in p["layers"]]) for name in names}
+    q, k, v = np.split(stacked["qkv_w"], [H * D, (H + G) * D], 2)
+    gate, value = np.split(stacked["up_w"], 2, 2)
+    matrices = [q, k, v, stacked["out_w"]], [gate, stacked["down_w"], value]
+    angles = np.zeros((cfg.seq_len, D // 2))
+    parts = [p["embed_w"], stacked["norm1_w"], *(x.swapaxes(1, 2) for x in matrices[0]), stacked["norm2_w"]]
+    parts += [*(x.swapaxes(1, 2) for x in matrices[1]), p["norm_w"], angles, angles]
+    parts += [] if cfg.tied else [p["head_w"]]
+    vocabulary = cfg.vocab_size if cfg.tied else -cfg.vocab_size
+    data = struct.pack("<7i", C, F, L, H, G, vocabulary, cfg.seq_len)
+    path.write_bytes(data + b"".join(np.ascontiguousarray(x, "<f4").tobytes() for x in parts))
+
+
 # -- text that is hard to split, tokenizers
 
 END = bpe.END

@@ -14,7 +14,6 @@ import pytest
 from conftest import random_parameters, tiny_config
 
 import tinygpt
-from extras import convert, recipes
 from tinygpt import load_checkpoint, read_safetensors, save_checkpoint, write_aside, write_safetensors
 
 CFG = tiny_config()
@@ -367,48 +366,6 @@ def test_a_rename_that_fails_leaves_the_old_file(path, monkeypatch):
 def test_saving_to_a_folder_that_is_not_there_is_an_oserror(tmp_path):
     with pytest.raises(OSError):
         save(tmp_path / "none" / "model.safetensors")
-
-
-# -- models of llama2.c
-
-
-def llama2c_file(path, cfg, flat):
-    """Our parameters as llama2.c's version 0 writes them: seven int32, then tensors (out, in), rotations among them."""
-    p = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers)
-    C, F, L, H, G, D = cfg.width, cfg.hidden, cfg.layers, cfg.heads, cfg.kv_heads, cfg.head_width
-    names = ("norm1_w", "qkv_w", "out_w", "norm2_w", "up_w", "down_w")
-    stacked = {name: np.stack([layer[name] for layer in p["layers"]]) for name in names}
-    q, k, v = np.split(stacked["qkv_w"], [H * D, (H + G) * D], 2)
-    gate, value = np.split(stacked["up_w"], 2, 2)
-    matrices = [q, k, v, stacked["out_w"]], [gate, stacked["down_w"], value]
-    angles = np.zeros((cfg.seq_len, D // 2))
-    parts = [p["embed_w"], stacked["norm1_w"], *(x.swapaxes(1, 2) for x in matrices[0]), stacked["norm2_w"]]
-    parts += [*(x.swapaxes(1, 2) for x in matrices[1]), p["norm_w"], angles, angles]
-    parts += [] if cfg.tied else [p["head_w"]]
-    vocabulary = cfg.vocab_size if cfg.tied else -cfg.vocab_size
-    data = struct.pack("<7i", C, F, L, H, G, vocabulary, cfg.seq_len)
-    path.write_bytes(data + b"".join(np.ascontiguousarray(x, "<f4").tobytes() for x in parts))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_model_of_llama2c_is_read_as_the_same_model(tmp_path, tied):
-    shape = dict(vocab_size=11, seq_len=5, width=12, layers=2, heads=6, kv_heads=3, hidden=7, tied=tied)
-    cfg = tinygpt.Config(**recipes.LLAMA, **shape)
-    flat = tinygpt.init_parameters(cfg, 0)
-    llama2c_file(tmp_path / "model.bin", cfg, flat)
-    found = convert.load_llama2c(tmp_path / "model.bin")
-    assert found.cfg == cfg and found.tokenizer == ""
-    assert np.array_equal(found.parameters, flat)
-
-
-def test_a_model_of_llama2c_that_is_cut_short_is_refused(tmp_path):
-    cfg = tinygpt.Config(**recipes.LLAMA, vocab_size=11, seq_len=5, width=12, layers=2, heads=6, hidden=7)
-    llama2c_file(tmp_path / "model.bin", cfg, tinygpt.init_parameters(cfg, 0))
-    data = (tmp_path / "model.bin").read_bytes()
-    for size in (0, 20, 28, len(data) - 1):
-        (tmp_path / "model.bin").write_bytes(data[:size])
-        with pytest.raises(ValueError, match="is not a model of llama2.c: "):
-            convert.load_llama2c(tmp_path / "model.bin")
 
 
 # -- files that several processes write

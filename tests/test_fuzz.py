@@ -15,14 +15,13 @@ import tracemalloc
 import numpy as np
 import pytest
 from conftest import random_parameters, tiny_config
-from helpers import CONFIGS, TOK512, transformers_files
-from test_checkpoints import llama2c_file
+from helpers import CONFIGS, TOK512, llama2c_file, transformers_files
 
 import bpe
 import sample
 import tinygpt
 import train
-from extras import convert, formats, recipes, report, resume
+from extras import convert, formats, llama2c, recipes, report, resume
 
 MANY = [1, pytest.param(10, marks=pytest.mark.slow)]
 STORIES = ["Lily found a red ball.", "Tom and the cat saw the moon.", "The end came soon."] * 3
@@ -201,7 +200,7 @@ def test_a_damaged_model_of_llama2c_is_refused_in_one_line_or_loads(tmp_path, ma
     good, rng, counts = path.read_bytes(), np.random.default_rng(4), collections.Counter()
     for _ in range(1000 * many):
         path.write_bytes(data := damaged(good[:28], rng)[:28] + good[28:] if rng.random() < 0.5 else damaged(good, rng))
-        found = outcome(lambda: convert.load_llama2c(path), len(data))
+        found = outcome(lambda: llama2c.load(path), len(data))
         counts["refused" if found is None else "loaded"] += 1
     assert len(counts) > 1 and min(counts.values()) > 10, counts
     print(dict(counts))
