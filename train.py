@@ -385,10 +385,11 @@ class Settings:
     dropout: float = flag(0.0, "of attention, its output and the MLP's; 0 is off", in_range(float, 0, 0.99))
     seed: int = flag(0, "of weights, data order and dropout", in_range(int, 0, 2**63 - 1))
     kernels: str = flag("fast", "table of ops (default the fastest that is here)", choices=KERNELS)
-    dtype: str = flag("float32", "of products; auto: bfloat16 if the CPU has tiles", choices=("auto", *DTYPES))
+    dtype: str = flag("float32", "of products; auto: bfloat16 if the CPU has it", choices=("auto", *DTYPES))
     eval_every: int = flag(1, "updates between evaluations (default a tenth of the run)", COUNT, metavar="N")
     save_every: float = flag(20.0, "seconds between checkpoints", in_range(float, 0, 1e6), metavar="S")
     keep: int = flag(0, "checkpoints that stay, evenly over the run", in_range(int, 0, 10**6), metavar="N")
+    instruction: str = ""  # that multiplies bf16
     steps: int = 1  # updates
     eval_tokens: int = 1  # of the validation text, scored at each evaluation
     prompts: list = field(default_factory=list)
@@ -414,16 +415,17 @@ def choose_settings(args, cfg, steps=1):
     if batch_size % micro:
         options = " or ".join(str(n) for n in divisors(batch_size) if micro / 3 < n < 3 * micro) or batch_size
         raise ValueError(f"--micro-batch-size {micro} does not divide --batch-size {batch_size}; try {options}")
-    kernels, dtype = tinygpt.find_ops(args.kernels).name, "float32"
+    kernels, instruction = tinygpt.find_ops(args.kernels).name, ""
     if kernels == "fast" and args.dtype != "float32":
-        from fast import why_no_bf16
+        from fast import find_bf16
 
-        dtype = "float32" if why_no_bf16() else "bfloat16"
+        instruction = find_bf16()[0] or ""
     elif args.dtype == "bfloat16":
         tinygpt.find_ops(kernels, args.dtype)  # which says why there is none
     every = chosen.setdefault("eval_every", max(1, steps // 10))
     eval_tokens = max(4 * cfg.seq_len, int(EVALUATED * (every * batch_size * cfg.seq_len)))
-    chosen |= {"kernels": kernels, "dtype": dtype, "eval_tokens": eval_tokens, "flags": flags_given(args)}
+    chosen |= {"kernels": kernels, "dtype": "bfloat16" if instruction else "float32", "instruction": instruction}
+    chosen |= {"eval_tokens": eval_tokens, "flags": flags_given(args)}
     return Settings(**chosen, prompts=args.prompt or [], size=size_of(args), init_from=args.init_from or "")
 
 

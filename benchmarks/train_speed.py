@@ -9,7 +9,7 @@
 A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shape, WIDTHxLAYERS (weights tied, tanh
 GELU, no dropout), or of one of our sizes.
 Ours and theirs take turns in one run, so that a machine whose speed drifts treats both alike; medians and their ratio.
-Our products are in bf16 where the processor has tiles for them, as train.py's are; --dtype float32 goes without. Each
+Our products are in bf16 where the processor multiplies it faster, as train.py's are; --dtype float32 goes without. Each
 side runs in a process of its own, whose threads sleep while the other one's turn lasts. The peak is that of a float32
 product by NumPy's BLAS, measured in our turns. First: seconds from the start of the process to its first step.
 """
@@ -347,7 +347,7 @@ def main():
         parser.error(f"--size {unknown[0]}: expected one of {', '.join([*SHAPES, *tinygpt.find_sizes()])}")
     if args.serve:
         return serve(args.serve, args.size[0], args.threads, args.dtype, args.kernels)
-    reason = "--avx2" if args.avx2 else fast.why_no_bf16()
+    reason = "--avx2" if args.avx2 else fast.find_bf16()[1]
     if args.dtype == "bfloat16" and reason:
         parser.error(f"--dtype bfloat16: {reason}")
     if args.dtype == "auto":

@@ -14,8 +14,9 @@ import numpy as np
 
 import bpe
 import sample
+import tinygpt
 import train
-from extras import data, locks, run, summary
+from extras import data, locks, run
 
 
 def resume_run(args, ranks):
@@ -114,10 +115,17 @@ def check_settings(s):
 
 
 def check_precision(s, folder):
-    """ValueError if this machine lacks the products that a run began with: its bytes would differ."""
-    if s.dtype == "bfloat16" and (reason := summary.why_float32(s.kernels)):
+    """ValueError if this machine multiplies by another instruction than a run began with: its bytes would differ."""
+    if s.dtype != "bfloat16":
+        return
+    tinygpt.find_ops(s.kernels)  # which says so if fast/ is missing
+    from fast import find_bf16
+
+    instruction, reason = find_bf16()
+    if instruction != s.instruction:
+        reason = reason or f"this machine does by {instruction}"
         other = f"resume it where it began, or begin another run: --init-from {folder / 'last.safetensors'}"
-        raise ValueError(f"the run in {folder} multiplies in bfloat16, but {reason}; {other}")
+        raise ValueError(f"the run in {folder} multiplies in bfloat16 by {s.instruction}, but {reason}; {other}")
 
 
 def check_tokens(folder, s, data):

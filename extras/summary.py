@@ -66,7 +66,9 @@ def scoring_time(run):
 def describe_precision(s):
     """What products are made of; where that is float32 although no flag says so, why."""
     if s.dtype == "bfloat16":
-        return "bfloat16 tiles multiply; float32 for all else"
+        from fast.bf16 import INSTRUCTIONS
+
+        return f"bfloat16 products by {INSTRUCTIONS[s.instruction]}, which this processor has; float32 for all else"
     reason = why_float32("fast") if s.kernels == "fast" and s.flags.get("dtype") != "float32" else None
     return "float32" + (f": {reason}" if reason else "")
 
@@ -75,9 +77,9 @@ def why_float32(kernels):
     """None where products of this table can be bf16, else why they are float32, in a sentence."""
     if kernels != "fast":
         return f"--kernels {kernels} has no others"
-    from fast import why_no_bf16
+    from fast import find_bf16
 
-    return why_no_bf16()
+    return find_bf16()[1]
 
 
 def describe_held_out(data):

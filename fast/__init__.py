@@ -22,7 +22,7 @@ Read in this order:
     products   matrix products                      mlp         |
     workspace  the buffers of the sublayers         head       /
     panels     products with weights, gradients     decode     one token after another, and draw, which chooses it
-    bf16       products on the matrix unit (AMX), and pack, what it reads
+    bf16       products in bf16: pack, what they read, and innermost, the instructions (AMX, VDPBF16PS)
     words      long texts to ids, and merges, which trains a tokenizer: for bpe.py
 """
 
@@ -35,6 +35,7 @@ from numba.core.caching import FunctionCache
 import tinygpt
 from fast import attention, bf16, panels
 from fast.attention import attention_layer_backward_fast, attention_layer_forward_fast
+from fast.bf16 import find_bf16
 from fast.embed import embed_backward_fast, embed_forward_fast
 from fast.head import head_kernel, head_logits_fast, head_loss_fast
 from fast.jit import STAMP
@@ -49,10 +50,10 @@ __all__ = [
     "FLOAT32",
     "POOL",
     "compile_half",
+    "find_bf16",
     "is_compiled",
     "kernel",
     "table",
-    "why_no_bf16",
     "workspace_layout",
 ]
 
@@ -70,14 +71,9 @@ FLOAT32 = Ops(
 BFLOAT16 = dataclasses.replace(FLOAT32, make_space=bf16.make_bf16_workspace)
 
 
-def why_no_bf16():
-    """None where float32 can be multiplied in bf16 tiles, else why not, in a sentence."""
-    return bf16.why_not()
-
-
 def table(dtype="float32"):
     """The table whose products are in this dtype; ValueError with the reason if this machine has none."""
-    if dtype == "bfloat16" and (reason := why_no_bf16()):
+    if dtype == "bfloat16" and (reason := find_bf16()[1]):
         raise ValueError(f"no products in bfloat16: {reason}")
     return {"float32": FLOAT32, "bfloat16": BFLOAT16}[dtype]
 

@@ -1,4 +1,4 @@
-"""`python -m fast`: whether this machine has bf16 tiles, how exact their products are, and how fast."""
+"""`python -m fast`: how this machine multiplies bf16, how exactly, and how fast."""
 
 import sys
 

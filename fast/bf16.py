@@ -1,24 +1,18 @@
-"""Matrix products of bf16 tiles: the matrix unit that Intel's processors have since 2023 (AMX), driven from Numba.
+"""Matrix products in bf16: AMX, the matrix unit of Intel's processors since 2023, and VDPBF16PS (AVX512-BF16), which
+AMD's have since Zen 4 and some of Intel's, driven from Numba.
 
-    python -m fast      # whether this machine has it, how exact its products are, and how fast
+    python -m fast      # which of them this machine has, how exact its products are, and how fast
 
 `train.py --dtype bfloat16` multiplies through this file. Operands are rounded to bf16, 8 bits of mantissa, as they are
-packed; what they add up to is float32.
+packed; sums are float32.
 
 It replaces `product` of fast/products.py for all but small products; the specification is the float32 product of
-operands that `rounded` has rounded. On a core of an Intel with AMX the first version multiplied at 300-800 GFLOP/s
-where NumPy's float32 BLAS has 135. A weight is packed once for all rows that meet it: fast/panels.py has the times.
+operands that `rounded` has rounded. The driver blocks, packs and handles edges, once for all instructions; the
+innermost block, of which fast/innermost.py has five kinds, is called by its address. A weight is packed once for all
+rows that meet it: fast/panels.py has the times.
 
-Read in order: 1 what this machine has, 3 the innermost block, 4 the driver, 5 how it is called, 6 the buffers of the
-sublayers; 2 packing is in pack.py.
-
-The driver blocks, packs and handles edges, once for all; the innermost block is called by its address, and there are
-three. "amx" is the matrix unit. "stand-in" reads the same packed operands and adds up in the same order with ordinary
-float32 arithmetic: what a machine without the unit can test. "float64" rounds nothing, so that finite differences run
-through the same driver.
-
-Tiles: a is 16 rows of 32 columns; b is 32 rows of 16 columns, two rows interleaved: 16 rows of 16 pairs; c is 16 x 16.
-Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1 chapter 18, volume 2 under TDPBF16PS.
+Read in order: 1 what this machine has, 2 the driver, 3 how it is called, 4 the buffers of the sublayers. pack.py packs,
+innermost.py multiplies.
 """
 
 import ctypes
@@ -35,26 +29,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fast.innermost import amx_cell, amx_stand_in, avx512_cell, avx512_stand_in, configure_unit, release_unit
 from fast.jit import CACHE_LINE, callback, compiles_for, jitted
-from fast.memory import I8, I32, I64, load, multiply_add, peek, poke, splat, store
-from fast.pack import (
-    SQUARE,
-    STEP,
-    TILE,
-    copy_padded,
-    element_vector,
-    instruction,
-    pack_a,
-    pack_b,
-    packed_size,
-    sizes_of,
-)
+from fast.memory import I64, load, peek, poke
+from fast.pack import SQUARE, STEP, TILE, converts, copy_padded, pack_a, pack_b, packed_size, sizes_of
 from fast.products import MULTIPLY, PACK
 from fast.threads import POOL
 from fast.workspace import make_workspace
 from tinygpt import aligned
 
 LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
+INSTRUCTIONS = {"amx": "Intel AMX", "avx512": "AVX512-BF16"}  # the fastest first
+STAND_INS = "amx stand-in", "avx512 stand-in"
+DTYPES = dict.fromkeys((*INSTRUCTIONS, *STAND_INS), "float32") | {"float64": "float64"}  # of sums
 BLOCKS = 5, 16  # rows of c in SQUAREs, columns of a in STEPs, that are packed at a time: 160 KiB, of a core's 2 MiB
 
 
@@ -79,149 +66,33 @@ def product_error(kind):
     return float(np.abs(c - expected).max() / np.abs(expected).max())
 
 
-def why_not():
-    """None where float32 can be multiplied in bf16 tiles, else why not, in a sentence."""
-    here = platform.system(), platform.machine()
-    if here != ("Linux", "x86_64"):
-        return f"bf16 tiles (Intel AMX) are used on Linux x86_64 only, this is {' '.join(here)}"
-    if not (compiles_for("amx-tile") and compiles_for("amx-bf16")):
-        return "this processor has no bf16 tiles (Intel AMX)"
-    if refused := ask_linux():
-        return f"Linux refuses the tile registers of this processor ({os.strerror(refused)})"
-    error = product_error("amx")
-    return None if error < 1e-5 else f"the tiles of this processor fail their test (relative error {error:.1e})"
+def hindrance(kind):
+    """None where this machine multiplies by a kind's instruction, else why not, in a sentence."""
+    if kind == "avx512" and not converts():
+        return "this processor has no AVX512-BF16"
+    if kind == "amx":
+        here = platform.system(), platform.machine()
+        if here != ("Linux", "x86_64"):
+            return f"bf16 tiles (Intel AMX) are used on Linux x86_64 only, this is {' '.join(here)}"
+        if not (compiles_for("amx-tile") and compiles_for("amx-bf16")):
+            return "this processor has no bf16 tiles (Intel AMX)"
+        if refused := ask_linux():
+            return f"Linux refuses the tile registers of this processor ({os.strerror(refused)})"
+    error = product_error(kind)
+    return None if error < 1e-5 else f"{INSTRUCTIONS[kind]} fails its test here (relative error {error:.1e})"
 
 
-# == 3  the innermost block ============================================================================================
-#
-# c (32, 32) = a b, or c += a b if add: two rows of `steps` tiles of a, two columns of as many tiles of b. The tile of c
-# in row i and column j becomes, step after step,  c + (e + o),  e = sum_k a_i,2k b_2k,j,  o = sum_k a_i,2k+1 b_2k+1,j,
-# e and o being chains of 16 fused multiply-adds that begin at 0: the order of TDPBF16PS. (The unit also takes float32
-# below 1.2e-38 for 0.)
+def find_bf16():
+    """(the fastest of INSTRUCTIONS that this processor has, None), or (None, why there is none, in a sentence)."""
+    reasons = []
+    for kind in INSTRUCTIONS:
+        reasons.append(hindrance(kind))
+        if reasons[-1] is None:
+            return kind, None
+    return None, "; ".join(reasons)
 
 
-def cell(call):
-    """Numba function of (top, bottom, left, right: tiles of a and b; c, c_row, steps, add) whose code `call` builds."""
-
-    @intrinsic
-    def block(typing_context, top, bottom, left, right, c, c_row, steps, add, zero):
-        def build(context, builder, signature, args):
-            call(context, builder, zero, *args[:8])
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 8, zero), build
-
-    return block
-
-
-def unit(builder, name, *operands):
-    """An instruction of the matrix unit: tiles by number."""
-    instruction(builder, name, ir.VoidType(), *(I8(x) if isinstance(x, int) else x for x in operands))
-
-
-def unit_block(context, builder, zero, top, bottom, left, right, c, c_row, steps, add):
-    """Tiles 0 to 3 are those of c, 4 and 5 of a, 6 and 7 of b."""
-
-    def move(name, tile, address, stride):
-        unit(builder, name, tile, builder.inttoptr(address, I8.as_pointer()), stride)
-
-    low = builder.add(c, builder.mul(c_row, I64(TILE)))
-    corners = [builder.add(row, I64(4 * TILE * j)) for row in (c, low) for j in range(2)]
-    with builder.if_else(builder.icmp_signed("!=", add, I64(0))) as (resume, begin):
-        with resume:
-            for tile, corner in enumerate(corners):
-                move("tileloadd64", tile, corner, c_row)
-        with begin:
-            for tile in range(4):
-                unit(builder, "tilezero", tile)
-    with cgutils.for_range(builder, steps) as loop:
-        at = builder.mul(loop.index, I64(TILE * 64))
-        for tile, operand in zip((4, 6, 7, 5), (top, left, right, bottom)):
-            move("tileloadd64", tile, builder.add(operand, at), I64(64))
-        for tile in range(4):
-            unit(builder, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
-    for tile, corner in enumerate(corners):
-        move("tilestored64", tile, corner, c_row)
-
-
-ROWS_AT_ONCE = 4  # of a tile, in the stand-in: 12 sums in registers
-
-
-def widen(builder, words, scalar):
-    """n words -> the first and the second elements of the pairs, as vectors."""
-    n = words.type.count
-    if scalar == ir.DoubleType():
-        pairs = builder.bitcast(words, ir.VectorType(scalar, 2 * n))
-        sides = (ir.Constant(ir.VectorType(I32, n), list(range(side, 2 * n, 2))) for side in range(2))
-        return [builder.shuffle_vector(pairs, ir.Constant(pairs.type, ir.Undefined), side) for side in sides]
-    upper = builder.and_(words, splat(words.type, 0xFFFF0000))
-    lower = builder.shl(words, splat(words.type, 16))
-    return [builder.bitcast(x, ir.VectorType(scalar, n)) for x in (lower, upper)]
-
-
-def plain_block(context, builder, zero, top, bottom, left, right, c, c_row, steps, add):
-    """The same from the same operands, in the arithmetic of the type of zero."""
-    vector, size = element_vector(context, zero)
-    line, scalar = TILE * 2 * packed_size(size), vector.element
-    word = ir.IntType(16 * packed_size(size))
-    resume = builder.icmp_signed("!=", add, I64(0))
-
-    def rows_of_tile(a, b, corner):
-        """ROWS_AT_ONCE rows of a tile of c, from those of a."""
-        places = [builder.add(corner, builder.mul(c_row, I64(r))) for r in range(ROWS_AT_ONCE)]
-        sums = [cgutils.alloca_once(builder, vector) for _ in places]
-        for place, at in zip(places, sums):
-            with builder.if_else(resume) as (old, new):
-                with old:
-                    builder.store(load(builder, place, vector, size), at)
-                with new:
-                    builder.store(splat(vector, 0.0), at)
-        with cgutils.for_range(builder, steps) as loop:
-            tile = builder.mul(loop.index, I64(TILE * line))
-            chains = [[splat(vector, 0.0)] * 2 for _ in places]
-            for k in range(TILE):
-                pairs = load(builder, builder.add(builder.add(b, tile), I64(k * line)), ir.VectorType(word, TILE), 64)
-                b_sides = widen(builder, pairs, scalar)
-                for r in range(ROWS_AT_ONCE):
-                    place = builder.add(builder.add(a, tile), I64(r * line + k * line // TILE))
-                    pair = load(builder, place, ir.VectorType(word, 1), line // TILE)
-                    for side, x in enumerate(widen(builder, pair, scalar)):
-                        every = builder.shuffle_vector(x, x, splat(ir.VectorType(I32, TILE), 0))
-                        chains[r][side] = multiply_add(builder, every, b_sides[side], chains[r][side])
-            for at, chain in zip(sums, chains):
-                builder.store(builder.fadd(builder.load(at), builder.fadd(*chain)), at)
-        for place, at in zip(places, sums):
-            store(builder, builder.load(at), place, size)
-
-    for i, a in enumerate((top, bottom)):
-        for j, b in enumerate((left, right)):
-            with cgutils.for_range(builder, I64(TILE // ROWS_AT_ONCE)) as group:
-                r = builder.mul(group.index, I64(ROWS_AT_ONCE))
-                corner = builder.add(c, builder.mul(c_row, builder.add(r, I64(i * TILE))))
-                rows_of_tile(builder.add(a, builder.mul(r, I64(line))), b, builder.add(corner, I64(j * TILE * size)))
-
-
-unit_cell, plain_cell = cell(unit_block), cell(plain_block)
-
-
-def setting(name):
-    """Numba function of one address: an instruction that configures this thread's matrix unit."""
-
-    @intrinsic
-    def configure(typing_context, address):
-        def build(context, builder, signature, args):
-            unit(builder, name, *([builder.inttoptr(args[0], I8.as_pointer())] if name == "ldtilecfg" else []))
-            return context.get_dummy_value()
-
-        return types.void(types.intp), build
-
-    return configure
-
-
-configure_unit, release_unit = setting("ldtilecfg"), setting("tilerelease")
-
-
-# == 4  the driver =====================================================================================================
+# == 2  the driver =====================================================================================================
 #
 # Per block of rows and of depth: a is packed once and stays in the second-level cache, 32 columns of b at a time in the
 # first-level one, and 2 x 2 tiles of c are held while all of the depth passes. Of a weight, which meets many such
@@ -356,10 +227,7 @@ def multiply_packed(a, b, c, shape, add, driver, zero):
     return 1
 
 
-# == 5  how it is called ===============================================================================================
-
-DTYPES = {"amx": "float32", "stand-in": "float32", "float64": "float64"}  # of what each kind of innermost block adds up
-KINDS = {"float32": "amx", "float64": "float64"}  # the one that is taken
+# == 3  how it is called ===============================================================================================
 
 
 def dtype_of(kind):
@@ -396,15 +264,21 @@ def innermost(kind):
     def leave(memory):
         release_unit(memory)
 
-    def block_of_unit(top, bottom, left, right, c, c_row, steps, add):
-        unit_cell(top, bottom, left, right, c, c_row, steps, add, number(0))
+    def amx(top, bottom, left, right, c, c_row, steps, add):
+        amx_cell(top, bottom, left, right, c, c_row, steps, add, number(0))
 
-    def block(top, bottom, left, right, c, c_row, steps, add):
-        plain_cell(top, bottom, left, right, c, c_row, steps, add, number(0))
+    def avx512(top, bottom, left, right, c, c_row, steps, add):
+        avx512_cell(top, bottom, left, right, c, c_row, steps, add, number(0))
+
+    def as_amx(top, bottom, left, right, c, c_row, steps, add):
+        amx_stand_in(top, bottom, left, right, c, c_row, steps, add, number(0))
+
+    def as_avx512(top, bottom, left, right, c, c_row, steps, add):
+        avx512_stand_in(top, bottom, left, right, c, c_row, steps, add, number(0))
 
     if kind == "amx":
-        return addressed(enter, 1), addressed(block_of_unit, 8), addressed(leave, 1)
-    return None, addressed(block, 8), None
+        return addressed(enter, 1), addressed(amx, 8), addressed(leave, 1)
+    return None, addressed({"avx512": avx512, "avx512 stand-in": as_avx512}.get(kind, as_amx), 8), None
 
 
 def shapes_of_tiles():
@@ -442,12 +316,12 @@ def driver_words(threads, kind, blocks):
 def make_drivers(threads, kind, blocks=BLOCKS):
     """A driver for each thread (threads, END + 1); FIRST and END are the caller's to fill. ValueError if this machine
     cannot run this kind."""
-    if kind == "amx" and (reason := why_not()):
+    if kind in INSTRUCTIONS and (reason := hindrance(kind)):
         raise ValueError(reason)
     return driver_words(threads, kind, blocks).copy()
 
 
-def multiply(a, b, c, add=False, kind="amx", blocks=BLOCKS):
+def multiply(a, b, c, add, kind, blocks=BLOCKS):
     """c = a b, or c += a b if add, through the driver -> c. ValueError where it leaves the product to others."""
     words = driver_words(1, kind, blocks)
     addresses = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
@@ -464,11 +338,11 @@ def rounded(x):
 
 
 def report():
-    reason = why_not()
-    print(reason or "this machine has bf16 tiles (Intel AMX), and Linux grants them")
-    kinds = ("stand-in", "float64") if reason else ("amx", "stand-in", "float64")
+    found, reason = find_bf16()
+    print(reason or f"this machine multiplies bf16 by {INSTRUCTIONS[found]}")
+    kinds = [kind for kind in DTYPES if kind not in INSTRUCTIONS or hindrance(kind) is None]
     for kind in kinds:
-        print(f"{kind:8}  relative error against float64 of the same rounded operands {product_error(kind):.1e}")
+        print(f"{kind:15}  relative error against float64 of the same rounded operands {product_error(kind):.1e}")
     rng = np.random.default_rng(0)
     for M, K, N in ((96, 128, 384), (96, 256, 256), (96, 512, 512)):
         a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((M, K), (K, N)))
@@ -492,15 +366,21 @@ def main():
     return 0
 
 
-# == 6  buffers whose products are in bf16 =============================================================================
+# == 4  buffers whose products are in bf16 =============================================================================
 #
 # The kernels are those of float32. `product` asks the driver of its thread first, which makes all but a few small
 # products; `pack_operand` lets it pack what is read more than once, into the buffers from `n_T` to the end of `panels`.
 
 
+KINDS = {"float64": "float64"}  # of products by their dtype, if not what the machine has
+
+
 def make_bf16_workspace(cfg, B, T, dtype, recompute=False):
     """`make_workspace`, with drivers; ValueError where this machine has none."""
-    drivers = make_drivers(POOL.threads, KINDS[np.dtype(dtype).name])
+    kind, reason = (KINDS[dtype.name], None) if (dtype := np.dtype(dtype)).name in KINDS else find_bf16()
+    if reason:
+        raise ValueError(reason)
+    drivers = make_drivers(POOL.threads, kind)
     space = make_workspace(cfg, B, T, dtype, recompute, drivers)
     drivers[:, FIRST] = space["n_T"].ctypes.data
     drivers[:, END] = space["panels"].ctypes.data + space["panels"].nbytes

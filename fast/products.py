@@ -49,15 +49,16 @@ TILE_VECTORS = 4 if compiles_for("avx512f") else 1  # 24 sums: of 32 registers; 
 BUFFER_SIZE = (DEPTH * TILE_VECTORS + TILE_ROWS) * VECTOR_BYTES // 4  # elements of float32 that `product` works in
 
 
-def add_products(builder, count, loop, starts, pairs):
+def add_products(builder, count, loop, starts, pairs, multiply=multiply_add):
     """LLVM code of a tile: sums[i] = start[i] + sum_k x_i[k] w_i[k], each a chain of fused multiply-adds; -> the sums.
 
     starts: (block that branches to `loop`, the sums' values there), one or more; pairs(k) yields (x, w), two vectors,
-    for each sum. The loop runs for k from 0 up to count - 1, at least once; the builder ends up behind it."""
+    for each sum; multiply(builder, x, w, sum) is the instruction. The loop runs for k from 0 up to count - 1, at least
+    once; the builder ends up behind it."""
     done = builder.append_basic_block("done")
     builder.position_at_end(loop)
     k, sums = builder.phi(I64), [builder.phi(start.type) for start in starts[0][1]]
-    grown = [multiply_add(builder, x, w, total) for (x, w), total in zip(pairs(k), sums)]
+    grown = [multiply(builder, x, w, total) for (x, w), total in zip(pairs(k), sums)]
     k_next = builder.add(k, I64(1))
     builder.cbranch(builder.icmp_signed("<", k_next, count), loop, done)
     for block, values, at in (*((block, values, I64(0)) for block, values in starts), (loop, grown, k_next)):
@@ -66,6 +67,19 @@ def add_products(builder, count, loop, starts, pairs):
             total.add_incoming(value, block)
     builder.position_at_end(done)
     return grown
+
+
+def add_to_c(builder, vector, c_at, add, count, pairs, multiply=multiply_add):
+    """LLVM code of a tile: vectors at the addresses c_at become sums of `add_products`, which begin at c or at 0."""
+    align = 8 if vector.element == ir.DoubleType() else 4
+    zeros = builder.block, [splat(vector, 0.0)] * len(c_at)
+    resume, loop = builder.append_basic_block("resume"), builder.append_basic_block("loop")
+    builder.cbranch(builder.icmp_signed("!=", add, I64(0)), resume, loop)
+    builder.position_at_end(resume)
+    before = resume, [load(builder, address, vector, align) for address in c_at]
+    builder.branch(loop)
+    for total, address in zip(add_products(builder, count, loop, (zeros, before), pairs, multiply), c_at):
+        store(builder, total, address, align)
 
 
 def register_tile(rows, vectors):
@@ -94,14 +108,7 @@ def register_tile(rows, vectors):
         c_rows = [builder.add(c, builder.mul(c_row, I64(r))) for r in range(rows)]
         c_at = [address for row in c_rows for address in vector_addresses(row)]
         a_at = [builder.add(a, builder.mul(a_row, I64(r))) for r in range(rows)]
-        zeros = builder.block, [splat(vector, 0.0)] * len(c_at)
-        resume, loop = builder.append_basic_block("resume"), builder.append_basic_block("loop")
-        builder.cbranch(builder.icmp_signed("!=", add, I64(0)), resume, loop)
-        builder.position_at_end(resume)
-        before = resume, [load(builder, address, vector, size) for address in c_at]
-        builder.branch(loop)
-        for total, address in zip(add_products(builder, k_end, loop, (zeros, before), pairs), c_at):
-            store(builder, total, address, size)
+        add_to_c(builder, vector, c_at, add, k_end, pairs)
         return context.get_dummy_value()
 
     @intrinsic

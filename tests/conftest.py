@@ -203,9 +203,9 @@ def with_mutant(ops, name, old, new):
 
 @pytest.fixture(scope="session", autouse=True)
 def stand_in():
-    """The table "fast-bf16" multiplies float32 with the stand-in where there is no matrix unit; train.py does not."""
-    if not WITHOUT_FAST:
-        fast.bf16.KINDS["float32"] = "stand-in" if fast.bf16.why_not() else "amx"
+    """The table "fast-bf16" multiplies float32 with a stand-in where no instruction does; train.py does not."""
+    if not WITHOUT_FAST and fast.bf16.find_bf16()[1]:
+        fast.bf16.KINDS["float32"] = "amx stand-in"
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ def pretend():
 
 
 def pytest_configure(config):
-    if reason := pretend().why_not():
+    if reason := pretend().hindrance("amx"):
         raise SystemExit(f"matrix_unit.py: {reason}")
 
 

@@ -24,8 +24,9 @@ import train
 from extras import check
 from fast import bf16, workspace
 
-HAS_UNIT = bf16.why_not() is None
-KINDS = ["stand-in", "float64", *(["amx"] if HAS_UNIT else [])]
+INSTRUCTIONS = [kind for kind in bf16.INSTRUCTIONS if bf16.hindrance(kind) is None]  # that this processor has
+HAS_UNIT = "amx" in INSTRUCTIONS
+KINDS = ["float64", *bf16.STAND_INS, *INSTRUCTIONS]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 in_bf16 = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "float64"])
 
@@ -144,22 +145,44 @@ def test_sums_that_go_on_are_those_of_one_product(kind):
     assert twice.tobytes() == once.tobytes()
 
 
-@pytest.mark.skipif("amx" not in KINDS, reason="no matrix unit")
-def test_amx_gives_the_bytes_of_its_stand_in():
+@pytest.mark.parametrize("kind", INSTRUCTIONS)
+def test_an_instruction_gives_the_bytes_of_its_stand_in(kind):
     rng = np.random.default_rng(2)
     for shape in SHAPES:
         a, b = operands(rng, *shape, False)
         found, expected = (
-            bf16.multiply(a, b, np.ones(shape[::2], np.float32), True, kind) for kind in ("amx", "stand-in")
+            bf16.multiply(a, b, np.ones(shape[::2], np.float32), True, name) for name in (kind, f"{kind} stand-in")
         )
         assert found.tobytes() == expected.tobytes(), shape
+
+
+def test_each_kind_sums_in_the_order_that_innermost_states():
+    """In float64 the fused sums of a chain, each rounded to float32: but for one in 2^29, as the processor does."""
+    rng = np.random.default_rng(3)
+    a, b = (bf16.rounded(x * np.exp(rng.uniform(-4, 4, x.shape))) for x in operands(rng, 2, 64, 8, False))
+    start = rng.standard_normal((2, 8)).astype(np.float32)
+
+    def chain(total, columns):
+        for k in columns:
+            total = (a[:, k, None].astype(np.float64) * b[k] + total).astype(np.float32)
+        return total
+
+    amx = start
+    for first in (0, 32):
+        even, odd = (chain(np.zeros((2, 8), np.float32), range(first + side, first + 32, 2)) for side in (0, 1))
+        amx = amx + (even + odd)
+    avx512 = chain(start, [k ^ 1 for k in range(64)])
+    for kind, expected in zip(bf16.STAND_INS, (amx, avx512)):
+        found = bf16.multiply(a, b, start.copy(), True, kind)
+        assert found.tobytes() == expected.tobytes(), kind
+    assert amx.tobytes() != avx512.tobytes() != chain(start, range(64)).tobytes()
 
 
 def test_small_products_are_left_to_others_and_c_as_it_was():
     a, c = np.ones((9, 80), np.float32), np.full((9, 20), 7.0, np.float32)
     for left in (a[:, : bf16.LEAST_DEPTH - 1], a[:1]):
         with pytest.raises(ValueError, match=r"too small for tiles; expected 16 columns or more"):
-            bf16.multiply(left, np.ones((left.shape[1], 20), np.float32), c[: len(left)], False, "stand-in")
+            bf16.multiply(left, np.ones((left.shape[1], 20), np.float32), c[: len(left)], False, "amx stand-in")
     assert (c == 7).all()
 
 
@@ -316,14 +339,21 @@ def test_the_head_that_samples_and_decoding_stay_in_float32():
 WIDE = tiny_config(vocab_size=301, seq_len=70, position_rows=70, width=72, hidden=141, layers=1)
 
 
-def test_any_number_of_threads_gives_the_same_bytes(pool):
+@pytest.fixture(params=[kind for kind in KINDS if kind != "float64"])
+def order(request, monkeypatch):
+    """Products of float32 by this kind."""
+    monkeypatch.setitem(bf16.KINDS, "float32", request.param)
+    return request.param
+
+
+def test_any_number_of_threads_gives_the_same_bytes(pool, order):
     """Threads change the blocks of a weight gradient: 141 rows are 132 and 9, or 66, 66 and 9."""
     found = bytes_of_any_threads(pool, WIDE, "fast-bf16", 70, (1, 2, 4))
     assert found != as_bytes(run_model(WIDE, "fast", 4, 70, np.float32, True))
 
 
 @pytest.mark.parametrize("T", [32, 64, 96])
-def test_micro_batches_of_windows_of_whole_steps_change_no_byte(T):
+def test_micro_batches_of_windows_of_whole_steps_change_no_byte(T, order):
     cfg = WIDE.changed(seq_len=T, position_rows=T)
     _, p = random_parameters(cfg, dtype=np.float32)
     batch, results = random_batch(cfg, 4, T, dtype=np.float32), set()
@@ -343,22 +373,32 @@ REASONS = {
     "another system": ("platform.system", lambda: "Darwin", "are used on Linux x86_64 only, this is Darwin "),
     "no flag": ("compiles_for", lambda feature: False, "this processor has no bf16 tiles"),
     "refused": ("ask_linux", lambda: 1, "Linux refuses the tile registers of this processor .Operation not permitted"),
-    "wrong": ("product_error", lambda kind: 0.5, r"fail their test .relative error 5.0e-01"),
-    "not a number": ("product_error", lambda kind: math.nan, "fail their test"),
+    "wrong": ("product_error", lambda kind: 0.5, r"Intel AMX fails its test here .relative error 5.0e-01"),
+    "not a number": ("product_error", lambda kind: math.nan, "fails its test here"),
 }
 
 
 @pytest.fixture(params=REASONS)
 def hindrance(request, monkeypatch):
-    """A machine that has all it takes but one thing; what is said of it."""
+    """A machine that has all that AMX takes but one thing, and no AVX512-BF16; what is said of it."""
     monkeypatch.setattr("fast.bf16.platform.system", lambda: "Linux")
     monkeypatch.setattr("fast.bf16.platform.machine", lambda: "x86_64")
-    for name, usual in (("compiles_for", True), ("ask_linux", 0), ("product_error", 1e-7)):
-        monkeypatch.setattr(bf16, name, lambda *_, usual=usual: usual)
-    assert bf16.why_not() is None
+    usual = (("compiles_for", True), ("ask_linux", 0), ("product_error", 1e-7), ("converts", False))
+    for name, value in usual:
+        monkeypatch.setattr(bf16, name, lambda *_, value=value: value)
+    assert bf16.find_bf16() == ("amx", None)
     name, pretended, reason = REASONS[request.param]
     monkeypatch.setattr(f"fast.bf16.{name}", pretended)
-    return reason
+    return f"{reason}.*; this processor has no AVX512-BF16"
+
+
+def test_a_processor_without_tiles_multiplies_by_avx512_bf16(hindrance, monkeypatch):
+    assert bf16.find_bf16()[0] is None
+    monkeypatch.setattr(bf16, "converts", lambda: True)
+    monkeypatch.setattr(bf16, "product_error", lambda kind: 1e-7 if kind == "avx512" else 1)
+    assert bf16.find_bf16() == ("avx512", None)
+    monkeypatch.setattr(bf16, "product_error", lambda kind: 1)
+    assert "AVX512-BF16 fails its test here" in bf16.find_bf16()[1]
 
 
 STEPS = ["--steps", 3, "--eval-every", 3]
@@ -366,7 +406,7 @@ STEPS = ["--steps", 3, "--eval-every", 3]
 
 @pytest.mark.parametrize("asked", [[], ["--dtype", "auto"], ["--dtype", "bfloat16"]])
 def test_what_hinders_tiles_is_said_in_one_line_and_float32_trains(place, text, monkeypatch, hindrance, asked):
-    monkeypatch.setattr(fast, "why_no_bf16", bf16.why_not)
+    monkeypatch.setattr(fast, "find_bf16", bf16.find_bf16)
     _, err = trained("--data", text, *STEPS, *asked)
     assert [line for line in err.splitlines() if "float32" in line] == [
         line for line in err.splitlines() if line.startswith("precision float32: ")
@@ -382,21 +422,22 @@ def test_what_hinders_tiles_is_said_in_one_line_and_float32_trains(place, text, 
 @pytest.mark.skipif(HAS_UNIT or sys.platform != "linux" or platform.machine() != "x86_64", reason="nobody to refuse it")
 def test_linux_itself_refuses_what_the_processor_does_not_have(monkeypatch):
     monkeypatch.setattr(bf16, "compiles_for", lambda feature: True)
-    assert bf16.why_not().startswith("Linux refuses the tile registers of this processor (")
+    assert bf16.hindrance("amx").startswith("Linux refuses the tile registers of this processor (")
 
 
-@pytest.mark.skipif(HAS_UNIT, reason="this machine has tiles")
-def test_the_table_says_why_it_cannot_multiply(monkeypatch):
-    monkeypatch.setitem(bf16.KINDS, "float32", "amx")
-    with pytest.raises(ValueError, match="bf16 tiles|Linux refuses"):
+@pytest.mark.parametrize("kind", sorted({*bf16.INSTRUCTIONS} - {*INSTRUCTIONS}))
+def test_the_table_says_why_it_cannot_multiply(monkeypatch, kind):
+    monkeypatch.setitem(bf16.KINDS, "float32", kind)
+    with pytest.raises(ValueError, match="bf16 tiles|Linux refuses|no AVX512-BF16"):
         run_model(tiny_config(), "fast-bf16", 2, 5, np.float32)
-    for reason in ("this processor has no bf16 tiles", None):
-        monkeypatch.setattr(fast, "why_no_bf16", lambda reason=reason: reason)
-        if reason:
-            with pytest.raises(ValueError, match=f"^no products in bfloat16: {reason}$"):
-                tinygpt.find_ops("fast", "bfloat16")
-        else:
-            assert tinygpt.find_ops("fast", "bfloat16") is fast.BFLOAT16
+
+
+def test_the_table_of_bfloat16_is_there_where_an_instruction_is(monkeypatch):
+    monkeypatch.setattr(fast, "find_bf16", lambda: (None, "this processor has none"))
+    with pytest.raises(ValueError, match="^no products in bfloat16: this processor has none$"):
+        tinygpt.find_ops("fast", "bfloat16")
+    monkeypatch.setattr(fast, "find_bf16", lambda: ("amx", None))
+    assert tinygpt.find_ops("fast", "bfloat16") is fast.BFLOAT16
 
 
 def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(place, text):
@@ -411,7 +452,7 @@ def test_bfloat16_is_refused_with_the_specification_and_where_nothing_trains(pla
 
 @pytest.fixture
 def with_tiles(place, monkeypatch):
-    monkeypatch.setattr(fast, "why_no_bf16", lambda: None)
+    monkeypatch.setattr(fast, "find_bf16", lambda: ([*INSTRUCTIONS, "amx"][0], None))
 
 
 MODEL = ["--set", "width=48", "heads=2", "hidden=96"]  # so wide that products go through tiles
@@ -419,7 +460,8 @@ MODEL = ["--set", "width=48", "heads=2", "hidden=96"]  # so wide that products g
 
 def test_bfloat16_is_said_and_kept_in_the_settings(with_tiles, text):
     _, err = trained("--data", text, *STEPS, "--prompt", "Lily")
-    assert "\nprecision bfloat16 tiles multiply; float32 for all else\n" in err
+    name = bf16.INSTRUCTIONS[[*INSTRUCTIONS, "amx"][0]]
+    assert f"\nprecision bfloat16 products by {name}, which this processor has; float32 for all else\n" in err
     first = read_log()[0]
     assert first["settings"]["dtype"] == "bfloat16" and "--dtype bfloat16" in first["command"]
     checkpoint = tinygpt.load_checkpoint("runs/tiny/last.safetensors")
@@ -445,17 +487,22 @@ def test_a_bfloat16_run_does_not_go_on_without_tiles(with_tiles, text, monkeypat
         interrupt_at(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
         words = ["--data", text, "--steps", 6, "--micro-batch-size", 2]
         assert invoke(train.main, "--size", "tiny", *words)[0] == 130
-    monkeypatch.setattr(fast, "why_no_bf16", lambda: "this processor has no bf16 tiles (Intel AMX)")
+    monkeypatch.setattr(fast, "find_bf16", lambda: (None, "this processor has no bf16 tiles (Intel AMX)"))
     message = refusal(train.main, "train.py", "--resume")
-    assert "multiplies in bfloat16, but this processor has no bf16 tiles" in message
+    assert "multiplies in bfloat16 by a" in message and ", but this processor has no bf16 tiles" in message
+    monkeypatch.setattr(fast, "find_bf16", lambda: ("another", None))
+    assert ", but this machine does by another; " in refusal(train.main, "train.py", "--resume")
+    monkeypatch.setattr(fast, "find_bf16", lambda: (None, "this processor has no bf16 tiles (Intel AMX)"))
     assert "--init-from" in message and "last.safetensors" in message
     status, _, err = invoke(train.main, "--init-from", "runs/tiny/last.safetensors", "--data", text, "--steps", 2)
     assert status == 0, err
     assert "precision float32: this processor" in err
 
 
-def test_bfloat16_runs_learn_as_float32_runs_do(with_tiles, text):
+@pytest.mark.parametrize("kind", bf16.STAND_INS)
+def test_bfloat16_runs_learn_as_float32_runs_do(with_tiles, text, monkeypatch, kind):
     """Three seeds: means of 20 losses, and bits per byte, whose spread over seeds is some 3% here."""
+    monkeypatch.setitem(bf16.KINDS, "float32", kind)
     bits = []
     for seed in range(3):
         words = ["--data", text, "--steps", 100, "--batch-size", 8, "--seed", seed, *MODEL]
@@ -546,7 +593,7 @@ def count_products(printed):
 
 @needs_a_processor_to_pretend
 def test_the_machine_code_of_amx_multiplies_where_numpy_carries_out_its_instructions():
-    assert count_products(pretended(*AS_PLUGIN, "-k", "amx")) > 10_000
+    assert count_products(pretended(*AS_PLUGIN, "-k", "amx and not stand")) > 10_000
 
 
 @pytest.mark.slow
