@@ -241,7 +241,10 @@ FLOPS = {  # of a kernel's matrix products, 2 a multiply-add, from its number of
     "head_gradient_kernel": lambda tasks, at_once, earlier, count, T, exp_logits, row_scale, n, dw, *_: (
         2 * min(count * exp_logits.shape[2], len(n) - earlier * exp_logits.shape[2]) * dw.size
     ),
-    "weight_gradient_kernel": lambda tasks, shape, per_task, x_T, T, dy, dw, *_: 2 * len(dy) * dw.size,
+    "weight_gradient_kernel": lambda tasks, shape, block_range, x_T, T, dy, dw, *_: 2 * len(dy) * dw.size,
+    "packed_gradient_kernel": lambda tasks, shape, block_range, first, T, x_T, packed, dw, *_: (
+        2 * len(packed) * T / math.ceil(T / x_T.shape[2]) * dw.size
+    ),
     "linear_backward_kernel": lambda tasks, dy, panels, *_: 2 * len(dy) * panels.size,
     "attention_backward_kernel": lambda tasks, qkv, saved, scores, mask, place, do, *_: (
         10 * do.size // do.shape[1] * causal(do.shape[1])

@@ -481,7 +481,7 @@ def attention_layer_backward_fast(dy, cache, p, g, cfg, ops, index=0):
     dout = masked(dy_NC, out_mask, s, T)
     out_w_T = panels_of(p["out_w"], s, transposed=True)
     POOL.run(linear_backward_kernel, tasks, dout, out_w_T, T, do.reshape(N, HD), work)
-    weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], work)
+    weight_gradient(s["o_T"], T, dout, g["out_w"], g["out_b"], s)
 
     saved, place = (s["qk"], s["o_T"], s["lse"]), place_of(p, cfg, dqkv.dtype.name)
     POOL.run(attention_backward_kernel, B * G, s["qkv"], saved, scores, mask, place, do, dqkv, s["qk_sums"], work)
@@ -491,7 +491,7 @@ def attention_layer_backward_fast(dy, cache, p, g, cfg, ops, index=0):
     dqkv_NM = dqkv.reshape(N, -1)
     qkv_w_T = panels_of(p["qkv_w"], s, transposed=True)
     dx = linear_norm_backward(dy_NC, dqkv_NM, qkv_w_T, x_NC, norm_of(p, "norm1", cfg), s["norm1"], T, s["dx"][1], s)
-    weight_gradient(s["n_T"], T, dqkv_NM, g["qkv_w"], g["qkv_b"], work)
+    weight_gradient(s["n_T"], T, dqkv_NM, g["qkv_w"], g["qkv_b"], s)
     add_sums(s["sums"], g["norm1_w"], g["norm1_b"])
     return dx
 

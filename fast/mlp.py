@@ -100,9 +100,9 @@ def mlp_layer_backward_fast(dy, cache, p, g, cfg, ops, index=0):
     dout = masked(dy_NC, mask, s, T)
     down_w_T = panels_of(p["down_w"], s, transposed=True)
     POOL.run(mlp_backward_kernel, B * blocks(T, ROW_BLOCK), dout, h, ACTIVATION[cfg.mlp], down_w_T, T, a_T, dh, work)
-    weight_gradient(a_T, T, dout, g["down_w"], g["down_b"], work)
+    weight_gradient(a_T, T, dout, g["down_w"], g["down_b"], s)
     up_w_T = panels_of(p["up_w"], s, transposed=True)
     dx = linear_norm_backward(dy_NC, dh, up_w_T, x_NC, norm_of(p, "norm2", cfg), s["norm2"], T, s["dx"][0], s)
-    weight_gradient(s["n_T"], T, dh, g["up_w"], g["up_b"], work)
+    weight_gradient(s["n_T"], T, dh, g["up_w"], g["up_b"], s)
     add_sums(s["sums"], g["norm2_w"], g["norm2_b"])
     return dx

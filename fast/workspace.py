@@ -27,6 +27,7 @@ HEAD_BLOCKS = 8  # whose logits exist at a time; one a thread, if there are more
 VOCABULARY_BLOCK = DEPTH // TILE_ROWS * TILE_ROWS  # tokens whose logits are worked on while they are in a cache
 BF16_VOCABULARY_BLOCK = 1024  # the same with bf16 products, where packing takes the time
 LOOP = 64  # elements that a vectorised loop does at a time: the remainder of a row is slow
+GRADIENT_HEIGHT, GRADIENT_WIDTH = 132, 256  # of the largest block of a weight gradient
 HIDDEN_BLOCK = 512  # columns of the MLP's hidden layer that exist at a time outside `space`
 PACK_BLOCK = 64  # columns that a task packs for bf16.py; rows and columns of packed matrices are multiples of it
 NO_DRIVERS = np.zeros((0, 1), np.int64)  # products are in float32
@@ -137,6 +138,12 @@ def mlp_backward_scratch(rows, width):
 
 
 @inlined
+def gradient_scratch():
+    dw = (GRADIENT_HEIGHT, GRADIENT_WIDTH)
+    return dw
+
+
+@inlined
 def head_scratch(rows, C, width):
     """n_T is read until the last logits are computed; afterwards dn (rows, C) takes its memory."""
     mean_rstd_top_total, n_T, dn_T = (4, width), (C, width), (blocks(C, TILE_ROWS) * TILE_ROWS, width)
@@ -164,6 +171,7 @@ def scratch_size(cfg):
         size(*norm_backward_scratch(rows, C)),
         size(*mlp_scratch(rows, C, F)),
         size(*mlp_backward_scratch(rows, F)),
+        size(gradient_scratch()),
         size(*head_scratch(HEAD_BLOCK, C, HEAD_BLOCK)),
     )
     return BUFFER_SIZE + whole_vectors(largest)  # each thread's begins at a cache line
@@ -180,7 +188,9 @@ def workspace_layout(cfg, B, T, recompute=False):
     wide, high = HIDDEN_BLOCK, PACK_BLOCK  # at most: what panels of K rows and M columns add to each
     mlp = max((C + high) * (U + 2 * wide) + (F + high) * (C + wide), (U + high) * (C + wide))
     attention = max((K + high) * (M + wide) for K, M in ((C, Q), (Q, C), (HD, C), (C, HD)))
-    panels = max(mlp, attention, packed_length(V) * (packed_length(C) + blocks(C, wide) * min(wide, packed_length(C))))
+    gradient = ROW_BLOCK * blocks(max(U, Q, C), GRADIENT_WIDTH) * GRADIENT_WIDTH
+    head = packed_length(V) * (packed_length(C) + blocks(C, wide) * min(wide, packed_length(C)))
+    panels = max(mlp, attention, gradient, head)
     masks, tasks = cfg.embed_dropout or cfg.out_dropout or cfg.mlp_dropout, B * blocks(T, ROW_BLOCK)
     head_tasks = B * blocks(T, HEAD_BLOCK)
     rows = [  # name, shape, layered

@@ -500,8 +500,9 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
     products.provide_product(np.dtype(dtype).name)
     rng = np.random.default_rng(0)
     x, dy, dw = (rng.standard_normal(shape).astype(dtype) for shape in ((N, K), (N, M), (K, M)))
-    db, scratch = rng.standard_normal(M).astype(dtype), np.empty((POOL.threads, products.BUFFER_SIZE), dtype)
-    work = scratch, workspace.NO_DRIVERS
+    db, size = rng.standard_normal(M).astype(dtype), products.BUFFER_SIZE + math.prod(workspace.gradient_scratch())
+    space = {"scratch": np.empty((POOL.threads, size), dtype), "drivers": workspace.NO_DRIVERS}
+    space["panels"] = np.empty(0, dtype)
     expected_dw, expected_db = dw + x.T.astype(np.float64) @ dy, db + dy.sum(0, dtype=np.float64)
     in_two_dw, in_two_db, half = dw.copy(), db.copy(), N // 2
 
@@ -513,12 +514,12 @@ def test_a_weight_gradient_continues_the_sums_that_it_finds(K, M, N, dtype):
             block[:, : last - first] = x[first:last].T
         return x_T, T
 
-    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, work)
+    panels.weight_gradient(*side_by_side(x, 16), dy, dw, db, space)
     limit = 100 * np.finfo(dtype).eps
     assert relative(dw, expected_dw) < limit and relative(db, expected_db) < limit
     for rows in (slice(0, half), slice(half, N)):
         if x[rows].size:
-            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, work)
+            panels.weight_gradient(*side_by_side(x[rows], 16), dy[rows], in_two_dw, in_two_db, space)
     assert in_two_dw.tobytes() == dw.tobytes() and in_two_db.tobytes() == db.tobytes()
 
 
