@@ -38,7 +38,7 @@ from fast.threads import POOL
 from fast.workspace import make_workspace
 from tinygpt import aligned
 
-LEAST_DEPTH = TILE  # with fewer columns of a, packing costs more than tiles save
+LEAST_DEPTH = STEP  # with fewer columns of a, packing costs more than tiles save
 INSTRUCTIONS = {"amx": "Intel AMX", "avx512": "AVX512-BF16"}  # the fastest first
 STAND_INS = "amx stand-in", "avx512 stand-in"
 DTYPES = dict.fromkeys((*INSTRUCTIONS, *STAND_INS), "float32") | {"float64": "float64"}  # of sums
@@ -184,7 +184,7 @@ def multiply_packed(a, b, c, shape, add, driver, zero):
     (a, a_row, a_k), (b, b_k), (c, c_row), (M, N, K) = a, b, c, shape
     size, packed = sizes_of(zero)
     least, packed_a, packed_b = word(driver, LEAST), is_packed(a, driver), is_packed(b, driver)
-    if least > 0 and not packed_a and not packed_b and (K < least or (M == 1 and a_k == size)):
+    if least > 0 and not packed_a and not packed_b and (min(M, N, K) < least or (M == 1 and a_k == size)):
         return 0
     memory, far = word(driver, MEMORY), STEP * word(driver, DEPTH)
     height = M if packed_a else SQUARE * word(driver, ROWS)

@@ -124,16 +124,18 @@ def weight_gradient_kernel(task, slot, shape, block_range, x_T, T, dy, dw, db, o
 
 
 @kernel
-def pack_gradient_kernel(task, slot, first, T, dy, packed, db, ones, work):
-    """Columns PACK_BLOCK task on of dy (N, M), from row block `first` on, packed as right operands: packed (count,
+def pack_gradient_kernel(task, slot, per_task, first, T, dy, packed, db, ones, work):
+    """`per_task` columns of dy (N, M), from row block `first` on, packed as right operands: packed (count,
     M' / width, size, width); db (1, M) += their sum_n."""
-    (count, _, size, width), m, (panel, _) = packed.shape, PACK_BLOCK * task, thread_scratch(work, slot)
+    (count, _, size, width), (panel, _) = packed.shape, thread_scratch(work, slot)
+    m_first, m_last = per_task * task, min(per_task * (task + 1), dy.shape[1])
     for rows in range(count):
         start, stop = block_rows(first + rows, T, size)
-        dy_rows = dy[start:stop, m : min(m + PACK_BLOCK, dy.shape[1])]
-        pack_operand(dy_rows, False, False, packed[rows, m // width], m % width, panel[1])
+        for m in range(m_first, m_last, PACK_BLOCK):
+            dy_rows = dy[start:stop, m : min(m + PACK_BLOCK, m_last)]
+            pack_operand(dy_rows, False, False, packed[rows, m // width], m % width, panel[1])
         if db.size > 0:
-            db_columns = db[:, m : m + dy_rows.shape[1]]
+            dy_rows, db_columns = dy[start:stop, m_first:m_last], db[:, m_first:m_last]
             product(ones[: stop - start].reshape(1, stop - start), dy_rows, db_columns, True, panel)
 
 
@@ -166,9 +168,10 @@ def weight_gradient(x_T, T, dy, dw, db, space):
         return
     room = space["panels"].view({4: np.uint16, 8: np.float64}[dw.itemsize])  # of packed elements
     columns, width = blocks(M, shape[1]), shape[1]
+    per_task = blocks(M, 4 * POOL.threads * PACK_BLOCK) * PACK_BLOCK
     at_once = min(count, room.size // (size * columns * width))
     for first in range(0, count, at_once):
         rows = min(at_once, count - first)
         packed = room[: rows * size * columns * width].reshape(rows, columns, size, width)
-        POOL.run(pack_gradient_kernel, blocks(M, PACK_BLOCK), first, T, dy, packed, db, ones, work)
+        POOL.run(pack_gradient_kernel, blocks(M, per_task), per_task, first, T, dy, packed, db, ones, work)
         POOL.run(packed_gradient_kernel, tasks, shape, block_range, first, T, x_T, packed, dw, work)
