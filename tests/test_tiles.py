@@ -1,6 +1,7 @@
 """fast/bf16.py: the driver with each innermost block that this machine has, the kernels through it, bf16 training
 against float32, what happens without tiles, and the machine code where nobody can run it."""
 
+import functools
 import math
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+import vector_unit
 from conftest import as_bytes, ops_of, random_batch, random_parameters, relative, run_model, tiny_config
 from helpers import interrupt_at, invoke, losses, model_bytes, read_log, refusal, trained
 from llvmlite import binding
@@ -524,14 +526,16 @@ def test_bfloat16_runs_learn_as_float32_runs_do(with_tiles, text, monkeypatch, k
 FEATURES = "64bit avx avx2 avx512f avx512bw avx512dq avx512vl avx512bf16 amx-tile amx-bf16 fma cmov cx8 sse sse2 sse4.2"
 PRINT = """
 from fast import bf16
-for compiled in (*bf16.innermost("amx"), bf16.compile_driver("float32")[0]):
+blocks = *bf16.innermost("amx"), bf16.compile_driver("float32")[0], bf16.innermost("avx512")[1]
+for compiled in blocks:
     print(compiled._library.get_asm_str(), "#####", sep="\\n")
 """
 
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory):
-    """Lines of what enters, of the innermost block, of what leaves, of the driver, compiled for such a processor."""
+def listings(tmp_path_factory):
+    """Assembly of what enters, of the block of AMX, of what leaves, of the driver, of the block of VDPBF16PS, compiled
+    for a processor with both instructions."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("LLVM is not that of x86")
     environment = os.environ | {"NUMBA_CPU_NAME": "sapphirerapids", "PYTHONPATH": str(Path(tinygpt.__file__).parent)}
@@ -539,8 +543,12 @@ def machine_code(tmp_path_factory):
     environment |= {"NUMBA_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     done = subprocess.run([sys.executable, "-c", PRINT], env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    parts = [part.splitlines() for part in done.stdout.split("#####\n")][:4]
-    return [[line.split("#")[0].split() for line in part if line.startswith("\t")] for part in parts]
+    return done.stdout.split("#####\n")[:5]
+
+
+@pytest.fixture(scope="module")
+def machine_code(listings):
+    return [[line.split("#")[0].split() for line in part.splitlines() if line.startswith("\t")] for part in listings]
 
 
 def of(lines, name):
@@ -548,7 +556,7 @@ def of(lines, name):
 
 
 def test_a_thread_tells_the_unit_its_tiles_and_takes_them_back(machine_code):
-    enter, _, leave, driver = machine_code
+    enter, _, leave, driver, _ = machine_code
     assert len(of(enter, "ldtilecfg")) == 1 and len(of(leave, "tilerelease")) == 1
     assert not any(words[0].startswith("t") and "tile" in words[0] for words in driver if words)
     shapes = bf16.shapes_of_tiles()
@@ -567,6 +575,55 @@ def test_four_tiles_of_c_stay_in_registers_while_a_and_b_pass(machine_code):
     into = [x[-5:] for x in loads]
     assert sorted(into[:4]) == ["%tmm0", "%tmm1", "%tmm2", "%tmm3"]
     assert into[4:] == ["%tmm4", "%tmm6", "%tmm7", "%tmm5"] * (len(products) // 4)
+
+
+def packed_words(x):
+    """bf16 of float32 (2 n, columns) -> words (n, columns): pairs of rows."""
+    bits = bf16.rounded(x).view(np.uint32) >> np.uint32(16)
+    return bits[0::2] | bits[1::2] << np.uint32(16)
+
+
+def block_of_c(carry_out, steps, add, seed=0):
+    """c (32, 32), in rows of 40, after carry_out(addresses and numbers) of operands that NumPy has packed."""
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal((32, 32 * steps)) * np.exp(rng.uniform(-4, 4, (32, 32 * steps))) for _ in range(2))
+    tiles = tinygpt.aligned(4 * steps * 256, np.float32).view(np.uint32).reshape(4, steps, 16, 16)
+    for i, x in enumerate((a, b)):
+        words = packed_words(np.ascontiguousarray(x.T, np.float32)).reshape(steps, 16, 2, 16)  # step, pair, half, row
+        tiles[2 * i : 2 * i + 2] = words.transpose(2, 0, 3, 1) if i == 0 else words.transpose(2, 0, 1, 3)
+    c = rng.standard_normal((32, 40)).astype(np.float32)
+    counts = carry_out([*(tile.ctypes.data for tile in tiles), c.ctypes.data, c.strides[0], steps, add])
+    return c, counts
+
+
+@pytest.mark.parametrize("add", [0, 1])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_machine_code_of_avx512_bf16_multiplies_where_python_carries_out_its_instructions(listings, steps, add):
+    found, counts = block_of_c(functools.partial(vector_unit.run, listings[4]), steps, add)
+    assert counts["vdpbf16ps"] == 4 * 16 * 16 * steps
+    for kind in ["avx512 stand-in", *({"avx512"} & {*INSTRUCTIONS})]:
+        block = bf16.innermost(kind)[1].ctypes
+        expected, _ = block_of_c(lambda arguments, block=block: block(*arguments), steps, add)
+        assert found.tobytes() == expected.tobytes(), kind
+
+
+CHANGES = [("vdpbf16ps", "#"), ("vbroadcastss\t64(", "vbroadcastss\t128("), ("vmovaps\t64(", "vmovaps\t(")]
+
+
+@pytest.mark.parametrize("line, other", CHANGES)
+def test_a_wrong_instruction_in_that_code_is_noticed(listings, line, other):
+    """One, the last of its kind."""
+    right = block_of_c(functools.partial(vector_unit.run, listings[4]), 2, 1)[0]
+    before, _, after = listings[4].rpartition(line)
+    wrong = block_of_c(functools.partial(vector_unit.run, f"{before}{other}{after}"), 2, 1)[0]
+    assert before and not np.array_equal(wrong, right)
+
+
+def test_sums_of_avx512_bf16_stay_in_registers_while_a_and_b_pass(machine_code):
+    block = machine_code[4]
+    assert len(of(block, "vdpbf16ps")) >= 2 * 16
+    stores = [text for text in of(block, "vmovups") if not text.endswith(tuple(f"%zmm{i}" for i in range(32)))]
+    assert len(stores) == 2 * 16  # once for each of two tiles: nothing is spilled
 
 
 needs_a_processor_to_pretend = pytest.mark.skipif(
