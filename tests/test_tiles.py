@@ -607,7 +607,7 @@ def test_the_machine_code_of_avx512_bf16_multiplies_where_python_carries_out_its
         assert found.tobytes() == expected.tobytes(), kind
 
 
-CHANGES = [("vdpbf16ps", "#"), ("vbroadcastss\t64(", "vbroadcastss\t128("), ("vmovaps\t64(", "vmovaps\t(")]
+CHANGES = [("vdpbf16ps", "#"), ("vbroadcastss\t64(", "vbroadcastss\t128(")]
 
 
 @pytest.mark.parametrize("line, other", CHANGES)
