@@ -622,8 +622,7 @@ def test_a_wrong_instruction_in_that_code_is_noticed(listings, line, other):
 def test_sums_of_avx512_bf16_stay_in_registers_while_a_and_b_pass(machine_code):
     block = machine_code[4]
     assert len(of(block, "vdpbf16ps")) >= 2 * 16
-    stores = [text for text in of(block, "vmovups") if not text.endswith(tuple(f"%zmm{i}" for i in range(32)))]
-    assert len(stores) == 2 * 16  # once for each of two tiles: nothing is spilled
+    assert not [words for words in block if "rsp" in " ".join(words) and "zmm" in " ".join(words)]  # nothing is spilled
 
 
 needs_a_processor_to_pretend = pytest.mark.skipif(
