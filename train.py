@@ -5,7 +5,8 @@
 
 Part I is the algorithm: 1 batches, 2 AdamW, 3 learning rate, 4 the update, 5 the training loop, 6 evaluation.
 Part II is the run: 7 settings, 8 data, 9 the run, 10 command line. What extras/ adds is found when it is used: data.py
-keeps encoded text, plan.py plans by the clock, run.py and locks.py guard a run, resume.py goes on with one.
+keeps encoded text, plan.py plans by the clock, run.py and locks.py guard a run, resume.py resumes one, mpi.py shares
+its updates among processes.
 
 It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--resume` continues from it),
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
@@ -51,8 +52,8 @@ from tinygpt import KERNELS, THREADS, kernel
 def window(tokens, first, stop, T, end):
     """The targets tokens[first:stop], at most T -> inputs and targets (T,) int64, weights (T,) float32.
 
-    A window has T targets wherever the text has so many. Those outside first .. stop - 1 have weight 0: they count in
-    another window. A window that would reach beyond the text starts earlier.
+    Every window has T targets, or all tokens of a shorter text. Targets outside first .. stop - 1 have weight 0: they
+    count in another window. A window that would reach beyond the end of the text starts earlier.
     """
     start = max(0, min(first, len(tokens) - T))
     targets = np.asarray(tokens[start : start + T], np.int64)
@@ -67,16 +68,18 @@ class Batches:
 
     def __init__(self, tokens, T, end, seed):
         self.tokens, self.T, self.end, self.seed = tokens, T, end, seed
-        self.per_epoch = -(-len(tokens) // T) + 1  # of the text, the first and last may be shorter, or empty
+        self.per_epoch = -(-len(tokens) // T) + 1  # the first and the last may be cut short; the last may be empty
         self.epoch = None
 
     def begin_epoch(self, epoch):
-        """Draw where the windows of an epoch are cut, and their order. ValueError if a mapped file is no longer whole:
-        reading behind its end would kill the process."""
+        """Draw where the windows of an epoch are cut, and their order. ValueError if a mapped file has become shorter:
+        reading beyond its end would kill the process."""
         tokens = self.tokens
         if isinstance(tokens, np.memmap) and os.path.getsize(tokens.filename) < tokens.nbytes:
             raise ValueError(f"{tokens.filename} was cut short while it was read: restore it, then --resume")
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, (1 << 32) + epoch]))  # 0: weights, 1: sampling
+        rng = np.random.Generator(
+            np.random.Philox(key=[self.seed, (1 << 32) + epoch])
+        )  # streams 0, 1: weights, sampling
         self.epoch, self.offset = epoch, int(rng.integers(1, self.T + 1))  # the first window ends at the offset
         self.order = rng.permutation(self.per_epoch)
 
@@ -88,20 +91,23 @@ class Batches:
             if epoch != self.epoch:
                 self.begin_epoch(epoch)
             stop = self.offset + int(self.order[position]) * self.T
-            first = max(0, stop - self.T)
-            rows.append(window(self.tokens, first, min(stop, len(self.tokens)), self.T, self.end))
+            start = max(0, stop - self.T)
+            rows.append(window(self.tokens, start, min(stop, len(self.tokens)), self.T, self.end))
         return tuple(np.stack(column) for column in zip(*rows))
 
 
 # == 2  AdamW ==========================================================================================================
 #
 # Loshchilov & Hutter 2019, arXiv:1711.05101. Parameters, gradient and both moments are flat buffers of one layout, in
-# which the matrices, embeddings among them, come first: p[:decayed]. They decay, by lr * decay as in PyTorch; gains and
-# biases do not. `adamw` is the specification: --kernels numpy runs it, and the kernel is tested against it.
+# which the matrices, embeddings among them, come first: p[:decayed]. They decay, by lr * weight_decay as in PyTorch;
+# gains and biases do not. `adamw` is the specification: --kernels numpy runs it, and the kernel is tested against it.
+
+ADAM_EPS = 1e-8
 
 
 def adamw(p, g, m, v, step, *, lr, beta1=0.9, beta2=0.999, weight_decay=0.01, decayed=None, scale=1.0):
-    """Update number `step` (from 1) of p, m, v in place from g * scale; leaves g = 0. decayed=None: all of p decays."""
+    """Update number `step` (from 1) of p, m, v (count,) in place by the gradient g * scale; then g = 0. p[:decayed]
+    decays, all of p if decayed is None."""
     gradient = g * scale
     m[:] = beta1 * m + (1 - beta1) * gradient
     v[:] = beta2 * v + (1 - beta2) * gradient * gradient
@@ -111,22 +117,21 @@ def adamw(p, g, m, v, step, *, lr, beta1=0.9, beta2=0.999, weight_decay=0.01, de
     g[:] = 0
 
 
-ADAM_EPS = 1e-8
-NORM_BLOCK = 1 << 16  # elements whose squares are added up at a time
+NORM_BLOCK = 1 << 16  # elements whose squares are summed at a time
 
 
 @kernel
 def adamw_kernel(first, last, p, g, m, v, decayed, rates):
     """`adamw` for the elements first .. last - 1; rates: those of `State.adamw`, in its order."""
-    (scale, lr, decay, beta1, beta2, fix1, fix2, eps), number = rates, p.dtype.type
-    b1, b2, c1, c2 = number(beta1), number(beta2), number(1 - beta1), number(1 - beta2)
-    # of these elements, those that decay and those that do not; either may be none
+    (scale, lr, decay, beta1, beta2, fix1, fix2, eps), dtype = rates, p.dtype.type
+    b1, b2, c1, c2 = dtype(beta1), dtype(beta2), dtype(1 - beta1), dtype(1 - beta2)
+    # first the elements that decay, then those that do not; either range may be empty
     for start, stop, keep in ((first, min(last, decayed), 1 - lr * decay), (max(first, decayed), last, 1.0)):
         for i in range(start, stop):
-            gradient = g[i] * number(scale)
+            gradient = g[i] * dtype(scale)
             m[i] = b1 * m[i] + c1 * gradient
             v[i] = b2 * v[i] + c2 * gradient * gradient
-            p[i] = number(keep) * p[i] - number(lr * fix1) * m[i] / (np.sqrt(v[i] * number(fix2)) + number(eps))
+            p[i] = dtype(keep) * p[i] - dtype(lr * fix1) * m[i] / (np.sqrt(v[i] * dtype(fix2)) + dtype(eps))
             g[i] = 0
 
 
@@ -141,8 +146,8 @@ def norm_kernel(first, last, x, squares):
 
 
 def clip_gradients(gradient, max_norm, compiled=True):
-    """Scale a gradient (count,) in place so that its norm is at most max_norm, 0 is off -> the norm that it had, summed
-    in float64, block after block: the same for any number of threads."""
+    """Scale a gradient (count,) in place so that its norm is at most max_norm (0 is off) -> its norm before. Summed in
+    float64, block after block: the same for any number of threads."""
     squares = np.empty(-(-gradient.size // NORM_BLOCK)) if compiled else np.square(gradient, dtype=np.float64)
     if compiled:
         THREADS.run(norm_kernel, squares.size, gradient, squares)
@@ -183,15 +188,15 @@ RESTARTS = 4  # cosines, one after the other; Loshchilov & Hutter 2017, arXiv:16
 
 def learning_rate(step, s):
     """The rate of update `step`, from 0. Warm-up is a straight line from lr / warmup_steps at step 0 to lr at step
-    warmup_steps - 1. Then the schedule goes from lr to min_lr at step s.steps - 1: `wsd` stays at lr until the last
-    fifth of all updates, `restarts` begins again at lr three times, `constant` never falls."""
+    warmup_steps - 1. Then `cosine` and `linear` fall to min_lr at step s.steps - 1, `wsd` does so in the last fifth of
+    all updates, `restarts` falls four times, beginning at lr each time, and `constant` stays at lr."""
     if step < s.warmup_steps:
         return s.lr * (step + 1) / s.warmup_steps
     share = min(1, (step - s.warmup_steps) / max(1, s.steps - 1 - s.warmup_steps))  # of the updates after warm-up
     if s.schedule == "constant":
         return s.lr
     if s.schedule == "wsd":
-        fallen = max(0, (step + 1 - (1 - WSD_DECAY) * s.steps) / (WSD_DECAY * s.steps))  # 0: lr, 1: min_lr
+        fallen = min(1, max(0, (step + 1 - (1 - WSD_DECAY) * s.steps) / (WSD_DECAY * s.steps)))  # 0: lr, 1: min_lr
     elif s.schedule == "linear":
         fallen = share
     else:
@@ -237,11 +242,11 @@ ALONE = OneProcess()
 def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
     """Make one update from inputs, targets, weights (rows, T) -> loss (nats per target), gradient norm, learning rate.
 
-    Gradient accumulation: each micro-batch adds the gradient of its loss, a sum over targets, into one buffer. Once an
-    update, norm and gradient are divided by the number of targets of all micro-batches and ranks; the gradient inside
-    AdamW, by its scale. So how rows are cut into micro-batches changes rounding at most (with fast/ not even that).
-    FloatingPointError if loss or norm is not finite, None if `stopped()` before a micro-batch of any rank: parameters,
-    moments and step are as before, the gradient buffer is not.
+    Gradient accumulation: each micro-batch adds the gradient of its loss, a sum over targets, to one buffer. Once per
+    update, norm and gradient are divided by the number of targets of all micro-batches and ranks, the gradient by
+    AdamW's `scale`. So the size of micro-batches changes rounding at most (with fast/ not even that).
+    FloatingPointError if loss or norm is not finite; None if `stopped()` before a micro-batch of any rank. In both
+    cases only the gradient buffer has changed.
     """
     rows = len(batch[0])
     micro = math.gcd(rows, s.micro_batch_size)  # divides rows; one of several ranks may have fewer than asked
@@ -253,14 +258,14 @@ def update(state, batch, ops, s, ranks=ALONE, stopped=lambda: False):
         part = [column[first : first + micro] for column in batch]
         dropout = tinygpt.Dropout(s.seed, state.step, ranks.rank * rows + first)
         _, nats = tinygpt.loss_and_gradients(state.p, *part, state.grads, state.cfg, ops, dropout)
-        for row in (nats * part[2]).sum(-1, dtype=np.float64):  # row by row: the order of this sum is always the same
+        for row in (nats * part[2]).sum(-1, dtype=np.float64):  # row by row, so that micro-batches change no byte
             sums[1] += row
     targets, nats, halted = ranks.sum(sums).tolist()
     if halted:
         return None
     tinygpt.add_lookup_gradient(state.grads)  # embed_w's second gradient, kept apart until all micro-batches are in
     ranks.sum(state.gradient)
-    targets = max(1, targets)  # all windows may be empty
+    targets = max(1, targets)  # if all windows are empty, weights only decay
     compiled = ops.name != "numpy"  # the specification compiles nothing
     norm = clip_gradients(state.gradient, s.grad_clip * targets, compiled) / targets  # one norm for all tensors
     loss, lr = nats / targets, learning_rate(state.step, s)
@@ -290,7 +295,7 @@ def train(run, batches, ops, ranks=ALONE, stopped=lambda: False):
             run.record_evaluation(*figures, stories)
         if run.save_is_due():
             run.save()
-        if state.step == s.steps:
+        if state.step >= s.steps:
             return True
         start = time.monotonic()
         batch = batches.get(state.step * s.batch_size + ranks.rank * rows, rows)
@@ -304,7 +309,7 @@ def train(run, batches, ops, ranks=ALONE, stopped=lambda: False):
 
 # == 6  evaluation =====================================================================================================
 
-TOKENS_AT_ONCE = 2048  # in a forward here, and in a usual micro-batch: twice as many are at most 3% faster there
+TOKENS_AT_ONCE = 2048  # in a forward here and in a default micro-batch: twice as many are at most 3% faster
 
 
 def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
@@ -321,7 +326,7 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
     for number in range(0, len(stops), at_once):
         part = stops[number : number + at_once]
         starts = [first, *part[:-1]]
-        # the text cut at `stop`: so the window ends there, and what it has scored already has weight 0
+        # the text is cut at `stop`, so that the window ends there; tokens before `start` are scored already: weight 0
         rows = [window(tokens[:stop], start, stop, T, end) for start, stop in zip(starts, part)]
         inputs, targets, weights = (np.stack(column) for column in zip(*rows))
         if len(rows) not in ops_of_size:
