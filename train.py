@@ -5,8 +5,7 @@
 
 Part I is the algorithm: 1 batches, 2 AdamW, 3 learning rate, 4 the update, 5 the training loop, 6 evaluation.
 Part II is the run: 7 settings, 8 data, 9 the run, 10 command line. What extras/ adds is found when it is used: data.py
-keeps encoded text, plan.py plans by the clock, run.py and locks.py guard a run, resume.py resumes one, mpi.py shares
-its updates among processes.
+keeps encoded text, plan.py plans by the clock, run.py and locks.py guard a run, resume.py and mpi.py are its flags.
 
 It writes runs/NAME/: log.jsonl, last.safetensors (model, moments, position: `--resume` continues from it),
 best.safetensors (the model alone, at its best validation), step-*.safetensors (`--keep`), loss.png.
