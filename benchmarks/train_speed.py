@@ -10,14 +10,16 @@ A step is forward, backward, clipping and AdamW on random tokens of a GPT-2 shap
 GELU, no dropout), or of one of our sizes.
 Ours and theirs take turns in one run, so that a machine whose speed drifts treats both alike; medians and their ratio.
 Our products are in bf16 where the processor multiplies it faster, as train.py's are; --dtype float32 goes without. Each
-side runs in a process of its own, whose threads sleep while the other one's turn lasts. The peak is that of a float32
-product by NumPy's BLAS, measured in our turns. First: seconds from the start of the process to its first step.
+side runs in a process of its own, whose threads sleep while the other one's turn lasts. "Of peak" is the share of a
+float32 product by NumPy's BLAS, "of bf16" that of the instruction on packed operands, both measured in our turns.
+First: seconds from the start of the process to its first step.
 """
 
 import argparse
 import json
 import math
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -160,7 +162,47 @@ def serve(side, size, threads, dtype, kernels):
             from extras import plan
 
             answer["peak"] = plan.measure_peak() / 1e9
+            answer["bf16_peak"] = bf16_peak() if dtype == "bfloat16" else math.inf
         print(json.dumps(answer), flush=True)
+
+
+def bf16_peak():
+    """GFLOP/s of the innermost block that multiplies bf16 here, of 32 x 32 sums of depth 2,048 on all threads: the best
+    of ten rounds."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fast import POOL, bf16
+    from tinygpt import aligned
+
+    block, steps, best = bf16.innermost(bf16.find_bf16()[0]), 64, math.inf
+    enter, multiply, leave = (function and function.ctypes for function in block)
+    places = [aligned(4 * steps * 256 + 1024 + 16, np.float32) for _ in range(POOL.threads)]
+
+    def work(place):
+        tiles, c = [place.ctypes.data + 64 + 1024 * steps * i for i in range(4)], place.ctypes.data + 64 + 4096 * steps
+        place[:16].view(np.uint8)[:] = bf16.shapes_of_tiles()
+        if enter:
+            enter(place.ctypes.data)
+        for _ in range(100):
+            multiply(*tiles, c, 128, steps, 0)
+        if leave:
+            leave(place.ctypes.data)
+
+    with ThreadPoolExecutor(POOL.threads) as pool:
+        for _ in range(10):
+            start = time.perf_counter()
+            list(pool.map(work, places))
+            best = min(best, time.perf_counter() - start)
+    return POOL.threads * 100 * 2 * 32 * 32 * 32 * steps / best / 1e9
+
+
+def processor():
+    """Its name and cores, as Linux tells it, else what Python knows."""
+    try:
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line]
+    except OSError:
+        names = [platform.processor() or platform.machine()]
+    return f"{names[0]}, {os.cpu_count()} cores"
 
 
 def peak_memory():
@@ -180,7 +222,7 @@ class Side:
         words += ["--kernels", kernels]
         pipes, start = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True), time.perf_counter()
         self.process = subprocess.Popen(words, **pipes, env=os.environ | environment)
-        self.times, self.peaks, first = [], [], self.process.stdout.readline()
+        self.times, self.peaks, self.bf16_peaks, first = [], [], [], self.process.stdout.readline()
         self.first = time.perf_counter() - start
         if not first:
             raise SystemExit(f"train_speed.py: {name} did not start; PyTorch is needed: pip install torch")
@@ -193,6 +235,7 @@ class Side:
         self.times += answer["times"]
         self.memory = answer["memory"]
         self.peaks += [answer["peak"]] if "peak" in answer else []
+        self.bf16_peaks += [answer["bf16_peak"]] if "bf16_peak" in answer else []
 
     def close(self):
         self.process.stdin.close()
@@ -213,8 +256,8 @@ def measure(size, modes, rounds, threads, dtype, kernels, environment):
             side.turn(max(1, math.ceil(2e11 / (flops * tokens))))
     speeds = {name: tokens / statistics.median(side.times) for name, side in sides.items()}
     ours, gflops = sides["ours"], speeds["ours"] * flops / 1e9
-    share = f"{gflops / statistics.median(ours.peaks):7.0%}"
-    cells = [f"{size:>14s}", f"{ours.parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:7.0f}", share]
+    shares = [f"{gflops / statistics.median(peaks):7.0%}" for peaks in (ours.peaks, ours.bf16_peaks)]
+    cells = [f"{size:>14s}", f"{ours.parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:7.0f}", *shares]
     cells += [f"{speeds[mode]:9,.0f} {speeds['ours'] / speeds[mode]:5.2f}x" for mode in modes]
     for what, form in (("memory", "7,.0f"), ("first", "7.1f")):
         cells += [f"{getattr(ours, what):{form}}"]
@@ -357,14 +400,19 @@ def main():
         args.dtype = "float32" if reason else "bfloat16"
     if args.profile and args.avx2 and os.environ.get("NUMBA_CPU_NAME") != AVX2["NUMBA_CPU_NAME"]:
         return subprocess.run([sys.executable, *sys.argv], env=os.environ | AVX2).returncode  # read at the start only
-    print(f"{args.kernels} kernels, products in {args.dtype if args.kernels == 'fast' else 'float32'}", flush=True)
+    dtype = args.dtype if args.kernels == "fast" else "float32"
+    by = f" by {fast.bf16.INSTRUCTIONS[fast.find_bf16()[0]]}" if dtype == "bfloat16" else ""
+    print(f"{args.kernels} kernels, products in {dtype}{by}; {processor()}", flush=True)
     if args.profile:
         for size in args.size:
             profile(size, args.threads, args.dtype, 4 * args.rounds)
         return None
     theirs = [f"{mode:>9s} ratio " for mode in args.modes]
     least = ("MiB ours", " theirs", "  first", " theirs") if args.modes else ("MiB ours", "  first")
-    print(" | ".join(["          size", " params", "     ours", "GFLOP/s", "of peak", *theirs, *least]), flush=True)
+    print(
+        " | ".join(["          size", " params", "     ours", "GFLOP/s", "of peak", "of bf16", *theirs, *least]),
+        flush=True,
+    )
     for size in args.size:
         with tempfile.TemporaryDirectory() as empty:
             caches = {"NUMBA_CACHE_DIR": empty, "TORCHINDUCTOR_CACHE_DIR": empty} if args.cold else {}
