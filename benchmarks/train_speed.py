@@ -256,7 +256,7 @@ def measure(size, modes, rounds, threads, dtype, kernels, environment):
             side.turn(max(1, math.ceil(2e11 / (flops * tokens))))
     speeds = {name: tokens / statistics.median(side.times) for name, side in sides.items()}
     ours, gflops = sides["ours"], speeds["ours"] * flops / 1e9
-    shares = [f"{gflops / statistics.median(peaks):7.0%}" for peaks in (ours.peaks, ours.bf16_peaks)]
+    shares = [f"{gflops / peak:7.0%}" for peak in (statistics.median(ours.peaks), max(ours.bf16_peaks))]
     cells = [f"{size:>14s}", f"{ours.parameters / 1e6:6.2f}M", f"{speeds['ours']:9,.0f}", f"{gflops:7.0f}", *shares]
     cells += [f"{speeds[mode]:9,.0f} {speeds['ours'] / speeds[mode]:5.2f}x" for mode in modes]
     for what, form in (("memory", "7,.0f"), ("first", "7.1f")):
