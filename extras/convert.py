@@ -3,6 +3,7 @@
     python extras/convert.py --from hf FOLDER model.safetensors     # config.json, *.safetensors, tokenizer.json
     python extras/convert.py --to hf runs/1m OUT                    # AutoModelForCausalLM.from_pretrained("OUT")
     python extras/convert.py --to llama2c runs/1m OUT               # its run: extras/llama2c.py
+    python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/gguf.py
 
 GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. The converted model computes the same logits; otherwise the
 conversion fails. Every field of config.json that affects logits is either converted or rejected; the fields not named
@@ -15,7 +16,6 @@ import codecs
 import contextlib
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
-from extras import llama2c
+from extras import gguf, llama2c
 from extras.tensors import (
     TABLES,
+    differences,
     fold_embedding_norm,
     parameters_from,
     read_tensors,
@@ -228,7 +229,6 @@ def short_names(tensors):
 # A family fits a model if its config.json, read again by `FAMILIES`, gives the model's Config.
 
 THEIR_ACTIVATION = {"gelu-tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu2": "relu2"}
-IGNORED = ("embed_dropout", "attention_dropout", "out_dropout", "mlp_dropout", "init")  # fields that change no logit
 
 
 def gpt2_config(cfg):
@@ -264,28 +264,17 @@ def fitting_family(cfg):
 
     ValueError if there is none: the fields in which the closest differs.
     """
-    wanted, closest = normal_form(cfg), None
+    closest = None
     for family, write in WRITERS.items():
         config = write(cfg)
         fields = FAMILIES[family](config)[0]
-        found = normal_form(tinygpt.Config(vocab_size=cfg.vocab_size, tied=cfg.tied, **fields))
-        different = [
-            f"{name}={wanted[name]} (expected {found[name]})" for name in wanted if wanted[name] != found[name]
-        ]
+        different = differences(cfg, tinygpt.Config(vocab_size=cfg.vocab_size, tied=cfg.tied, **fields))
         if not different:
             config |= {"model_type": family, "architectures": [CLASSES[family]], "vocab_size": cfg.vocab_size}
             return family, config | {"tie_word_embeddings": cfg.tied, "dtype": "float32", "torch_dtype": "float32"}
         if closest is None or len(different) < len(closest[1]):
             closest = CLASSES[family], different
     raise ValueError(f"transformers has no class for this model; {closest[0]} differs in {', '.join(closest[1])}")
-
-
-def normal_form(cfg):
-    """The fields of a Config that change logits; pairs of neighbours and pairs D/2 apart differ in the order of weights
-    alone, learned positions end where their table does."""
-    cfg = cfg.changed(positions="rope-half") if cfg.positions == "rope" else cfg
-    cfg = cfg.changed(seq_len=cfg.position_rows) if cfg.positions == "learned" else cfg
-    return {name: value for name, value in asdict(cfg).items() if name not in IGNORED}
 
 
 def to_transformers(cfg, parameters):
@@ -335,19 +324,20 @@ def read_folder(folder, out):
     return len(parameters)
 
 
-WRITE = {"hf": save_transformers, "llama2c": llama2c.save}
+WRITE = {"hf": save_transformers, "llama2c": llama2c.save, "gguf": gguf.save}
 
 
-def write_folder(source, out, system, tokenizer_path):
-    """Convert a checkpoint, or the best of a run's folder, to a folder for a system -> its number of parameters."""
+def write_model(source, out, system, tokenizer_path, **options):
+    """Convert a checkpoint, or the best of a run's folder, to what a system loads, a folder or a .gguf file -> its
+    number of parameters."""
     if source.is_dir():
         source = source / ("best.safetensors" if (source / "best.safetensors").exists() else "last.safetensors")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; name another")
+    if out.exists() and (system == "gguf" or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists{' and is not an empty folder' * (system != 'gguf')}; name another")
     checkpoint, tokenizer = load_model(source, tokenizer_path)
     if checkpoint.cfg.embedding_norm:
         bpe.note("the norm after the embedding becomes part of an input table of its own")
-    WRITE[system](out, checkpoint.cfg, checkpoint.parameters, tokenizer)
+    WRITE[system](out, checkpoint.cfg, checkpoint.parameters, tokenizer, **options)
     return len(checkpoint.parameters)
 
 
@@ -357,15 +347,21 @@ def main(argv=None):
     parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the folder or checkpoint to write")
     parser.add_argument("--out", type=Path, metavar="FILE", help="OUT, named by a flag")
     direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--to", choices=WRITE, help="write a folder that transformers or llama2.c loads")
+    direction.add_argument("--to", choices=WRITE, help="write what transformers, llama2.c or llama.cpp loads")
     direction.add_argument("--from", choices=["hf"], help="read a folder of transformers: the default")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
+    parser.add_argument("--dtype", choices=gguf.DTYPES, help="of matrices in a .gguf file (default float32)")
     args = parser.parse_args(argv)
     if (args.out is None) == (args.target is None):
         parser.error("expected one file or folder to write: OUT or --out")
-    out = args.out or args.target
+    if args.dtype and args.to != "gguf":
+        parser.error("--dtype is of --to gguf; leave it out")
+    out, options = args.out or args.target, {"dtype": args.dtype} if args.dtype else {}
     try:
-        count = write_folder(args.source, out, args.to, args.tokenizer) if args.to else read_folder(args.source, out)
+        if args.to:
+            count = write_model(args.source, out, args.to, args.tokenizer, **options)
+        else:
+            count = read_folder(args.source, out)
     except OSError as error:
         parser.error(error)
     except (ValueError, RecursionError) as error:
@@ -373,6 +369,7 @@ def main(argv=None):
     use = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{out}")',
         "llama2c": f"run {out}/model.bin -z {out}/tokenizer.bin",
+        "gguf": f"llama-cli -m {out} --temp 0",
     }
     print(f"{out}: {count:,} parameters; {use.get(args.to, f'python sample.py --checkpoint {out}')}", file=sys.stderr)
     return 0

@@ -8,6 +8,7 @@ Read in order: 1 the tables, 2 both directions, 3 files of tensors and their dty
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -51,14 +52,16 @@ def halves(D):
     return np.arange(D).reshape(D // 2, 2).T.reshape(-1)
 
 
-def pairs_apart(cfg):
-    """The columns of qkv of a model with positions=rope, whose pairs are neighbours, where pairs are D/2 apart.
+def neighbours(D):
+    """(D,): pairs D/2 apart as pairs of neighbours: 0, D/2, 1, D/2 + 1, ..."""
+    return np.arange(D).reshape(2, D // 2).T.reshape(-1)
 
-    Scores are sums over a head's columns: the same order of those of q and k changes no logit.
-    """
+
+def reordered_pairs(cfg, order):
+    """The columns of qkv with those of each head of q and k in another order, which changes no score."""
     columns = np.arange(cfg.qkv_width).reshape(-1, cfg.head_width)  # (H + 2 G, D)
     turned = cfg.heads + cfg.kv_heads
-    return np.concatenate([columns[:turned, halves(cfg.head_width)], columns[turned:]]).reshape(-1)
+    return np.concatenate([columns[:turned, order(cfg.head_width)], columns[turned:]]).reshape(-1)
 
 
 def llama_table(rope=None, **names):
@@ -119,11 +122,22 @@ def make_tables():
 TABLES = make_tables()
 
 
+def with_order(table, order):
+    """The table with the pairs that positions rotate in another order."""
+    found = {"qkv": lambda cfg: reordered_pairs(cfg, order)}
+    found |= dict.fromkeys(("q_norm", "k_norm"), lambda cfg: order(cfg.head_width))
+    kinds = {ours: ours.rpartition("_")[0] for ours in table}
+    return {ours: row._replace(columns=found.get(kinds[ours], row.columns)) for ours, row in table.items()}
+
+
 def with_halves(table):
     """The table of a family whose pairs are D/2 apart, for a model of ours whose pairs are neighbours."""
-    table = {ours: row._replace(columns=pairs_apart) if ours.startswith("qkv") else row for ours, row in table.items()}
-    per_head = {ours: row._replace(columns=lambda cfg: halves(cfg.head_width)) for ours, row in table.items()}
-    return table | {ours: per_head[ours] for ours in ("q_norm_w", "k_norm_w") if ours in table}
+    return with_order(table, halves)
+
+
+def with_neighbours(table):
+    """The table of a family whose pairs are neighbours, for a model of ours whose pairs are D/2 apart."""
+    return with_order(table, neighbours)
 
 
 # == 2  both directions ================================================================================================
@@ -195,6 +209,23 @@ def fold_embedding_norm(cfg, parameters):
     without = cfg.changed(embedding_norm=False, tied=False)
     p |= {"head_w": p["embed_w"] if cfg.tied else p["head_w"], "embed_w": folded.reshape(-1)}
     return without, np.concatenate([p[t.name] for t in tinygpt.layout(without)])
+
+
+IGNORED = ("embed_dropout", "attention_dropout", "out_dropout", "mlp_dropout", "init")  # fields that change no logit
+
+
+def normal_form(cfg):
+    """The fields of a Config that change logits; pairs of neighbours and pairs D/2 apart differ in the order of weights
+    alone, learned positions end where their table does."""
+    cfg = cfg.changed(positions="rope-half") if cfg.positions == "rope" else cfg
+    cfg = cfg.changed(seq_len=cfg.position_rows) if cfg.positions == "learned" else cfg
+    return {name: value for name, value in asdict(cfg).items() if name not in IGNORED}
+
+
+def differences(cfg, other):
+    """["field=value (expected value)", ...] where a model and what another system computes differ."""
+    wanted, found = normal_form(cfg), normal_form(other)
+    return [f"{name}={wanted[name]} (expected {found[name]})" for name in wanted if wanted[name] != found[name]]
 
 
 # == 3  files of tensors, dtypes =======================================================================================

@@ -1,0 +1,194 @@
+"""Models for llama.cpp: one .gguf file with the weights and the tokenizer.
+
+    python extras/convert.py --to gguf runs/mine OUT.gguf                  # llama-cli -m OUT.gguf --temp 0
+    python extras/convert.py --to gguf runs/mine OUT.gguf --dtype q8_0     # float32 (the default), float16, q8_0
+
+Models of the shapes of Llama, Qwen3 and GPT-2. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
+Read in order: 1 architectures, 2 metadata, 3 tensors, 4 the file.
+"""
+
+import struct
+from dataclasses import asdict
+
+import numpy as np
+
+import tinygpt
+from extras.formats import SpacedTokenizer
+from extras.recipes import LLAMA
+from extras.tensors import (
+    copied,
+    differences,
+    fold_embedding_norm,
+    linear,
+    llama_table,
+    norm,
+    qk_norms,
+    tensors_from,
+    with_halves,
+    with_neighbours,
+)
+from sample import never_drawn
+
+# == 1  architectures ==================================================================================================
+
+NAMES = {
+    "layer": "blk.{}.",
+    "linears": [f"attn_{x}" for x in ("q", "k", "v", "output")] + [f"ffn_{x}" for x in ("gate", "up", "down")],
+    "norms": ("attn_norm", "ffn_norm"),
+    "embed": "token_embd.weight",
+    "norm": "output_norm",
+}
+OUTPUT = copied("head_w", "output.weight")
+GPT2 = copied("embed_w", "token_embd.weight") | copied("position_w", "position_embd.weight") | OUTPUT
+GPT2 |= norm("norm", "output_norm") | norm("norm1", "blk.{}.attn_norm") | norm("norm2", "blk.{}.ffn_norm")
+for ours, theirs in (("qkv", "attn_qkv"), ("out", "attn_output"), ("up", "ffn_up"), ("down", "ffn_down")):
+    GPT2 |= linear(ours, f"blk.{{}}.{theirs}")
+LLAMA_TABLE = llama_table(**NAMES) | OUTPUT
+TABLES = {"gpt2": GPT2, "llama": LLAMA_TABLE}
+TABLES["qwen3"] = LLAMA_TABLE | qk_norms("blk.{}.attn_q_norm.weight", "blk.{}.attn_k_norm.weight")
+
+SHAPE = ("vocab_size", "seq_len", "width", "layers", "heads", "hidden", "norm_eps", "tied")  # fields in the metadata
+HEADS = ("kv_heads", "head_width", "rope_theta")
+COMPUTED = {  # architecture -> (further fields in the metadata, those that every model of it has)
+    "gpt2": (("position_rows",), {}),
+    "llama": (HEADS, LLAMA),
+    "qwen3": (HEADS, LLAMA | dict(qk_norm=True)),
+}
+
+
+def architecture(cfg):
+    """The architecture of llama.cpp that computes what a model with this `Config` computes. ValueError if there is
+    none: the fields in which the closest differs."""
+    closest = None
+    for name, (more, fixed) in COMPUTED.items():
+        fields = asdict(cfg)
+        different = differences(cfg, tinygpt.Config(**{field: fields[field] for field in SHAPE + more}, **fixed))
+        if not different:
+            return name
+        if closest is None or len(different) < len(closest[1]):
+            closest = name, different
+    raise ValueError(f"llama.cpp has no architecture for this model; {closest[0]} differs in {', '.join(closest[1])}")
+
+
+# == 2  metadata =======================================================================================================
+
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # numbers of types in the file
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+PACKED = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}
+
+
+def model_metadata(cfg, name):
+    """{key: (type, value)} of an architecture."""
+    D, eps = cfg.head_width, "layer_norm_epsilon" if name == "gpt2" else "layer_norm_rms_epsilon"
+    found = {"context_length": cfg.position_rows if name == "gpt2" else cfg.seq_len, "embedding_length": cfg.width}
+    found |= {"block_count": cfg.layers, "feed_forward_length": cfg.hidden, "attention.head_count": cfg.heads}
+    found |= {"attention.head_count_kv": cfg.kv_heads}
+    if name != "gpt2":
+        found |= {"attention.key_length": D, "attention.value_length": D, "rope.dimension_count": D}
+    values = {key: (UINT32, value) for key, value in found.items()} | {f"attention.{eps}": (FLOAT32, cfg.norm_eps)}
+    if name != "gpt2":
+        values |= {"rope.freq_base": (FLOAT32, cfg.rope_theta), "vocab_size": (UINT32, cfg.vocab_size)}
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def tokenizer_metadata(tokenizer, cfg):
+    """{key: (type, value)}; ARRAY of (type, values). Ids beyond the tokenizer, and reserved ones, are never sampled.
+    ValueError for a tokenizer that is not byte-level."""
+    if isinstance(tokenizer, SpacedTokenizer):
+        raise ValueError("GGUF is written with a byte-level tokenizer; this one is of SentencePiece's kind")
+    surplus = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, cfg.vocab_size)]
+    types = [CONTROL if i in tokenizer.specials.values() else NORMAL for i in range(tokenizer.vocab_size)]
+    merges = [f"{tokenizer.string(left)} {tokenizer.string(right)}" for left, right in tokenizer.merges]
+    found = {"model": (STRING, "gpt2"), "pre": (STRING, "gpt-2"), "add_bos_token": (BOOL, True)}
+    found |= {"tokens": (ARRAY, (STRING, tokenizer.strings() + surplus)), "merges": (ARRAY, (STRING, merges))}
+    found |= {"token_type": (ARRAY, (INT32, types + [UNUSED] * len(surplus)))}
+    found |= {f"{kind}_token_id": (UINT32, tokenizer.end) for kind in ("bos", "eos", "padding")}
+    if banned := never_drawn(cfg, tokenizer):
+        found["suppress_tokens"] = ARRAY, (INT32, banned)
+    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+
+
+def packed(kind, value):
+    """A value of this type as bytes."""
+    if kind == STRING:
+        data = value.encode()
+        return struct.pack("<Q", len(data)) + data
+    if kind == ARRAY:
+        kind, values = value
+        return struct.pack("<IQ", kind, len(values)) + b"".join(packed(kind, x) for x in values)
+    return struct.pack(PACKED[kind], value)
+
+
+# == 3  tensors ========================================================================================================
+
+F32, F16, Q8_0 = 0, 1, 8  # numbers of types of tensors
+DTYPES = {"float32": (F32, 0), "float16": (F16, 1), "q8_0": (Q8_0, 7)}  # of matrices; of the whole file
+BLOCK = 32  # weights of Q8_0 that share a scale
+
+
+def quantized(x):
+    """x (..., K), K a multiple of 32 -> bytes: for 32 weights their scale d in float16, then int8 round(x / d)."""
+    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, BLOCK)
+    d = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1, d, out=np.zeros_like(d), where=d > 0)
+    scaled = blocks * inverse
+    q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)  # halves away from zero
+    return np.concatenate([half(d).view(np.int8), q], 1)
+
+
+def half(x):
+    """float32 -> float16; ValueError for a number beyond it."""
+    if np.abs(x).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(f"a weight or scale is {np.abs(x).max():.3g}, beyond float16; write --dtype float32")
+    return x.astype("<f2")
+
+
+def stored(name, x, dtype):
+    """A tensor -> (number of its type, array whose bytes are stored). Vectors and positions stay float32, matrices
+    whose rows are no multiple of 32 float16 under q8_0."""
+    kind = F32 if x.ndim == 1 or name == "position_embd.weight" else DTYPES[dtype][0]
+    if kind == Q8_0 and x.shape[-1] % BLOCK == 0:
+        return Q8_0, quantized(x)
+    return (F32, np.ascontiguousarray(x, "<f4")) if kind == F32 else (F16, half(np.ascontiguousarray(x, "<f4")))
+
+
+# == 4  the file =======================================================================================================
+
+ALIGNMENT = 32  # bytes, of each tensor
+HEAD = struct.Struct("<4sIQQ")  # magic, version, numbers of tensors and of metadata
+
+
+def file_chunks(metadata, tensors):
+    """{key: (type, value)}, {name: (type, shape, array)} -> the bytes of a file in chunks."""
+    chunks, offset = [HEAD.pack(b"GGUF", 3, len(tensors), len(metadata))], 0
+    for key, (kind, value) in metadata.items():
+        chunks += [packed(STRING, key), struct.pack("<I", kind), packed(kind, value)]
+    for name, (kind, shape, array) in tensors.items():
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        chunks += [packed(STRING, name), dimensions, struct.pack("<IQ", kind, offset)]
+        offset += array.nbytes + -array.nbytes % ALIGNMENT
+    chunks.append(bytes(-sum(map(len, chunks)) % ALIGNMENT))
+    for _, _, array in tensors.values():
+        chunks += [memoryview(array).cast("B"), bytes(-array.nbytes % ALIGNMENT)]
+    return chunks
+
+
+def save(path, cfg, parameters, tokenizer, dtype="float32"):
+    """Write a .gguf file. A norm after the embedding becomes part of an input table. ValueError if llama.cpp computes
+    no such model."""
+    if cfg.embedding_norm:
+        cfg, parameters = fold_embedding_norm(cfg, parameters)
+    name = architecture(cfg)
+    table = TABLES[name]
+    if (name, cfg.positions) == ("llama", "rope-half"):
+        table = with_neighbours(table)
+    if (name, cfg.positions) == ("qwen3", "rope"):
+        table = with_halves(table)
+    metadata = {"general.architecture": (STRING, name), "general.name": (STRING, path.stem)}
+    metadata |= {"general.file_type": (UINT32, DTYPES[dtype][1]), "general.quantization_version": (UINT32, 2)}
+    metadata |= model_metadata(cfg, name) | tokenizer_metadata(tokenizer, cfg)
+    tensors = {}
+    for theirs, x in tensors_from(cfg, parameters, table).items():
+        kind, array = stored(theirs, x, dtype)
+        tensors[theirs] = kind, x.shape, array
+    tinygpt.write_aside(path, file_chunks(metadata, tensors))
