@@ -5,7 +5,8 @@
     python extras/convert.py --to llama2c runs/1m OUT               # its run: extras/llama2c.py
     python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/gguf.py
 
-GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. The converted model computes the same logits; otherwise the
+GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. What no class of theirs computes goes with one of ours,
+modeling_tinygpt.py, both ways. The converted model computes the same logits; otherwise the
 conversion fails. Every field of config.json that affects logits is either converted or rejected; the fields not named
 here affect only training (dropout), memory or other heads. Every tensor is either read or known to be derived from the
 configuration (a mask, the frequencies of rotations).
@@ -14,7 +15,9 @@ Read in order: tensors.py, which names tensors; here 1 fields of config.json, 2 
 
 import codecs
 import contextlib
+import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +30,7 @@ import tinygpt
 from extras import gguf, llama2c
 from extras.tensors import (
     TABLES,
+    Row,
     differences,
     fold_embedding_norm,
     parameters_from,
@@ -182,6 +186,8 @@ def bloom(c):
 FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "llama": llama, "qwen3": qwen3, "bloom": bloom}
 UNTIED = ("llama", "qwen3")  # where config.json does not say
 
+OWN = "tinygpt"  # model_type of a folder that has modeling_tinygpt.py
+
 # == 3  from transformers ==============================================================================================
 
 
@@ -193,11 +199,14 @@ def from_transformers(config, tensors):
     if not isinstance(config, dict):
         raise ValueError(f"config.json is a {type(config).__name__}; expected an object")
     family = field(config, "model_type", kind=str)
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, OWN):
         raise ValueError(f"model_type is {family!r:.80}; expected one of {', '.join(FAMILIES)}")
-    for name, known in (("is_causal", True), ("is_encoder_decoder", False), ("pruned_heads", {}), ("auto_map", {})):
+    for name, known in (("is_causal", True), ("is_encoder_decoder", False), ("pruned_heads", {})):
         expect(config, name, known)
     expect(config, "quantization_config")
+    if family == OWN:
+        return from_own(config, tensors)
+    expect(config, "auto_map", {})
     fields, derived = FAMILIES[family](config)
     named = short_names(tensors)
     tied = field(config, "tie_word_embeddings", kind=bool, default=family not in UNTIED)
@@ -214,6 +223,28 @@ def from_transformers(config, tensors):
     return parameters, cfg
 
 
+def from_own(config, tensors):
+    """`from_transformers` of a model with modeling_tinygpt.py, whose config.json has the fields of ours."""
+    wanted = dataclasses.fields(tinygpt.Config)
+    if missing := [f.name for f in wanted if f.name not in config]:
+        raise ValueError(f"config.json has no field {missing[0]}, which a model of {OWN} has")
+    values = {f.name: config[f.name] for f in wanted}
+    try:
+        values |= {f.name: float(values[f.name]) for f in wanted if f.type is float and type(values[f.name]) is int}
+        cfg = tinygpt.Config(**values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"config.json: {error!s:.200}") from None
+    parameters, left = parameters_from(cfg, tensors, own_table(cfg))
+    if left:
+        raise ValueError(f"tensor {left[0]!r:.80}: not part of the model that config.json describes")
+    return parameters, cfg
+
+
+def own_table(cfg):
+    """The tensors of modeling_tinygpt.py: ours, one by one."""
+    return {t.name: Row((f"layers.{{}}.{t.name}" if t.layered else t.name,)) for t in tinygpt.layout(cfg)}
+
+
 def short_names(tensors):
     """{name without the prefix of models with a head: name in the file}. ValueError if a tensor is there twice."""
     named = {}
@@ -228,6 +259,7 @@ def short_names(tensors):
 #
 # A family fits a model if its config.json, read again by `FAMILIES`, gives the model's Config.
 
+FOLDED = "the norm after the embedding becomes part of an input table of its own"
 THEIR_ACTIVATION = {"gelu-tanh": "gelu_new", "gelu": "gelu", "silu": "silu", "relu2": "relu2"}
 
 
@@ -279,14 +311,36 @@ def fitting_family(cfg):
 
 def to_transformers(cfg, parameters):
     """A model -> config.json (a dict), {name: array} as transformers has them. A norm after the embedding becomes part
-    of an input table apart from the head's. ValueError if transformers has no class for the model."""
-    if cfg.embedding_norm:
-        cfg, parameters = fold_embedding_norm(cfg, parameters)
-    family, config = fitting_family(cfg)
+    of an input table apart from the head's. If transformers has no class for the model, those of modeling_tinygpt.py,
+    and a line on stderr says so."""
+    given = cfg, parameters
+    try:
+        if cfg.embedding_norm:
+            cfg, parameters = fold_embedding_norm(cfg, parameters)
+        family, config = fitting_family(cfg)
+    except ValueError as error:
+        bpe.note(f"{error}; the folder has a class of its own: load it with trust_remote_code=True")
+        return own_config(given[0]), tensors_from(*given, own_table(given[0]))
+    if given[0].embedding_norm:
+        bpe.note(FOLDED)
     table = with_halves(TABLES[family]) if cfg.positions == "rope" else TABLES[family]
     prefix = "transformer." if family.startswith("gpt") else "model."
     tensors = tensors_from(cfg, parameters, table)
     return config, {name if name.startswith("lm_head") else prefix + name: x for name, x in tensors.items()}
+
+
+def own_config(cfg):
+    """config.json of a folder that has modeling_tinygpt.py."""
+    config = {"model_type": OWN, "architectures": ["TinyGPTForCausalLM"], "tie_word_embeddings": False}
+    config["auto_map"] = {"AutoConfig": "modeling_tinygpt.TinyGPTConfig"}
+    config["auto_map"]["AutoModelForCausalLM"] = "modeling_tinygpt.TinyGPTForCausalLM"
+    return config | {"dtype": "float32", "torch_dtype": "float32"} | dataclasses.asdict(cfg)
+
+
+def write_own_class(folder):
+    """Put modeling_tinygpt.py into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("modeling_tinygpt.py"), folder / "modeling_tinygpt.py")
 
 
 def save_transformers(folder, cfg, parameters, tokenizer):
@@ -301,6 +355,8 @@ def save_transformers(folder, cfg, parameters, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if config["model_type"] == OWN:
+        write_own_class(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     tinygpt.write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
@@ -335,8 +391,8 @@ def write_model(source, out, system, tokenizer_path, **options):
     if out.exists() and (system == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists{' and is not an empty folder' * (system != 'gguf')}; name another")
     checkpoint, tokenizer = load_model(source, tokenizer_path)
-    if checkpoint.cfg.embedding_norm:
-        bpe.note("the norm after the embedding becomes part of an input table of its own")
+    if checkpoint.cfg.embedding_norm and system != "hf":
+        bpe.note(FOLDED)
     WRITE[system](out, checkpoint.cfg, checkpoint.parameters, tokenizer, **options)
     return len(checkpoint.parameters)
 
@@ -366,8 +422,9 @@ def main(argv=None):
         parser.error(error)
     except (ValueError, RecursionError) as error:
         parser.error(f"{args.source}: {error}")
+    own = ", trust_remote_code=True" * (out / "modeling_tinygpt.py").exists()
     use = {
-        "hf": f'AutoModelForCausalLM.from_pretrained("{out}")',
+        "hf": f'AutoModelForCausalLM.from_pretrained("{out}"{own})',
         "llama2c": f"run {out}/model.bin -z {out}/tokenizer.bin",
         "gguf": f"llama-cli -m {out} --temp 0",
     }

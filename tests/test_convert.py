@@ -281,7 +281,7 @@ def test_a_norm_after_the_embedding_folds_exactly():
 )
 def test_a_model_that_transformers_has_no_class_for_is_refused_by_what_differs(fields, message):
     with pytest.raises(ValueError, match=message):
-        convert.to_transformers(*model_of(fields))
+        convert.fitting_family(model_of(fields)[0])
 
 
 def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
