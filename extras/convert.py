@@ -32,6 +32,7 @@ from extras.tensors import (
     TABLES,
     Row,
     differences,
+    files_of_tensors,
     fold_embedding_norm,
     parameters_from,
     read_tensors,
@@ -370,7 +371,7 @@ def read_folder(folder, out):
     config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
     config = read_config(config_path)
     tokenizer = bpe.Tokenizer.load(tokenizer_path)
-    files = sorted(folder.glob("*.safetensors"))
+    files = files_of_tensors(folder)
     if out.exists() and any(out.samefile(path) for path in (config_path, tokenizer_path, *files)):
         raise ValueError(f"--out {out} is a file of the model to convert; name another")
     parameters, cfg = from_transformers(config, read_tensors(files))

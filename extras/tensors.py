@@ -236,17 +236,55 @@ DTYPES = tinygpt.DTYPES | {"F16": np.dtype("<f2")}
 DTYPES |= {name: np.dtype([(name, f"<u{size}")]) for name, size in ITEM_SIZES.items()}  # records, so that U16 != BF16
 
 
+def files_of_tensors(folder):
+    """The .safetensors files in a folder, sorted; where there are none the pickles pytorch_model*.bin."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def read_tensors(files):
-    """Read .safetensors files -> {name: array as stored}. ValueError if there are none or a tensor is in two files."""
+    """Read files of tensors -> {name: array as stored}. ValueError if there are none or a tensor is in two files."""
     if not files:
-        raise ValueError("there is no .safetensors file; expected a model of transformers")
+        raise ValueError("there is no .safetensors file and no pytorch_model.bin; expected a model of transformers")
     tensors = {}
     for path in files:
-        found = tinygpt.read_safetensors(path, DTYPES)[0]
+        found = read_pickle(path) if path.suffix == ".bin" else tinygpt.read_safetensors(path, DTYPES)[0]
         if twice := tensors.keys() & found:
             raise ValueError(f"tensor {min(twice)!r:.80} is in {path.name} and in another file")
         tensors |= found
     return tensors
+
+
+SAFE = (2, 6)  # of torch: before, weights_only could be made to run code (CVE-2025-32434)
+
+
+def read_pickle(path):
+    """A file of torch.save -> {name: array}; nothing in it is executed. ValueError without PyTorch, and for a file that
+    holds anything but tensors."""
+    try:
+        import torch
+    except ImportError:
+        use = "convert it to .safetensors, or pip install torch: without it no pickle is read"
+        raise ValueError(f"{path.name} is a pickle; {use}") from None
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < SAFE:
+        raise ValueError(f"{path.name} is a pickle; PyTorch {torch.__version__} may execute it: expected 2.6 or newer")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever its unpickler stumbles over
+        kind = type(error).__name__
+        raise ValueError(f"{path.name} is not a file of tensors alone: torch.load refuses it ({kind})") from None
+    for name, x in found.items() if isinstance(found, dict) else [("the whole", found)]:
+        if type(name) is not str or not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.is_meta:
+            raise ValueError(f"{path.name}: {name!r:.80} is a {type(x).__name__}; expected {{name: tensor}}")
+    return {name: as_array(x.detach()) for name, x in found.items()}
+
+
+def as_array(x):
+    """A tensor of PyTorch as an array of the same numbers."""
+    if str(x.dtype) == "torch.bfloat16":
+        x = x.float()  # NumPy has none
+    return x.numpy()
 
 
 def read_weight(name, x):

@@ -1,6 +1,9 @@
 """extras/convert.py: models of `transformers` with random weights give the same logits as ours; what is refused."""
 
 import json
+import os
+import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import tinygpt
 from extras import convert
 from extras.recipes import LLAMA
 from extras.tensors import TABLES as NAMES
-from extras.tensors import fold_embedding_norm, parameters_from, tensors_from
+from extras.tensors import files_of_tensors, fold_embedding_norm, parameters_from, tensors_from
 
 # == 1  the same logits ================================================================================================
 
@@ -181,6 +184,92 @@ def test_layers_without_end_are_refused_at_once(types, tmp_path):
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match="config.json: .*attention_types"):
         load(tmp_path, json.loads((tmp_path / "config.json").read_bytes()) | {"attention_types": types})
+
+
+# -- pickles
+
+
+def saved_by_torch(folder, family):
+    """A folder with config.json and the same tensors as pytorch_model.bin -> the .safetensors file."""
+    torch = pytest.importorskip("torch")
+    for name, data in transformers_files(family).items():
+        (folder / name).write_bytes(data)
+    tensors = convert.read_tensors([folder / "model.safetensors"])
+    as_torch = {name: torch.from_numpy(np.array(x)) for name, x in tensors.items()}
+    torch.save(as_torch, folder / "pytorch_model.bin")
+    return (folder / "model.safetensors").rename(folder / "apart")
+
+
+class Hostile:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "llama"])
+def test_a_pickle_of_tensors_is_read_as_the_same_model(family, tmp_path):
+    apart = saved_by_torch(tmp_path, family)
+    files = files_of_tensors(tmp_path)
+    assert [path.name for path in files] == ["pytorch_model.bin"]
+    config = convert.read_config(tmp_path / "config.json")
+    found, cfg = convert.from_transformers(config, convert.read_tensors(files))
+    apart.rename(tmp_path / "model.safetensors")
+    assert files_of_tensors(tmp_path) == [tmp_path / "model.safetensors"]  # these are taken where both are there
+    expected, same = load(tmp_path)
+    assert cfg == same and found.tobytes() == expected.tobytes()
+
+
+def test_bfloat16_in_a_pickle_is_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.tensor([1.0, 2.5], dtype=torch.bfloat16)}, tmp_path / "pytorch_model.bin")
+    assert convert.read_tensors([tmp_path / "pytorch_model.bin"])["a"].tolist() == [1, 2.5]
+
+
+def test_nothing_in_a_hostile_pickle_is_executed(tmp_path):
+    torch = pytest.importorskip("torch")
+    for number, content in enumerate([Hostile(tmp_path / "done"), {"a": Hostile(tmp_path / "done")}]):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        (tmp_path / f"plain-{number}.bin").write_bytes(pickle.dumps(content))
+        for name in ("pytorch_model.bin", f"plain-{number}.bin"):
+            with pytest.raises(ValueError, match=f"{name} is not a file of tensors alone: torch.load refuses it"):
+                convert.read_tensors([tmp_path / name])
+    assert not (tmp_path / "done").exists()
+    pickle.loads(pickle.dumps(content))  # it would have done it
+    assert (tmp_path / "done").exists()
+
+
+def test_a_pickle_that_is_no_dictionary_of_tensors_is_refused_in_one_line(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "pytorch_model.bin"
+    for content, message in [
+        ({"state": {"a": torch.ones(2)}}, "'state' is a dict; expected {name: tensor}"),
+        ({3: torch.ones(2)}, "3 is a Tensor; expected {name: tensor}"),
+        ([torch.ones(2)], "'the whole' is a list; expected {name: tensor}"),
+    ]:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            convert.read_tensors([path])
+    data = path.read_bytes()
+    for cut in (b"", b"\x80", data[: len(data) // 2]):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match="is not a file of tensors alone"):
+            convert.read_tensors([path])
+    path.write_bytes(data)
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(ValueError, match="PyTorch 2.5.1\\+cpu may execute it: expected 2.6 or newer"):
+        convert.read_tensors([path])
+
+
+def test_without_torch_a_pickle_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match="pytorch_model.bin is a pickle; convert it to .safetensors, or pip install"):
+        convert.read_tensors([tmp_path / "pytorch_model.bin"])  # which is not even there
+    with pytest.raises(ValueError, match="no .safetensors file and no pytorch_model.bin"):
+        convert.read_tensors([])
 
 
 # == 3  to transformers ================================================================================================
