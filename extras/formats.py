@@ -3,10 +3,10 @@
     python bpe.py train stories.txt --vocab-size 4096 --out vocab.json          # and merges.txt beside it
     python bpe.py explain accomplishment --tokenizer stories260K/tok512.bin
 
-bpe.py finds this file for a tokenizer that is not a tokenizer.json that it wrote itself. Section 1 is a tokenizer of
-another kind, 2 reads tokenizer.json of others, 3 vocab.json with merges.txt, 4 rank files of tiktoken, 5 tokenizer.bin
-of llama2.c; 6 chooses one of them. Of byte-level tokenizers only those are read whose texts GPT-2's PATTERN splits.
-Section 7 has calls of Tokenizer that need no file: special tokens that are an error, a text that comes in chunks.
+bpe.py finds this file for a tokenizer that is not a tokenizer.json that it wrote itself. Section 1 has tokenizers of
+other kinds, 2 reads tokenizer.json of others, 3 vocab.json with merges.txt, 4 rank files of tiktoken, 5 tokenizer.bin
+of llama2.c; 6 chooses one of them, or the .model of spm.py. Byte-level tokenizers are those of GPT-2's split pattern
+and of GPT-4's. Section 7 has calls of Tokenizer that need no file: special tokens that are an error, a text in chunks.
 """
 
 import base64
@@ -20,7 +20,7 @@ import regex
 from bpe import BYTE, CHARACTER, CUT_BYTES, END, PATTERN, Tokenizer, as_pieces, bytes_of, merge_ids, utf8
 from extras.documents import whole
 
-# == 1  SentencePiece's tokenizers, as llama2.c has them ===============================================================
+# == 1  tokenizers of other kinds: SentencePiece's, as llama2.c has them; GPT-4's split pattern ========================
 
 BOS, UNKNOWN, EOS = "<s>", "<unk>", "</s>"  # llama2.c puts <s> between stories
 BLANK_MARK = "\u2581"  # stands for a space in SentencePiece's files, not in llama2.c's
@@ -115,6 +115,40 @@ class SpacedTokenizer(Tokenizer):
         return json.dumps(data, ensure_ascii=False, indent=0) + "\n"
 
 
+# GPT-4's cl100k_base: at most three digits; letters with one sign before them; signs with the line ends behind them.
+# tiktoken's keeps white space at the end of a text whole; in files of Hugging Face a part ends with the last line.
+PARTS = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+CL100K = rf"""'(?i:[sdmt]|ll|ve|re)|{PARTS}|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"""
+CL100K_JSON = rf"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|{PARTS}|\s*[\r\n]+|\s+(?!\S)|\s+"""
+
+
+class PatternTokenizer(Tokenizer):
+    """A byte-level tokenizer whose texts another pattern than GPT-2's splits."""
+
+    def __init__(self, vocab, merges, specials, pattern):
+        super().__init__(vocab, merges, specials)
+        self.pattern, self.pretokens = pattern, regex.compile(pattern).findall
+
+    def compiled(self, size):
+        """None: fast/words.py knows no other pre-tokens than those of PATTERN."""
+
+    def encode_documents(self, documents, threads=None):
+        """A pre-token may go across a cut, so that pieces are joined."""
+        return super().encode_documents(whole(as_pieces(documents)), threads)
+
+    def to_json(self):
+        data = json.loads(super().to_json())
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        plain = data["pre_tokenizer"] | {"use_regex": False}
+        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, plain]}
+        return json.dumps(data, ensure_ascii=False, indent=0) + "\n"
+
+
+def with_pattern(vocab, merges, specials, pattern):
+    """A byte-level tokenizer; `pattern` None is GPT-2's."""
+    return PatternTokenizer(vocab, merges, specials, pattern) if pattern else Tokenizer(vocab, merges, specials)
+
+
 # == 2  tokenizer.json of Hugging Face `tokenizers` ====================================================================
 
 # What `tokenizers` applies that we do not have; any other value would give other ids than ours.
@@ -149,6 +183,8 @@ def from_json(text):
     if not setting(data, "model.vocab"):
         raise ValueError("not a tokenizer: the JSON has no model with a vocabulary")
     spaced = setting(data, "model.byte_fallback") is True
+    if pattern := pattern_in(data.get("pre_tokenizer")):
+        data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}  # as GPT-2's, but for the pattern
     for name, neutral in (NEUTRAL_SPACED if spaced else NEUTRAL_PLAIN).items():
         if (value := setting(data, name)) not in neutral:
             kind = "byte-level BPE with GPT-2's split pattern, and that of llama2.c, are read"
@@ -166,7 +202,7 @@ def from_json(text):
             raise ValueError("a damaged tokenizer.json: a merge is not a pair")
         strings = sort_strings({**strings, **specials})
         if not spaced:
-            return byte_level(strings, pairs, specials)
+            return byte_level(strings, pairs, specials, pattern)
         if missing := {f"<0x{b:02X}>" for b in range(256)} - {*strings}:
             raise ValueError(f"the vocabulary has no {min(missing)}; expected <0x00> to <0xFF>")
         byte_ids = [strings.index(f"<0x{b:02X}>") for b in range(256)]
@@ -179,9 +215,22 @@ def from_json(text):
         raise ValueError(f"a damaged tokenizer.json: {type(error).__name__} {error!s:.80}") from None
 
 
-def byte_level(strings, pairs, specials):
+def pattern_in(pre_tokenizer):
+    """CL100K or CL100K_JSON if a tokenizer.json splits texts by it, else None."""
+    parts = setting(pre_tokenizer, "pretokenizers")
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, dict) for part in parts):
+        return None
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    for pattern in (CL100K, CL100K_JSON):
+        for behaviour, invert in (("Isolated", False), ("Removed", True)):  # each a part; what is between parts goes
+            expected = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behaviour, "invert": invert}
+            if parts[0] == expected and parts[1] | {"trim_offsets": True} == byte_level:
+                return pattern
+
+
+def byte_level(strings, pairs, specials, pattern=None):
     vocab = [s.encode() if s in specials else token_of(s) for s in strings]
-    return Tokenizer(vocab, [(token_of(left), token_of(right)) for left, right in pairs], specials)
+    return with_pattern(vocab, [(token_of(left), token_of(right)) for left, right in pairs], specials, pattern)
 
 
 def read_ids(ids):
@@ -239,27 +288,38 @@ def from_vocab_and_merges(vocab, merges):
     if odd := [" ".join(pair) for pair in pairs if len(pair) != 2]:
         raise ValueError(f"merges.txt has a line {odd[0]!r:.60}; expected two tokens")
     made = {*CHARACTER, *(left + right for left, right in pairs)}
-    check_pattern(token_of(left + right) for left, right in pairs)
-    return byte_level(sort_strings(vocab), pairs, {name: i for name, i in vocab.items() if name not in made})
+    pattern = find_pattern([token_of(left + right) for left, right in pairs])
+    return byte_level(sort_strings(vocab), pairs, {name: i for name, i in vocab.items() if name not in made}, pattern)
 
 
 # A token that merges made inside a pre-token: a part of a run is a run itself; parts of 'll, 've and 're are not.
 MADE_BY_PATTERN = regex.compile(rf"{PATTERN}|'[lvr]")
+SPLIT_CL100K = regex.compile(CL100K)
 
 
-def check_pattern(tokens):
-    """ValueError if GPT-2's pattern would cut one of these tokens, in bytes: then merges of another one made them.
+def find_pattern(tokens):
+    """None if GPT-2's pattern cuts none of these tokens, in bytes; CL100K if that one does not. ValueError if both cut
+    one: merges of another pattern made them.
 
     Rank files, and vocab.json with merges.txt, do not name their pattern. gpt2, r50k_base and p50k_base have GPT-2's.
     """
+    if not (cut := first_cut(tokens, MADE_BY_PATTERN.fullmatch)):
+        return None
+    if not first_cut(tokens, lambda text: SPLIT_CL100K.match(text).end() == len(text)):
+        return CL100K
+    cut = f"token {cut!r:.60} is cut by GPT-2's split pattern, and others by GPT-4's, so the file is of another"
+    raise ValueError(f"{cut}; take a vocabulary of one of these patterns, or train one: python bpe.py train")
+
+
+def first_cut(tokens, is_whole):
+    """The first of the tokens that are text for which `is_whole` is false; None if there is none."""
     for token in tokens:
         try:
             text = token.decode()
         except UnicodeDecodeError:  # part of a character
             continue
-        if not MADE_BY_PATTERN.fullmatch(text):
-            cut = f"token {text!r:.60} is cut by GPT-2's split pattern, so the file is of another (cl100k_base has one)"
-            raise ValueError(f"{cut}; take a vocabulary of GPT-2's pattern, or train one: python bpe.py train")
+        if not is_whole(text):
+            return text
 
 
 # == 4  rank files of tiktoken: a line "base64 id" for each token ======================================================
@@ -280,7 +340,7 @@ def from_ranks(data):
     except ValueError:
         raise ValueError("a damaged rank file: expected lines of a token in base64 and its rank") from None
     vocab = sort_strings(ids)
-    check_pattern(vocab)
+    pattern = find_pattern(vocab)
     byte_ids = {token[0]: i for i, token in enumerate(vocab) if len(token) == 1}
     ranks, merges = {}, []
     for i, token in enumerate(vocab):
@@ -290,7 +350,7 @@ def from_ranks(data):
                 raise ValueError(f"{token!r:.60} is not made of two tokens of lower rank: no merge gives it")
             ranks[parts] = (i, i)
             merges.append((vocab[parts[0]], vocab[parts[1]]))
-    return Tokenizer([*vocab, END.encode()], merges, {END: len(vocab)})
+    return with_pattern([*vocab, END.encode()], merges, {END: len(vocab)}, pattern)
 
 
 # == 5  tokenizer.bin of llama2.c ======================================================================================
@@ -312,7 +372,15 @@ def from_llama2c(data):
         at += 8 + max(size, 0)
     if at != len(data) or len(tokens) < 259 or tokens[3:259] != [b"<0x%02X>" % b for b in range(256)]:
         raise ValueError("a damaged tokenizer.bin: expected scores and tokens, 3 to 258 of them <0x00> to <0xFF>")
-    ids = {token: i for i, token in enumerate(tokens) if i >= 259}
+    specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
+    vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
+    return from_scores(vocab, scores, specials, range(3, 259))
+
+
+def from_scores(vocab, scores, specials, byte_ids):
+    """The tokenizer in which any two tokens may be joined to a third, that of the highest score first."""
+    apart = {*specials.values(), *byte_ids}
+    ids = {token: i for i, token in enumerate(vocab) if i not in apart}
     made = {
         token: [(token[:k], token[k:]) for k in range(1, len(token)) if token[:k] in ids and token[k:] in ids]
         for token in ids
@@ -321,14 +389,13 @@ def from_llama2c(data):
     merges = list(chain.from_iterable(made[token] for token in sorted(made, key=lambda token: -scores[ids[token]])))
     of_score = {score: rank for rank, score in enumerate(sorted({scores[ids[token]] for token in made}, reverse=True))}
     ranks = [of_score[scores[ids[a + b]]] for a, b in merges] if len(of_score) < len(made) else None
-    specials = {UNKNOWN: 0, BOS: 1, EOS: 2}
-    vocab = [*(name.encode() for name in specials), *(bytes([b]) for b in range(256)), *tokens[259:]]
-    return SpacedTokenizer(vocab, merges, specials, range(3, 259), ranks)
+    return SpacedTokenizer(vocab, merges, specials, byte_ids, ranks)
 
 
 # == 6  which of them ==================================================================================================
 
-EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, or tokenizer.bin of llama2.c"
+EXPECTED = "tokenizer.json, vocab.json beside merges.txt, a rank file of tiktoken, tokenizer.bin of llama2.c"
+EXPECTED += ", or a .model of SentencePiece"
 
 
 VOCAB = regex.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*(?:[0-9]|"[0-9]+")')  # an object, first in it a number
@@ -350,6 +417,10 @@ def read(path, data):
         return from_ranks(data)
     if len(data) > 12 and 0 < struct.unpack_from("<i", data)[0] < 1 << 16 and data[12:17] == b"<unk>":
         return from_llama2c(data)
+    from extras import spm
+
+    if spm.is_model(data):
+        return spm.from_model(data)
     return from_json(data.decode("utf-8", "replace"))
 
 
@@ -415,10 +486,12 @@ def refuse_specials(tokenizer, text, allowed, disallowed, place=0):
 
 def encode_chunks(tokenizer, chunks, allowed, disallowed):
     """Yield the ids of tokenizer.encode("".join(chunks)): at white space, those of all before it, now certain; at the
-    end if merges cross words, or one of the special tokens to look for has white space inside."""
+    end if they may change still, or one of the special tokens to look for has white space inside."""
     allowed = tokenizer.special_names("allowed_special", allowed)
     disallowed = tokenizer.special_names("disallowed_special", disallowed)
-    waits = isinstance(tokenizer, SpacedTokenizer) or any(regex.search(r"\s", name) for name in allowed | disallowed)
+    waits = isinstance(tokenizer, (SpacedTokenizer, PatternTokenizer)) or any(
+        regex.search(r"\s", name) for name in allowed | disallowed
+    )
     held, place = bytearray(), 0
 
     def encode(text):

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 
 import tinygpt
-from extras.formats import SpacedTokenizer
+from extras.formats import CL100K_JSON, SpacedTokenizer
 from extras.recipes import LLAMA
 from extras.tensors import (
     copied,
@@ -74,6 +74,7 @@ def architecture(cfg):
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # numbers of types in the file
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+PRE = {None: "gpt-2", CL100K_JSON: "dbrx"}  # split patterns; None: GPT-2's
 PACKED = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}
 
 
@@ -96,10 +97,13 @@ def tokenizer_metadata(tokenizer, cfg):
     ValueError for a tokenizer that is not byte-level."""
     if isinstance(tokenizer, SpacedTokenizer):
         raise ValueError("GGUF is written with a byte-level tokenizer; this one is of SentencePiece's kind")
+    pattern = getattr(tokenizer, "pattern", None)
+    if pattern not in PRE:
+        raise ValueError("llama.cpp has no name for the split pattern of this tokenizer, tiktoken's of GPT-4")
     surplus = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, cfg.vocab_size)]
     types = [CONTROL if i in tokenizer.specials.values() else NORMAL for i in range(tokenizer.vocab_size)]
     merges = [f"{tokenizer.string(left)} {tokenizer.string(right)}" for left, right in tokenizer.merges]
-    found = {"model": (STRING, "gpt2"), "pre": (STRING, "gpt-2"), "add_bos_token": (BOOL, True)}
+    found = {"model": (STRING, "gpt2"), "pre": (STRING, PRE[pattern]), "add_bos_token": (BOOL, True)}
     found |= {"tokens": (ARRAY, (STRING, tokenizer.strings() + surplus)), "merges": (ARRAY, (STRING, merges))}
     found |= {"token_type": (ARRAY, (INT32, types + [UNUSED] * len(surplus)))}
     found |= {f"{kind}_token_id": (UINT32, tokenizer.end) for kind in ("bos", "eos", "padding")}

@@ -1,12 +1,16 @@
 """extras/formats.py: the tokenizers of other systems, read, written and with their ids."""
 
 import base64
+import inspect
 import json
 import random
 import struct
+from collections import Counter
 from functools import cache
 
+import numpy as np
 import pytest
+import regex
 from helpers import STORIES, TOK512, by_kernels, cut, random_texts, run_main, shuffled, with_specials
 
 import bpe
@@ -205,7 +209,8 @@ def rank_file(*tokens):
     return b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks))
 
 
-OTHERS = ["(t", ".\n", "\n\nT", " \n(", "_t", "1a", "a1", "  a", "'S", "\u2019s", "e\u0301", "a b", "'tis"]
+OTHERS = ["\n\nT", " \n(", "1a", "a1", "  a", "e\u0301", "a b", "'tis"]
+GPT4S = ["(t", ".\n", "_t", "'S", "\u2019s"]
 GPT2S = [" t", "the", "  ", "\n\n", " \n", "12345", " 1", "!?", " (", "'s", "'ll", "'l", "'v", "'r", "\u65e5\u672c"]
 
 
@@ -229,6 +234,80 @@ def test_a_vocabulary_of_another_split_pattern_is_refused_and_says_what_to_do(te
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot hold it .*save a tokenizer.json"):
         bpe.Tokenizer.from_merges(merges, reserve=0).save(tmp_path / "y.tiktoken")
+
+
+GPT4_TEXTS = [
+    *STORIES,
+    "don't DON'T I'LL",
+    "1234567 a.\n\n  b  \n \n",
+    "x \n ",
+    "'\u017f (t)[u] \u00a0t",
+    "  \r\n\ta  ",
+]
+GPT4_TEXTS += random_texts(5, 200)
+
+
+def gpt4s(pattern):
+    """A tokenizer whose merges are made from words of GPT-4's split pattern."""
+    counts = Counter(word.encode() for text in GPT4_TEXTS * 2 for word in regex.findall(pattern, text))
+    merges = bpe.merge_pairs(counts, 300)
+    plain = bpe.Tokenizer.from_merges(merges, reserve=0)
+    return formats.PatternTokenizer(plain.vocab, merges, plain.specials, pattern)
+
+
+@pytest.mark.parametrize("text", GPT4S)
+def test_a_token_that_gpt4s_pattern_alone_leaves_whole_says_that_it_is_gpt4s(text, tmp_path):
+    (tmp_path / "x.tiktoken").write_bytes(rank_file(*made(text)))
+    assert bpe.Tokenizer.load(tmp_path / "x.tiktoken").pattern == formats.CL100K
+
+
+def test_ids_of_gpt4s_pattern_are_those_of_tiktoken(tmp_path):
+    tiktoken, ours = pytest.importorskip("tiktoken"), gpt4s(formats.CL100K)
+    published = pytest.importorskip("tiktoken_ext.openai_public")
+    source = inspect.getsource(published.cl100k_base)
+    pattern = regex.search(r'"pat_str": r"""(.*?)""",', source)[1]
+    ranks = {token: i for i, token in enumerate(ours.vocab) if i != ours.end}
+    theirs = tiktoken.Encoding("gpt4", pat_str=pattern, mergeable_ranks=ranks, special_tokens=ours.specials)
+    ours.save(tmp_path / "x.tiktoken")
+    again = bpe.Tokenizer.load(tmp_path / "x.tiktoken")
+    assert type(again) is formats.PatternTokenizer and again.specials == ours.specials
+    for text in GPT4_TEXTS:
+        ids = theirs.encode_ordinary(text)
+        assert ours.encode(text) == again.encode(text) == [*again.encode_iterable(text)] == ids, text
+        assert ours.decode(ids) == text
+    stories = [text for text in GPT4_TEXTS if text.strip()]
+    joined = np.concatenate([ids for ids, _, _ in ours.encode_documents(stories)]).tolist()
+    assert joined == [i for text in stories for i in (*ours.encode(text), ours.end)]
+
+
+@pytest.mark.parametrize("pattern", [formats.CL100K, formats.CL100K_JSON], ids=["tiktoken", "json"])
+def test_ids_of_gpt4s_pattern_are_those_of_tokenizers(pattern, tmp_path):
+    tokenizers, ours = pytest.importorskip("tokenizers"), gpt4s(pattern)
+    ours.save(tmp_path / "tokenizer.json")
+    again, theirs = bpe.Tokenizer.load(tmp_path / "tokenizer.json"), tokenizers.Tokenizer.from_str(ours.to_json())
+    assert again.hash == ours.hash and again.pattern == pattern
+    for text in GPT4_TEXTS:
+        assert ours.encode(text, "all") == again.encode(text, "all") == theirs.encode(text).ids, text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: parts[0].update(behavior="MergedWithPrevious"),
+        lambda parts: parts[0].update(invert=True),
+        lambda parts: parts[0]["pattern"].update(Regex=r"\p{N}|\P{N}+"),
+        lambda parts: parts[1].update(use_regex=True),
+        lambda parts: parts[1].update(add_prefix_space=True),
+        lambda parts: parts.append(parts[1]),
+        lambda parts: parts.clear(),
+        lambda parts: parts.__setitem__(1, 3),
+    ],
+)
+def test_a_split_that_is_not_gpt4s_is_refused(change):
+    data = json.loads(gpt4s(formats.CL100K).to_json())
+    change(data["pre_tokenizer"]["pretokenizers"])
+    with pytest.raises(ValueError, match="pre_tokenizer.type is 'Sequence'; expected"):
+        bpe.Tokenizer.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize("text", GPT2S)

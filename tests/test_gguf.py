@@ -1,16 +1,18 @@
 """extras/gguf.py: llama.cpp, transformers and the reader of `gguf` find our weights, logits, tokens and text."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+import regex
 from conftest import relative
 from helpers import STORIES
 
 import bpe
 import sample
 import tinygpt
-from extras import convert, gguf
+from extras import convert, formats, gguf
 from extras.recipes import LLAMA
 
 TOKENIZER = bpe.Tokenizer.from_merges(bpe.train(STORIES * 3, 60))
@@ -100,6 +102,24 @@ def test_llama_cpp_encodes_a_prompt_as_we_do(text, tmp_path):
     complete, ids = llama_cpp(out), [TOKENIZER.end, *TOKENIZER.encode(text)][:60]
     text = TOKENIZER.decode(ids[1:])
     assert np.array_equal(complete(text, 1, cfg.vocab_size)[1], complete(ids, 1, cfg.vocab_size)[1])
+
+
+def test_llama_cpp_splits_a_prompt_by_gpt4s_pattern(tmp_path):
+    texts = ["don't DON'T I'LL go", "1234567 balls.\n\n  He ran", "x \n ", "(t)[u]\tv", *STORIES]
+    counts = Counter(word.encode() for text in texts * 2 for word in regex.findall(formats.CL100K_JSON, text))
+    plain = bpe.Tokenizer.from_merges(bpe.merge_pairs(counts, 200))
+    tokenizer = formats.PatternTokenizer(plain.vocab, plain.merges, plain.specials, formats.CL100K_JSON)
+    cfg, flat = model_of(LLAMA | dict(vocab_size=tokenizer.vocab_size))
+    gguf.save(tmp_path / "a.gguf", cfg, flat, tokenizer)
+    complete = llama_cpp(tmp_path / "a.gguf")
+    for text in texts:
+        ids = [tokenizer.end, *tokenizer.encode(text)][:60]
+        text = tokenizer.decode(ids[1:])
+        assert tokenizer.encode(text) == ids[1:]
+        assert np.array_equal(complete(text, 1, cfg.vocab_size)[1], complete(ids, 1, cfg.vocab_size)[1]), text
+    other = formats.PatternTokenizer(plain.vocab, plain.merges, plain.specials, formats.CL100K)
+    with pytest.raises(ValueError, match="llama.cpp has no name for the split pattern"):
+        gguf.save(tmp_path / "b.gguf", cfg, flat, other)
 
 
 # -- the reader of `gguf`
