@@ -1,6 +1,7 @@
 """Convert models of Hugging Face `transformers` to our checkpoints and back.
 
     python extras/convert.py --from hf FOLDER model.safetensors     # config.json, *.safetensors, tokenizer.json
+    python extras/convert.py --from hf:OWNER/REPO model.safetensors # fetched: extras/hub.py
     python extras/convert.py --to hf runs/1m OUT                    # AutoModelForCausalLM.from_pretrained("OUT")
     python extras/convert.py --to llama2c runs/1m OUT               # its run: extras/llama2c.py
     python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/gguf.py
@@ -13,6 +14,7 @@ configuration (a mask, the frequencies of rotations).
 Read in order: tensors.py, which names tensors; here 1 fields of config.json, 2 families, 3 from and 4 to transformers.
 """
 
+import argparse
 import codecs
 import contextlib
 import dataclasses
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
-from extras import gguf, llama2c
+from extras import gguf, hub, llama2c
 from extras.tensors import (
     TABLES,
     Row,
@@ -366,9 +368,13 @@ def save_transformers(folder, cfg, parameters, tokenizer):
 # == 5  command line ===================================================================================================
 
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # the first that is there
+
+
 def read_folder(folder, out):
     """Convert a model of transformers to the checkpoint `out` -> its number of parameters."""
-    config_path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
+    config_path = folder / "config.json"
+    tokenizer_path = next((path for path in map(folder.joinpath, TOKENIZERS) if path.exists()), folder / TOKENIZERS[0])
     config = read_config(config_path)
     tokenizer = bpe.Tokenizer.load(tokenizer_path)
     files = files_of_tensors(folder)
@@ -376,9 +382,25 @@ def read_folder(folder, out):
         raise ValueError(f"--out {out} is a file of the model to convert; name another")
     parameters, cfg = from_transformers(config, read_tensors(files))
     if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(f"tokenizer.json has {tokenizer.vocab_size} tokens; expected at most V={cfg.vocab_size}")
+        found = f"{tokenizer_path.name} has {tokenizer.vocab_size} tokens"
+        raise ValueError(f"{found}; expected at most V={cfg.vocab_size}")
     tinygpt.save_checkpoint(out, parameters.astype(np.float32), cfg, tokenizer.to_json())
     return len(parameters)
+
+
+def read_hub(repo, out):
+    """Fetch a model of transformers into the folder OWNER--REPO beside `out`, and convert it -> its parameters."""
+    folder = out.parent / repo.replace("/", "--")
+    hub.fetch_model(repo, folder)
+    return read_folder(folder, out)
+
+
+def system(text):
+    """The argument of --from: hf or hf:OWNER/REPO -> None or OWNER/REPO."""
+    name, _, repo = text.partition(":")
+    if name != "hf" or not (text == "hf" or hub.NAME.fullmatch(repo)):
+        raise argparse.ArgumentTypeError(f"{text!r:.80}; expected hf, or hf:OWNER/REPO")
+    return repo
 
 
 WRITE = {"hf": save_transformers, "llama2c": llama2c.save, "gguf": gguf.save}
@@ -400,29 +422,32 @@ def write_model(source, out, system, tokenizer_path, **options):
 
 def main(argv=None):
     parser = bpe.Parser(prog="convert.py", description="Convert models of transformers to checkpoints, and back.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="with --to a checkpoint or a run, else a folder")
-    parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the folder or checkpoint to write")
+    parser.add_argument("source", type=Path, nargs="?", metavar="SOURCE", help="a checkpoint, a run or a folder")
+    parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the folder or file to write")
     parser.add_argument("--out", type=Path, metavar="FILE", help="OUT, named by a flag")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--to", choices=WRITE, help="write what transformers, llama2.c or llama.cpp loads")
-    direction.add_argument("--from", choices=["hf"], help="read a folder of transformers: the default")
+    origin = "hf: a folder of transformers (the default); hf:OWNER/REPO fetches one, and there is no SOURCE"
+    direction.add_argument("--from", dest="repo", type=system, metavar="hf[:OWNER/REPO]", help=origin)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
     parser.add_argument("--dtype", choices=gguf.DTYPES, help="of matrices in a .gguf file (default float32)")
-    args = parser.parse_args(argv)
-    if (args.out is None) == (args.target is None):
-        parser.error("expected one file or folder to write: OUT or --out")
+    args = parser.parse_intermixed_args(argv)
+    paths = [path for path in (args.source, args.target, args.out) if path is not None]
+    if len(paths) != (1 if args.repo else 2):
+        parser.error(f"expected {'' if args.repo else 'SOURCE and '}one file or folder to write: OUT or --out")
+    source, out = [None, *paths][-2:]
     if args.dtype and args.to != "gguf":
         parser.error("--dtype is of --to gguf; leave it out")
-    out, options = args.out or args.target, {"dtype": args.dtype} if args.dtype else {}
+    options = {"dtype": args.dtype} if args.dtype else {}
     try:
         if args.to:
-            count = write_model(args.source, out, args.to, args.tokenizer, **options)
+            count = write_model(source, out, args.to, args.tokenizer, **options)
         else:
-            count = read_folder(args.source, out)
+            count = read_hub(args.repo, out) if args.repo else read_folder(source, out)
     except OSError as error:
         parser.error(error)
     except (ValueError, RecursionError) as error:
-        parser.error(f"{args.source}: {error}")
+        parser.error(error if args.repo else f"{source}: {error}")
     own = ", trust_remote_code=True" * (out / "modeling_tinygpt.py").exists()
     use = {
         "hf": f'AutoModelForCausalLM.from_pretrained("{out}"{own})',

@@ -381,11 +381,15 @@ def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
     for words, message in [
         (["--to", "hf", source, tmp_path / "full"], "full exists and is not an empty folder"),
         (["--to", "hf", source, source], "exists and is not an empty folder"),
-        (["--to", "hf", source], "expected one file or folder to write"),
-        (["--to", "hf", source, "a", "--out", "b"], "expected one file or folder to write"),
+        (["--to", "hf", source], "expected SOURCE and one file or folder to write: OUT or --out"),
+        (["--to", "hf", source, "a", "--out", "b"], "expected SOURCE and one file or folder to write: OUT or --out"),
         (["--to", "hf", tmp_path / "none", "a"], "No such file"),
         (["--to", "hf", tmp_path / "full", "a"], "No such file"),
         (["--to", "gif", source, "a"], "invalid choice: 'gif'"),
+        (["--from", "hf:a/b"], "expected one file or folder to write: OUT or --out"),
+        (["--from", "hf:a/b", source, "a"], "expected one file or folder to write: OUT or --out"),
+        (["--from", "hf:a", "a"], "'hf:a'; expected hf, or hf:OWNER/REPO"),
+        (["--from", "hf:../b", "a"], "'hf:../b'; expected hf, or hf:OWNER/REPO"),
     ]:
         with pytest.raises(SystemExit) as left:
             convert.main([str(word) for word in words])

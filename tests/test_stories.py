@@ -129,7 +129,7 @@ def server(monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     for remote, body in (("TRAIN", TRAIN_BYTES), ("VALID", VALID_BYTES)):
         sha256 = hashlib.sha256(body).hexdigest()
-        monkeypatch.setattr(stories, remote, getattr(stories, remote)._replace(size=len(body), sha256=sha256))
+        monkeypatch.setattr(stories, remote, getattr(stories, remote)._replace(size=len(body), expected=sha256))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
     yield server
     server.released.set()
@@ -141,7 +141,7 @@ PROCESS = """
 import sys
 from extras import stories
 for name, size, sha256 in (sys.argv[3:6], sys.argv[6:9]):
-    setattr(stories, name, getattr(stories, name)._replace(size=int(size), sha256=sha256))
+    setattr(stories, name, getattr(stories, name)._replace(size=int(size), expected=sha256))
 source = stories.get(sys.argv[1], int(sys.argv[2]))
 print(source.name, source.train, sep="\\n")
 """
@@ -151,7 +151,7 @@ def start(folder, num_bytes):
     """Start a process that calls get() with the files of this process's server."""
     words = [sys.executable, "-c", PROCESS, folder, num_bytes]
     for name in ("TRAIN", "VALID"):
-        words += [name, getattr(stories, name).size, getattr(stories, name).sha256]
+        words += [name, getattr(stories, name).size, getattr(stories, name).expected]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([*map(str, words)], cwd=Path(stories.__file__).parents[1], **pipes)
 
