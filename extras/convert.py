@@ -31,16 +31,19 @@ import bpe
 import tinygpt
 from extras import gguf, hub, llama2c
 from extras.tensors import (
+    SAVED,
     TABLES,
     Row,
     differences,
     files_of_tensors,
     fold_embedding_norm,
+    narrowed,
     parameters_from,
     read_tensors,
     read_weight,
     tensors_from,
     with_halves,
+    write_safetensors,
 )
 from sample import load_model, never_drawn
 
@@ -306,7 +309,7 @@ def fitting_family(cfg):
         different = differences(cfg, tinygpt.Config(vocab_size=cfg.vocab_size, tied=cfg.tied, **fields))
         if not different:
             config |= {"model_type": family, "architectures": [CLASSES[family]], "vocab_size": cfg.vocab_size}
-            return family, config | {"tie_word_embeddings": cfg.tied, "dtype": "float32", "torch_dtype": "float32"}
+            return family, config | {"tie_word_embeddings": cfg.tied}
         if closest is None or len(different) < len(closest[1]):
             closest = CLASSES[family], different
     raise ValueError(f"transformers has no class for this model; {closest[0]} differs in {', '.join(closest[1])}")
@@ -337,7 +340,7 @@ def own_config(cfg):
     config = {"model_type": OWN, "architectures": ["TinyGPTForCausalLM"], "tie_word_embeddings": False}
     config["auto_map"] = {"AutoConfig": "modeling_tinygpt.TinyGPTConfig"}
     config["auto_map"]["AutoModelForCausalLM"] = "modeling_tinygpt.TinyGPTForCausalLM"
-    return config | {"dtype": "float32", "torch_dtype": "float32"} | dataclasses.asdict(cfg)
+    return config | dataclasses.asdict(cfg)
 
 
 def write_own_class(folder):
@@ -346,9 +349,11 @@ def write_own_class(folder):
     shutil.copyfile(Path(__file__).with_name("modeling_tinygpt.py"), folder / "modeling_tinygpt.py")
 
 
-def save_transformers(folder, cfg, parameters, tokenizer):
+def save_transformers(folder, cfg, parameters, tokenizer, dtype="float32"):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load. Ids that are never sampled are suppressed."""
     config, tensors = to_transformers(cfg, parameters)
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    arrays = {name: narrowed(x, dtype) for name, x in tensors.items()}
     ends = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
     words = {f"{kind}_token": bpe.END for kind in ("bos", "eos", "pad")} | {"model_max_length": cfg.seq_len}
     files = {"config.json": config | ends, "generation_config.json": ends | {"pad_token_id": tokenizer.end}}
@@ -361,8 +366,7 @@ def save_transformers(folder, cfg, parameters, tokenizer):
     if config["model_type"] == OWN:
         write_own_class(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    tinygpt.write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
 
 
 # == 5  command line ===================================================================================================
@@ -430,14 +434,15 @@ def main(argv=None):
     origin = "hf: a folder of transformers (the default); hf:OWNER/REPO fetches one, and there is no SOURCE"
     direction.add_argument("--from", dest="repo", type=system, metavar="hf[:OWNER/REPO]", help=origin)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
-    parser.add_argument("--dtype", choices=gguf.DTYPES, help="of matrices in a .gguf file (default float32)")
+    dtypes = {"hf": SAVED, "gguf": gguf.DTYPES}
+    parser.add_argument("--dtype", choices={**SAVED, **gguf.DTYPES}, help="of what is written (default float32)")
     args = parser.parse_intermixed_args(argv)
     paths = [path for path in (args.source, args.target, args.out) if path is not None]
     if len(paths) != (1 if args.repo else 2):
         parser.error(f"expected {'' if args.repo else 'SOURCE and '}one file or folder to write: OUT or --out")
     source, out = [None, *paths][-2:]
-    if args.dtype and args.to != "gguf":
-        parser.error("--dtype is of --to gguf; leave it out")
+    if args.dtype and args.dtype not in (known := dtypes.get(args.to, ())):
+        parser.error(f"--dtype {args.dtype}: expected {', '.join(known) or 'none with this direction'}")
     options = {"dtype": args.dtype} if args.dtype else {}
     try:
         if args.to:

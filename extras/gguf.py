@@ -21,6 +21,7 @@ from extras.tensors import (
     fold_embedding_norm,
     linear,
     llama_table,
+    narrowed,
     norm,
     qk_norms,
     tensors_from,
@@ -137,14 +138,7 @@ def quantized(x):
     inverse = np.divide(1, d, out=np.zeros_like(d), where=d > 0)
     scaled = blocks * inverse
     q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)  # halves away from zero
-    return np.concatenate([half(d).view(np.int8), q], 1)
-
-
-def half(x):
-    """float32 -> float16; ValueError for a number beyond it."""
-    if np.abs(x).max(initial=0) > np.finfo(np.float16).max:
-        raise ValueError(f"a weight or scale is {np.abs(x).max():.3g}, beyond float16; write --dtype float32")
-    return x.astype("<f2")
+    return np.concatenate([narrowed(d, "float16").view(np.int8), q], 1)
 
 
 def stored(name, x, dtype):
@@ -153,7 +147,7 @@ def stored(name, x, dtype):
     kind = F32 if x.ndim == 1 or name == "position_embd.weight" else DTYPES[dtype][0]
     if kind == Q8_0 and x.shape[-1] % BLOCK == 0:
         return Q8_0, quantized(x)
-    return (F32, np.ascontiguousarray(x, "<f4")) if kind == F32 else (F16, half(np.ascontiguousarray(x, "<f4")))
+    return (F32, np.ascontiguousarray(x, "<f4")) if kind == F32 else (F16, narrowed(x, "float16"))
 
 
 # == 4  the file =======================================================================================================

@@ -7,8 +7,10 @@ A table says for each of our tensors (the names of `layout`, tinygpt.py section 
 Read in order: 1 the tables, 2 both directions, 3 files of tensors and their dtypes.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -236,6 +238,44 @@ DTYPES = tinygpt.DTYPES | {"F16": np.dtype("<f2")}
 DTYPES |= {name: np.dtype([(name, f"<u{size}")]) for name, size in ITEM_SIZES.items()}  # records, so that U16 != BF16
 
 
+SAVED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # name in torch -> in a file
+
+
+def narrowed(x, dtype):
+    """Floats as an array of a dtype of SAVED, rounded to nearest even. ValueError for a number beyond its range."""
+    x = np.ascontiguousarray(x, np.float32)
+    if dtype == "float32":
+        return x
+    with np.errstate(over="ignore"):
+        bits = x.view(np.uint32)
+        upper = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        found = upper.view(DTYPES["BF16"]) if dtype == "bfloat16" else x.astype(np.float16)
+    exact = (upper.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else found
+    if not np.isfinite(exact).all():
+        raise ValueError(f"a number is {np.abs(x).max():.3g}, beyond {dtype}; write --dtype float32")
+    return found
+
+
+def read_safetensors(file):
+    """A path or a binary file object -> ({name: array as stored}, metadata)."""
+    if not hasattr(file, "read"):
+        return tinygpt.read_safetensors(file, DTYPES)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensors.safetensors"
+        path.write_bytes(file.read())
+        return tinygpt.read_safetensors(path, DTYPES)
+
+
+def write_safetensors(file, tensors, metadata):
+    """Write {name: array of one of DTYPES} to a path or a binary file object."""
+    if not hasattr(file, "write"):
+        return tinygpt.write_safetensors(file, tensors, metadata, DTYPES)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensors.safetensors"
+        tinygpt.write_safetensors(path, tensors, metadata, DTYPES)
+        file.write(path.read_bytes())
+
+
 def files_of_tensors(folder):
     """The .safetensors files in a folder, sorted; where there are none the pickles pytorch_model*.bin."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
@@ -247,7 +287,7 @@ def read_tensors(files):
         raise ValueError("there is no .safetensors file and no pytorch_model.bin; expected a model of transformers")
     tensors = {}
     for path in files:
-        found = read_pickle(path) if path.suffix == ".bin" else tinygpt.read_safetensors(path, DTYPES)[0]
+        found = read_pickle(path) if path.suffix == ".bin" else read_safetensors(path)[0]
         if twice := tensors.keys() & found:
             raise ValueError(f"tensor {min(twice)!r:.80} is in {path.name} and in another file")
         tensors |= found

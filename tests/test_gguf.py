@@ -195,7 +195,7 @@ def test_a_model_that_llama_cpp_does_not_compute_is_refused_by_what_differs(fiel
 def test_weights_beyond_float16_are_refused(tmp_path):
     cfg, flat = model_of(LLAMA)
     flat[7] = 1e5
-    with pytest.raises(ValueError, match="a weight or scale is 1e\\+05, beyond float16; write --dtype float32"):
+    with pytest.raises(ValueError, match="a number is 1e\\+05, beyond float16; write --dtype float32"):
         gguf.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER, "float16")
     gguf.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER, "q8_0")  # its scale is 787
 
@@ -215,7 +215,12 @@ def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
         (["--to", "gguf", source, out], "theirs.gguf exists; name another"),
         (["--to", "gguf", source, tmp_path], "exists; name another"),
         (["--to", "gguf", source, tmp_path / "a", "--dtype", "q4"], "invalid choice: 'q4'"),
-        (["--to", "hf", source, tmp_path / "a", "--dtype", "q8_0"], "--dtype is of --to gguf"),
+        (
+            ["--to", "hf", source, tmp_path / "a", "--dtype", "q8_0"],
+            "--dtype q8_0: expected float32, float16, bfloat16",
+        ),
+        (["--to", "llama2c", source, tmp_path / "a", "--dtype", "float16"], "expected none with this direction"),
+        (["--to", "gguf", source, tmp_path / "a", "--dtype", "bfloat16"], "expected float32, float16, q8_0"),
     ]:
         with pytest.raises(SystemExit) as left:
             convert.main([str(word) for word in words])
