@@ -233,7 +233,7 @@ def test_nothing_in_a_hostile_pickle_is_executed(tmp_path):
     torch = pytest.importorskip("torch")
     for number, content in enumerate([Hostile(tmp_path / "done"), {"a": Hostile(tmp_path / "done")}]):
         torch.save(content, tmp_path / "pytorch_model.bin")
-        (tmp_path / f"plain-{number}.bin").write_bytes(pickle.dumps(content))
+        (tmp_path / f"plain-{number}.bin").write_bytes(pickle.dumps(content, 2))
         for name in ("pytorch_model.bin", f"plain-{number}.bin"):
             with pytest.raises(ValueError, match=f"{name} is not a file of tensors alone: torch.load refuses it"):
                 convert.read_tensors([tmp_path / name])

@@ -96,6 +96,18 @@ def test_llama_cpp_computes_our_logits_and_tells_our_text(name, dtype, tmp_path)
         assert [i for i in ids if i != TOKENIZER.end] == greedy(cfg, flat, PROMPT, 12)
 
 
+def test_llama_cpp_never_samples_the_ids_that_we_do_not(tmp_path):
+    cfg, flat = model_of(LLAMA | dict(tied=False, vocab_size=TOKENIZER.vocab_size + 3))
+    p, banned = tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers), sample.never_drawn(cfg, TOKENIZER)
+    p["head_w"][banned] = (
+        3 * p["head_w"][log_probabilities(cfg, flat, PROMPT)[-1].argmax()]
+    )  # the likeliest, were they not banned
+    gguf.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER)
+    ids, theirs = llama_cpp(tmp_path / "a.gguf")(PROMPT, 6, cfg.vocab_size)
+    assert theirs[0].argmax() in banned
+    assert [i for i in ids if i != TOKENIZER.end] == greedy(cfg, flat, PROMPT, 6)
+
+
 @pytest.mark.parametrize("text", [*STORIES, "  a \n\n b\t", "Lily's 12 balls"])
 def test_llama_cpp_encodes_a_prompt_as_we_do(text, tmp_path):
     cfg, _, out = convert_model(tmp_path, SAVED["llama"])
