@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 
 import tinygpt
-from extras.formats import CL100K_JSON, SpacedTokenizer
+from extras.formats import CL100K_JSON, UNKNOWN, SpacedTokenizer
 from extras.recipes import LLAMA
 from extras.tensors import (
     copied,
@@ -74,7 +74,7 @@ def architecture(cfg):
 # == 2  metadata =======================================================================================================
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # numbers of types in the file
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+NORMAL, UNKNOWN_TOKEN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # types of tokens
 PRE = {None: "gpt-2", CL100K_JSON: "dbrx"}  # split patterns; None: GPT-2's
 PACKED = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}
 
@@ -95,22 +95,48 @@ def model_metadata(cfg, name):
 
 def tokenizer_metadata(tokenizer, cfg):
     """{key: (type, value)}; ARRAY of (type, values). Ids beyond the tokenizer, and reserved ones, are never sampled.
-    ValueError for a tokenizer that is not byte-level."""
-    if isinstance(tokenizer, SpacedTokenizer):
-        raise ValueError("GGUF is written with a byte-level tokenizer; this one is of SentencePiece's kind")
-    pattern = getattr(tokenizer, "pattern", None)
-    if pattern not in PRE:
-        raise ValueError("llama.cpp has no name for the split pattern of this tokenizer, tiktoken's of GPT-4")
+    ValueError for a tokenizer that llama.cpp has no name for."""
     surplus = [f"<|unused_{i}|>" for i in range(tokenizer.vocab_size, cfg.vocab_size)]
     types = [CONTROL if i in tokenizer.specials.values() else NORMAL for i in range(tokenizer.vocab_size)]
-    merges = [f"{tokenizer.string(left)} {tokenizer.string(right)}" for left, right in tokenizer.merges]
-    found = {"model": (STRING, "gpt2"), "pre": (STRING, PRE[pattern]), "add_bos_token": (BOOL, True)}
-    found |= {"tokens": (ARRAY, (STRING, tokenizer.strings() + surplus)), "merges": (ARRAY, (STRING, merges))}
-    found |= {"token_type": (ARRAY, (INT32, types + [UNUSED] * len(surplus)))}
+    found = {"add_bos_token": (BOOL, True), "tokens": (ARRAY, (STRING, tokenizer.strings() + surplus))}
+    if isinstance(tokenizer, SpacedTokenizer):
+        for i in tokenizer._byte_ids:
+            types[i] = BYTE
+        scores = scores_of(tokenizer) + [0.0] * len(surplus)
+        found |= {"model": (STRING, "llama"), "scores": (ARRAY, (FLOAT32, scores)), "add_space_prefix": (BOOL, True)}
+        if UNKNOWN in tokenizer.specials:
+            types[tokenizer.specials[UNKNOWN]] = UNKNOWN_TOKEN
+            found["unknown_token_id"] = UINT32, tokenizer.specials[UNKNOWN]
+    else:
+        pattern = getattr(tokenizer, "pattern", None)
+        if pattern not in PRE:
+            raise ValueError("llama.cpp has no name for the split pattern of this tokenizer, tiktoken's of GPT-4")
+        merges = [f"{tokenizer.string(left)} {tokenizer.string(right)}" for left, right in tokenizer.merges]
+        found |= {"model": (STRING, "gpt2"), "pre": (STRING, PRE[pattern]), "merges": (ARRAY, (STRING, merges))}
+    found["token_type"] = ARRAY, (INT32, types + [UNUSED] * len(surplus))
     found |= {f"{kind}_token_id": (UINT32, tokenizer.end) for kind in ("bos", "eos", "padding")}
     if banned := never_drawn(cfg, tokenizer):
         found["suppress_tokens"] = ARRAY, (INT32, banned)
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+
+
+def scores_of(tokenizer):
+    """Scores (V,) of SentencePiece's kind: llama.cpp joins any two tokens to a third, that of the highest score first.
+    ValueError if the tokenizer does not join all of them, or has a token that is part of a character."""
+    ids, ranks, scores = tokenizer._ids, tokenizer._ranks, [0.0] * tokenizer.vocab_size
+    for token, i in ids.items():
+        try:
+            token.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"token {token!r:.60} is a part of a character, which llama.cpp does not have") from None
+        pairs = [
+            (ids[token[:k]], ids[token[k:]]) for k in range(1, len(token)) if token[:k] in ids and token[k:] in ids
+        ]
+        if missing := [pair for pair in pairs if pair not in ranks]:
+            left, right = (tokenizer.vocab[j] for j in missing[0])
+            raise ValueError(f"tokens {left!r:.40} and {right!r:.40} are not joined here, but by llama.cpp")
+        scores[i] = -float(ranks[pairs[0]][0]) if pairs else 0.0
+    return scores
 
 
 def packed(kind, value):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import regex
 from conftest import relative
-from helpers import STORIES
+from helpers import STORIES, TOK512
 
 import bpe
 import sample
 import tinygpt
-from extras import convert, formats, gguf
+from extras import convert, formats, gguf, llama2c
 from extras.recipes import LLAMA
 
 TOKENIZER = bpe.Tokenizer.from_merges(bpe.train(STORIES * 3, 60))
@@ -53,17 +53,17 @@ def log_probabilities(cfg, flat, ids):
     return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
 
 
-def greedy(cfg, flat, ids, count):
+def greedy(cfg, flat, ids, count, tokenizer=TOKENIZER, parts=PARTS):
     decoding = sample.Decoding(tinygpt.views(tinygpt.layout(cfg), flat, cfg.layers), cfg, tinygpt.OPS["numpy"])
-    banned = [*sample.never_drawn(cfg, TOKENIZER), *PARTS]
-    return list(sample.generate(decoding, ids, 0, TOKENIZER.end, count, temperature=0, banned=banned))
+    banned = [*sample.never_drawn(cfg, tokenizer), *parts]
+    return list(sample.generate(decoding, ids, 0, tokenizer.end, count, temperature=0, banned=banned))
 
 
 # -- llama.cpp itself
 
 
-def llama_cpp(path):
-    """A function (prompt, count, V) -> greedy ids without PARTS, log-probabilities (count, V) at their places."""
+def llama_cpp(path, parts=PARTS):
+    """A function (prompt, count, V) -> greedy ids without `parts`, log-probabilities (count, V) at their places."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = str(path), 64, 1, 0
@@ -74,7 +74,7 @@ def llama_cpp(path):
 
     def complete(prompt, count, V):
         request = {"prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": V, "cache_prompt": False}
-        request["logit_bias"] = [[i, False] for i in PARTS]
+        request["logit_bias"] = [[i, False] for i in parts]
         answer = server.handle_completions(request)
         rows = (answer if isinstance(answer, dict) else json.loads(answer))["choices"][0]["logprobs"]["content"]
         found = np.full((len(rows), V), np.nan)
@@ -132,6 +132,45 @@ def test_llama_cpp_splits_a_prompt_by_gpt4s_pattern(tmp_path):
     other = formats.PatternTokenizer(plain.vocab, plain.merges, plain.specials, formats.CL100K)
     with pytest.raises(ValueError, match="llama.cpp has no name for the split pattern"):
         gguf.save(tmp_path / "b.gguf", cfg, flat, other)
+
+
+SPACED_TEXTS = [
+    "Once upon a time, there was a little girl named Lily.",
+    "  a  b",
+    "\n\nx",
+    "\u65e5 caf\u00e9",
+    *STORIES,
+]
+
+
+def test_llama_cpp_tells_the_text_of_a_model_of_llama2c(tmp_path):
+    """Its tokenizer has scores, some of them equal, and no pre-tokens."""
+    tokenizer = bpe.Tokenizer.load(TOK512)
+    cfg, flat = model_of(LLAMA | dict(vocab_size=tokenizer.vocab_size + 2))
+    llama2c.write_model(tmp_path / "model.bin", cfg, flat)
+    out = tmp_path / "a.gguf"
+    assert convert.main(["--to", "gguf", str(tmp_path / "model.bin"), str(out), "--tokenizer", str(TOK512)]) == 0
+    complete = llama_cpp(out, parts := [i for i, token in enumerate(tokenizer.vocab) if not token.isascii()])
+    for text in SPACED_TEXTS:
+        ids = [tokenizer.end, *tokenizer.encode(text)][:50]
+        text = tokenizer.decode(ids[1:]) if len(ids) == 50 else text
+        if tokenizer.encode(text) == ids[1:]:
+            found, theirs = complete(text, 8, cfg.vocab_size)
+            assert np.array_equal(theirs, complete(ids, 8, cfg.vocab_size)[1]), text
+            ours = log_probabilities(cfg, flat, [*ids, *found])[len(ids) - 1 :][: len(found)]
+            assert relative(theirs, ours) < LIMITS["float32"]
+            assert [i for i in found if i != tokenizer.end] == greedy(cfg, flat, ids, 8, tokenizer, parts)
+
+
+def test_a_tokenizer_whose_joins_llama_cpp_would_not_make_is_refused():
+    tokenizer = bpe.Tokenizer.load(TOK512)
+    args = tokenizer.specials, tokenizer._byte_ids
+    fewer = formats.SpacedTokenizer(tokenizer.vocab, tokenizer.merges[1:], *args)
+    with pytest.raises(ValueError, match="are not joined here, but by llama.cpp"):
+        gguf.scores_of(fewer)
+    part = formats.SpacedTokenizer([*tokenizer.vocab, b"\xe6\x97"], tokenizer.merges, *args)
+    with pytest.raises(ValueError, match="is a part of a character, which llama.cpp does not have"):
+        gguf.scores_of(part)
 
 
 # -- the reader of `gguf`
