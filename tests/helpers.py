@@ -339,11 +339,40 @@ def transformers_files(family):
     """{name: content}: config.json and model.safetensors of a small model of this family."""
     config = {"model_type": family, **OF_ALL, **CONFIGS[family]}
     cfg = tinygpt.Config(vocab_size=11, tied=True, **convert.FAMILIES[family](config)[0])
+    return folder_files(config, cfg, TABLES[family])
+
+
+def own_files():
+    """The same of a model that brings a class of ours."""
+    shape = dict(vocab_size=11, seq_len=5, width=6, layers=2, heads=3, hidden=7)
+    cfg = tinygpt.Config(**shape, positions="rope", qk_norm=True, embedding_norm=True)
+    return folder_files(convert.own_config(cfg), cfg, convert.own_table(cfg))
+
+
+def folder_files(config, cfg, table):
     flat = np.random.default_rng(0).standard_normal(tinygpt.count_parameters(cfg)[0], np.float32)
     header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, x in tensors_from(cfg, flat, TABLES[family]).items():
+    for name, x in tensors_from(cfg, flat, table).items():
         header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": [len(data), len(data) + x.nbytes]}
         data += x.tobytes()
     text = json.dumps(header).encode()
     files = {"config.json": json.dumps(config).encode()}
     return files | {"model.safetensors": struct.pack("<Q", len(text)) + text + data}
+
+
+def sentencepiece_file(tokenizer):
+    """A .model of SentencePiece with the tokens of a `SpacedTokenizer`."""
+
+    def field(number, value):  # of a message: bytes, or a small number
+        if isinstance(value, int):
+            return bytes([number << 3, value])
+        size = bytes([len(value)]) if len(value) < 128 else bytes([len(value) & 127 | 128, len(value) >> 7])
+        return bytes([number << 3 | 2]) + size + value
+
+    kinds = {i: 6 for i in tokenizer._byte_ids} | {i: 3 for i in tokenizer.specials.values()} | {0: 2}
+    ranks, data = {new: rank for rank, new in tokenizer._ranks.values()}, b""
+    for i, string in enumerate(tokenizer.strings()):
+        score = b"\x15" + struct.pack("<f", -ranks.get(i, 0))
+        data += field(1, field(1, string.encode()) + score + field(3, kinds.get(i, 1)))
+    trainer = field(3, 2) + bytes([35 << 3 & 127 | 128, 35 << 3 >> 7, 1])
+    return data + field(2, trainer) + field(3, field(1, b"identity") + field(4, 0))

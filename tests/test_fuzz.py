@@ -15,7 +15,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from conftest import random_parameters, tiny_config
-from helpers import CONFIGS, TOK512, llama2c_file, transformers_files
+from helpers import CONFIGS, TOK512, llama2c_file, own_files, sentencepiece_file, transformers_files
 
 import bpe
 import sample
@@ -273,7 +273,7 @@ def mutated(name, data, rng):
         with contextlib.suppress(ValueError, RecursionError):
             lines[at] = json.dumps(twisted(json.loads(lines[at]), rng), ensure_ascii=False).encode("utf-8", "replace")
         return b"\n".join(lines)
-    binary = name.endswith((".safetensors", ".bin"))
+    binary = name.endswith((".safetensors", ".bin", ".model"))
     return recoded(data, rng) if what > 0.9 and not binary else damaged(data, rng)
 
 
@@ -302,6 +302,7 @@ def tokenizer_files():
         "merges.txt": {"merges.txt": merges.encode(), "vocab.json": vocab.encode()},
         "rank file": {"x.tiktoken": formats.to_ranks(small)},
         "tokenizer.bin": {"tokenizer.bin": TOK512.read_bytes()},
+        "tokenizer.model": {"tokenizer.model": sentencepiece_file(llama)},
     }
 
 
@@ -347,6 +348,7 @@ def read_settings(path):
 READERS = {
     **{name: (use_tokenizer, files) for name, files in tokenizer_files().items()},
     **{family: (read_transformers, transformers_files(family)) for family in CONFIGS},
+    "class of ours": (read_transformers, own_files()),
     **{name: (lambda path: list(bpe.pieces(path)), files) for name, files in story_files().items()},
     **{name: (lambda path: report.page(report.read_logs([path])), files) for name, files in log_files().items()},
     **{name: (read_settings, files) for name, files in settings_files().items()},

@@ -4,7 +4,7 @@ import io
 import random
 
 import pytest
-from helpers import STORIES, random_texts
+from helpers import STORIES, TOK512, random_texts, sentencepiece_file
 
 import bpe
 from extras import formats, spm
@@ -105,6 +105,13 @@ def test_numbers_of_a_message_are_read_and_a_cut_one_is_refused():
     for data in (b"\x08", b"\x08\x96", b"\x12\x05ab", b"\x1d\x00", b"\x0b", b"\x08" + b"\xff" * 11):
         with pytest.raises(ValueError, match="a damaged .model file"):
             spm.fields_of(data)
+
+
+def test_a_file_made_by_hand_holds_the_tokenizer_that_it_was_made_from(tmp_path):
+    llama = bpe.Tokenizer.load(TOK512)
+    found = load(tmp_path, sentencepiece_file(llama))
+    for text in TEXTS:
+        assert found.encode(text) == llama.encode(text)
 
 
 @pytest.mark.parametrize("data", [b"\n \n{}", b"\n\n\n\n\n", b"\n", b"\n{\n\n\n\x15", b"{}"])
