@@ -7,10 +7,10 @@
     python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/gguf.py
 
 GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. What no class of theirs computes goes with one of ours,
-modeling_tinygpt.py, both ways. The converted model computes the same logits; otherwise the
-conversion fails. Every field of config.json that affects logits is either converted or rejected; the fields not named
-here affect only training (dropout), memory or other heads. Every tensor is either read or known to be derived from the
-configuration (a mask, the frequencies of rotations).
+modeling_tinygpt.py, both ways. The converted model computes the same logits; otherwise the conversion fails. Every
+field of config.json that affects logits is either converted or rejected; those not named here affect only training
+(dropout), memory or other heads. Every tensor is either read or known to be derived from the configuration (a mask, the
+frequencies of rotations).
 Read in order: tensors.py, which names tensors; here 1 fields of config.json, 2 families, 3 from and 4 to transformers.
 """
 
@@ -34,8 +34,8 @@ from extras.tensors import (
     SAVED,
     TABLES,
     Row,
-    differences,
     files_of_tensors,
+    find_equal,
     fold_embedding_norm,
     narrowed,
     parameters_from,
@@ -302,17 +302,17 @@ def fitting_family(cfg):
 
     ValueError if there is none: the fields in which the closest differs.
     """
-    closest = None
-    for family, write in WRITERS.items():
-        config = write(cfg)
-        fields = FAMILIES[family](config)[0]
-        different = differences(cfg, tinygpt.Config(vocab_size=cfg.vocab_size, tied=cfg.tied, **fields))
-        if not different:
-            config |= {"model_type": family, "architectures": [CLASSES[family]], "vocab_size": cfg.vocab_size}
-            return family, config | {"tie_word_embeddings": cfg.tied}
-        if closest is None or len(different) < len(closest[1]):
-            closest = CLASSES[family], different
-    raise ValueError(f"transformers has no class for this model; {closest[0]} differs in {', '.join(closest[1])}")
+    configs = {family: write(cfg) for family, write in WRITERS.items()}
+
+    def fields_of(family):
+        shared = {"vocab_size": cfg.vocab_size, "tied": cfg.tied}
+        return lambda: FAMILIES[family](configs[family])[0] | shared
+
+    candidates = {CLASSES[family]: fields_of(family) for family in WRITERS}
+    found = find_equal(cfg, candidates, "transformers has no class for this model")
+    family = next(family for family, name in CLASSES.items() if name == found)
+    shared = {"model_type": family, "architectures": [found], "vocab_size": cfg.vocab_size}
+    return family, configs[family] | shared | {"tie_word_embeddings": cfg.tied}
 
 
 def to_transformers(cfg, parameters):

@@ -8,7 +8,6 @@ Read in order: 1 architectures, 2 metadata, 3 tensors, 4 the file.
 """
 
 import struct
-from dataclasses import asdict
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from extras.formats import CL100K_JSON, UNKNOWN, SpacedTokenizer
 from extras.recipes import LLAMA
 from extras.tensors import (
     copied,
-    differences,
+    find_equal,
     fold_embedding_norm,
     linear,
     llama_table,
@@ -60,15 +59,12 @@ COMPUTED = {  # architecture -> (further fields in the metadata, those that ever
 def architecture(cfg):
     """The architecture of llama.cpp that computes what a model with this `Config` computes. ValueError if there is
     none: the fields in which the closest differs."""
-    closest = None
-    for name, (more, fixed) in COMPUTED.items():
-        fields = asdict(cfg)
-        different = differences(cfg, tinygpt.Config(**{field: fields[field] for field in SHAPE + more}, **fixed))
-        if not different:
-            return name
-        if closest is None or len(different) < len(closest[1]):
-            closest = name, different
-    raise ValueError(f"llama.cpp has no architecture for this model; {closest[0]} differs in {', '.join(closest[1])}")
+
+    def fields_of(more, fixed):
+        return lambda: {name: getattr(cfg, name) for name in SHAPE + more} | fixed
+
+    candidates = {name: fields_of(*computed) for name, computed in COMPUTED.items()}
+    return find_equal(cfg, candidates, "llama.cpp has no architecture for this model")
 
 
 # == 2  metadata =======================================================================================================

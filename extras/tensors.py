@@ -224,10 +224,34 @@ def normal_form(cfg):
     return {name: value for name, value in asdict(cfg).items() if name not in IGNORED}
 
 
+def find_equal(cfg, candidates, none):
+    """The name of the first of {name: function that returns the fields of a Config} that computes what `cfg` computes.
+
+    ValueError that begins with `none` if there is none: the fields in which the closest differs, with both values.
+    """
+    closest = refused = None
+    for name, fields in candidates.items():
+        try:
+            different = differences(cfg, tinygpt.Config(**fields()))
+        except (
+            ValueError
+        ) as error:  # it has no model with such fields, such as a width that is no multiple of its heads
+            refused = error
+            continue
+        if not different:
+            return name
+        if closest is None or len(different) < len(closest[1]):
+            closest = name, different
+    differs = f"{closest[0]} differs in {', '.join(closest[1])}" if closest else str(refused)
+    raise ValueError(f"{none}; {differs}")
+
+
 def differences(cfg, other):
     """["field=value (expected value)", ...] where a model and what another system computes differ."""
     wanted, found = normal_form(cfg), normal_form(other)
-    return [f"{name}={wanted[name]} (expected {found[name]})" for name in wanted if wanted[name] != found[name]]
+    names = [name for name in wanted if wanted[name] != found[name]]
+    wanted["positions"] = cfg.positions
+    return [f"{name}={wanted[name]} (expected {found[name]})" for name in names]
 
 
 # == 3  files of tensors, dtypes =======================================================================================

@@ -331,6 +331,11 @@ def test_transformers_loads_what_is_exported_and_tells_the_same(name, tmp_path):
     assert relative(our_logits(back.parameters, back.cfg, np.array([ids]), "numpy"), theirs) < 1e-5
 
 
+def test_heads_need_not_divide_the_width():
+    cfg = tinygpt.Config(**SHAPE | QWEN | dict(heads=5, positions="rope-half"))
+    assert convert.fitting_family(cfg)[0] == "qwen3"
+
+
 @pytest.mark.parametrize("family", [family for family in CONFIGS])
 def test_tensors_of_other_systems_come_back_as_the_same_bytes(family):
     cfg = tinygpt.Config(vocab_size=11, tied=False, **convert.FAMILIES[family](OF_ALL | CONFIGS[family])[0])
@@ -361,7 +366,15 @@ def test_a_norm_after_the_embedding_folds_exactly():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(positions="rope"), "no class for this model; GPT2LMHeadModel differs in positions=rope-half"),
+        (
+            dict(positions="rope"),
+            "no class for this model; GPT2LMHeadModel differs in positions=rope \\(expected learned\\)",
+        ),
+        (dict(heads=5, head_width=6), "LlamaForCausalLM differs in norm=layernorm"),
+        (
+            dict(heads=5, head_width=5, qk_norm=True),
+            "no class for this model; positions=rope-half turns pairs, but head_width=5 is odd",
+        ),
         (LLAMA | dict(qkv_bias=True), "LlamaForCausalLM differs in out_bias=False \\(expected True\\)"),
         (dict(window=4), "GPT2LMHeadModel differs in window=4 \\(expected 0\\)"),
         (dict(head_bias=True), "GPT2LMHeadModel differs in head_bias=True"),
