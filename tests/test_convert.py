@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import TABLES, ops_of, relative
-from helpers import CONFIGS, OF_ALL, transformers_files
+from helpers import CONFIGS, OF_ALL, TOK512, transformers_files
 
 import bpe
 import sample
 import tinygpt
 from extras import convert
+from extras.formats import SpacedTokenizer
 from extras.recipes import LLAMA
 from extras.tensors import TABLES as NAMES
 from extras.tensors import files_of_tensors, fold_embedding_norm, parameters_from, tensors_from
@@ -334,6 +335,23 @@ def test_transformers_loads_what_is_exported_and_tells_the_same(name, tmp_path):
 def test_heads_need_not_divide_the_width():
     cfg = tinygpt.Config(**SHAPE | QWEN | dict(heads=5, positions="rope-half"))
     assert convert.fitting_family(cfg)[0] == "qwen3"
+
+
+def test_a_tokenizer_of_sentencepiece_goes_with_its_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    llama = bpe.Tokenizer.load(TOK512)
+    spaced = SpacedTokenizer(llama.vocab, llama.merges, llama.specials, llama._byte_ids)  # no two merges of one rank
+    (cfg, flat), source, out = model_of(HALF | dict(vocab_size=512)), tmp_path / "m.safetensors", tmp_path / "out"
+    tinygpt.save_checkpoint(source, flat, cfg, spaced.to_json())
+    assert convert.main(["--to", "hf", str(source), str(out)]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == 512 and tokenizer.eos_token == "<s>" and model.generation_config.eos_token_id == spaced.end
+    for text in ("Lily found a ball.", "  a  b", "caf\u00e9"):
+        assert tokenizer(text).input_ids == spaced.encode(text) and tokenizer.decode(spaced.encode(text)) == text
+    assert convert.main(["--from", "hf", str(out), str(tmp_path / "back.safetensors")]) == 0
+    assert bpe.Tokenizer.from_json(tinygpt.load_checkpoint(tmp_path / "back.safetensors").tokenizer).hash == spaced.hash
 
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS])
