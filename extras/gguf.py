@@ -11,6 +11,7 @@ import struct
 
 import numpy as np
 
+import bpe
 import tinygpt
 from extras.formats import CL100K_JSON, UNKNOWN, SpacedTokenizer
 from extras.recipes import LLAMA
@@ -49,9 +50,10 @@ TABLES["qwen3"] = LLAMA_TABLE | qk_norms("blk.{}.attn_q_norm.weight", "blk.{}.at
 
 SHAPE = ("vocab_size", "seq_len", "width", "layers", "heads", "hidden", "norm_eps", "tied")  # fields in the metadata
 HEADS = ("kv_heads", "head_width", "rope_theta")
+BIASES = ("qkv_bias", "out_bias", "up_bias", "down_bias")  # llama.cpp looks which are there
 COMPUTED = {  # architecture -> (further fields in the metadata, those that every model of it has)
     "gpt2": (("position_rows",), {}),
-    "llama": (HEADS, LLAMA),
+    "llama": (HEADS + BIASES, {name: value for name, value in LLAMA.items() if name not in BIASES}),
     "qwen3": (HEADS, LLAMA | dict(qk_norm=True)),
 }
 
@@ -200,6 +202,8 @@ def save(path, cfg, parameters, tokenizer, dtype="float32"):
         cfg, parameters = fold_embedding_norm(cfg, parameters)
     name = architecture(cfg)
     table = TABLES[name]
+    if name == "llama" and any(getattr(cfg, bias) for bias in BIASES):
+        bpe.note("llama.cpp adds the biases of this model; transformers, if it reads the file, leaves them out")
     if (name, cfg.positions) == ("llama", "rope-half"):
         table = with_neighbours(table)
     if (name, cfg.positions) == ("qwen3", "rope"):

@@ -22,6 +22,8 @@ GPT2 = dict(seq_len=40, position_rows=48, hidden=72)
 SAVED = {
     "llama": LLAMA | dict(kv_heads=2), "llama, untied": LLAMA | dict(tied=False, rope_theta=100.0, norm_eps=1e-3),
     "llama, pairs D/2 apart": LLAMA | dict(positions="rope-half", kv_heads=1, vocab_size=TOKENIZER.vocab_size + 3),
+    "llama with biases": LLAMA | dict(qkv_bias=True, up_bias=True, down_bias=True),
+    "llama with all biases, pairs D/2 apart": LLAMA | dict.fromkeys(gguf.BIASES, True) | dict(positions="rope-half"),
     "qwen3": QWEN3 | dict(positions="rope-half", heads=5),
     "qwen3, pairs of neighbours": QWEN3 | dict(kv_heads=2, head_width=16),
     "qwen3, norm after the embedding": QWEN3 | dict(embedding_norm=True),
@@ -233,7 +235,7 @@ def test_transformers_opens_a_gguf_file(name, tmp_path):
         (dict(positions="alibi"), "gpt2 differs in positions=alibi \\(expected learned\\)"),
         (dict(head_bias=True), "gpt2 differs in head_bias=True \\(expected False\\)"),
         (dict(attention_scale=False), "gpt2 differs in attention_scale=False \\(expected True\\)"),
-        (LLAMA | dict(qkv_bias=True), "llama differs in qkv_bias=True \\(expected False\\)"),
+        (QWEN3 | dict(qkv_bias=True), "llama differs in qk_norm=True \\(expected False\\)"),
         (LLAMA | dict(window=4), "llama differs in window=4 \\(expected 0\\)"),
         (dict(positions="rope", qk_norm=True), "positions=rope \\(expected learned\\)"),
         (dict(kv_heads=2), "gpt2 differs in kv_heads=2 \\(expected 4\\)"),
