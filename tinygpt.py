@@ -1445,7 +1445,7 @@ def overrides(words):
 # metadata holds configuration, tokenizer, and a CRC-32 of it all: 1.9 GB/s where SHA-256, against malice, has 1.0.
 
 FORMAT, FORMAT_VERSION = "tinygpt", "1"
-DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "BF16": np.dtype([("BF16", "<u2")])}
 HEADER_MOST, MARKS_MOST, TEXTS_MOST = 100_000_000, 1 << 22, 1 << 19  # of a header: bytes, those outside texts, texts
 
 
@@ -1495,7 +1495,7 @@ def write_safetensors(path, tensors, metadata, dtypes=DTYPES):
     for name, x in tensors.items():
         header[name] = {"dtype": names[x.dtype], "shape": x.shape, "data_offsets": [offset, offset + x.nbytes]}
         offset += x.nbytes
-    data = [memoryview(np.ascontiguousarray(x)).cast("B") for x in tensors.values()]
+    data = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in tensors.values()]
     text = json.dumps(header | {"__metadata__": metadata | {"crc32": checksum(header, data)}}).encode()
     text += b" " * (-len(text) % 8)
     write_aside(path, (len(text).to_bytes(8, "little"), text, *data))
@@ -1567,6 +1567,7 @@ def save_checkpoint(path, parameters, cfg, tokenizer, extra=None, metadata=None)
 def load_checkpoint(path):
     """A `Checkpoint` of finite numbers. ValueError if the file is not one, OSError if it cannot be read."""
     tensors, metadata = read_safetensors(path)
+    tensors |= {k: (x["BF16"].astype("<u4") << 16).view("<f4") for k, x in tensors.items() if x.dtype.names}  # exact
     name, number = (" ".join(str(metadata.get(key)).split())[:40] for key in ("format", "version"))
     if (name, number) != (FORMAT, FORMAT_VERSION):
         expected = f"expected format {FORMAT}, version {FORMAT_VERSION}; a newer one needs an update"

@@ -4,6 +4,7 @@
     python extras/convert.py --from hf:OWNER/REPO model.safetensors # fetched: extras/hub.py
     python extras/convert.py --to hf runs/1m OUT                    # AutoModelForCausalLM.from_pretrained("OUT")
     python extras/convert.py --to llama2c runs/1m OUT               # its run: extras/llama2c.py
+    python extras/convert.py --to checkpoint runs/1m OUT.safetensors --dtype bfloat16    # half the bytes
     python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/gguf.py
 
 GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. What no class of theirs computes goes with one of ours,
@@ -407,7 +408,16 @@ def system(text):
     return repo
 
 
-WRITE = {"hf": save_transformers, "llama2c": llama2c.save, "gguf": gguf.save}
+def save_checkpoint(path, cfg, parameters, tokenizer, dtype="float32", about=""):
+    """Write a checkpoint of the model alone, bfloat16 in half the bytes: read back, its weights are float32 again."""
+    own = {"format": tinygpt.FORMAT, "version": tinygpt.FORMAT_VERSION, "config": json.dumps(dataclasses.asdict(cfg))}
+    table = tinygpt.layout(cfg)
+    ends = [t.offset for t in table[1:]] + [len(parameters)]
+    arrays = {t.name: narrowed(parameters[t.offset : end].reshape(t.shape), dtype) for t, end in zip(table, ends)}
+    write_safetensors(path, arrays, own | {"tokenizer": tokenizer.to_json()} | ({"about": about} if about else {}))
+
+
+WRITE = {"hf": save_transformers, "llama2c": llama2c.save, "gguf": gguf.save, "checkpoint": save_checkpoint}
 
 
 def write_model(source, out, system, tokenizer_path, **options):
@@ -415,10 +425,10 @@ def write_model(source, out, system, tokenizer_path, **options):
     number of parameters."""
     if source.is_dir():
         source = source / ("best.safetensors" if (source / "best.safetensors").exists() else "last.safetensors")
-    if out.exists() and (system == "gguf" or not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists{' and is not an empty folder' * (system != 'gguf')}; name another")
+    if out.exists() and (system in ("gguf", "checkpoint") or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists{' and is not an empty folder' * (system in ('hf', 'llama2c'))}; name another")
     checkpoint, tokenizer = load_model(source, tokenizer_path)
-    if checkpoint.cfg.embedding_norm and system != "hf":
+    if checkpoint.cfg.embedding_norm and system in ("llama2c", "gguf"):
         bpe.note(FOLDED)
     WRITE[system](out, checkpoint.cfg, checkpoint.parameters, tokenizer, **options)
     return len(checkpoint.parameters)
@@ -430,11 +440,14 @@ def main(argv=None):
     parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the folder or file to write")
     parser.add_argument("--out", type=Path, metavar="FILE", help="OUT, named by a flag")
     direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--to", choices=WRITE, help="write what transformers, llama2.c or llama.cpp loads")
+    direction.add_argument(
+        "--to", choices=WRITE, help="what transformers, llama2.c or llama.cpp loads, or a smaller checkpoint"
+    )
     origin = "hf: a folder of transformers (the default); hf:OWNER/REPO fetches one, and there is no SOURCE"
     direction.add_argument("--from", dest="repo", type=system, metavar="hf[:OWNER/REPO]", help=origin)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
-    dtypes = {"hf": SAVED, "gguf": gguf.DTYPES}
+    parser.add_argument("--about", metavar="TEXT", help="kept with --to checkpoint: data, authors, licence")
+    dtypes = {"hf": SAVED, "gguf": gguf.DTYPES, "checkpoint": {"float32": 4, "bfloat16": 2}}
     parser.add_argument("--dtype", choices={**SAVED, **gguf.DTYPES}, help="of what is written (default float32)")
     args = parser.parse_intermixed_args(argv)
     paths = [path for path in (args.source, args.target, args.out) if path is not None]
@@ -443,7 +456,9 @@ def main(argv=None):
     source, out = [None, *paths][-2:]
     if args.dtype and args.dtype not in (known := dtypes.get(args.to, ())):
         parser.error(f"--dtype {args.dtype}: expected {', '.join(known) or 'none with this direction'}")
-    options = {"dtype": args.dtype} if args.dtype else {}
+    if args.about and args.to != "checkpoint":
+        parser.error("--about is kept in a checkpoint alone: --to checkpoint")
+    options = {name: text for name in ("dtype", "about") if (text := getattr(args, name))}
     try:
         if args.to:
             count = write_model(source, out, args.to, args.tokenizer, **options)

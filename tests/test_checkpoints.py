@@ -204,7 +204,7 @@ BAD_HEADERS = {
     "nested too deeply": b"[" * 100_000,
     "a row that is a number": {"a": 5},
     "a row without shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
-    "another dtype": {"a": row(dtype="BF16", shape=(8,))},
+    "another dtype": {"a": row(dtype="F16", shape=(8,))},
     "an unknown dtype": {"a": row(dtype="F33")},
     "a dtype that is a list": {"a": row(dtype=["F32"])},
     "a shape of another size": {"a": row(shape=(5,))},

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TABLES, ops_of, relative
-from helpers import CONFIGS, OF_ALL, TOK512, transformers_files
+from conftest import TABLES, ops_of, random_parameters, relative, tiny_config
+from helpers import CONFIGS, OF_ALL, TOK512, refusal, transformers_files
 
 import bpe
 import sample
@@ -426,3 +426,22 @@ def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
             convert.main([str(word) for word in words])
         err = capsys.readouterr().err
         assert left.value.code == 2 and message in err and err.count("\n") == 1, err
+
+
+# -- smaller checkpoints
+
+
+def test_a_checkpoint_in_bfloat16_is_half_as_large_and_reads_back_as_rounded(tmp_path):
+    cfg = tiny_config(vocab_size=300)
+    flat, tokenizer = random_parameters(cfg, dtype=np.float32)[0], bpe.Tokenizer.from_merges([])
+    tinygpt.save_checkpoint(tmp_path / "m.safetensors", flat, cfg, tokenizer.to_json())
+    words = ["--to", "checkpoint", str(tmp_path / "m.safetensors"), str(tmp_path / "half.safetensors")]
+    assert convert.main([*words, "--dtype", "bfloat16", "--about", "who wrote the stories"]) == 0
+    found = tinygpt.load_checkpoint(tmp_path / "half.safetensors")
+    bits = (flat.view(np.uint32) + 0x7FFF + (flat.view(np.uint32) >> 16 & 1)) & np.uint32(0xFFFF0000)
+    assert found.parameters.tobytes() == bits.astype(np.uint32).tobytes() and found.parameters.dtype == np.float32
+    assert found.cfg == cfg and found.metadata["about"] == "who wrote the stories"
+    assert bpe.Tokenizer.from_json(found.tokenizer).hash == tokenizer.hash
+    sizes = [(tmp_path / name).stat().st_size for name in ("m.safetensors", "half.safetensors")]
+    assert sizes[0] - sizes[1] > 2 * flat.size - 300
+    assert "exists" in refusal(convert.main, "convert.py", *words)
