@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -270,15 +271,14 @@ def main(argv=None):
         tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:
             tinygpt.set_threads(args.threads)
-        if not (paths := args.checkpoint or newest_checkpoint()):
+        box = Path(__file__).with_name("stories.safetensors")  # the model in the box
+        if not (paths := args.checkpoint or newest_checkpoint() or [box] * box.exists()):
             raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
         prompt = args.prompt_file.read_text("utf-8").rstrip("\n") if args.prompt_file else args.prompt
         shown = args.json or args.show_probs or len(paths) > 1
         show = shown and bpe.find_extra("show", "--json, --show-probs or a second --checkpoint")
         models = [open_model(path, args.tokenizer, prompt) for path in paths]
-        tell = (
-            show.choose(args, models) if show else lambda *words, **options: print_story(models[0], *words, **options)
-        )
+        tell = show.choose(args, models) if show else partial(print_story, models[0])
         options = {"max_new_tokens": args.max_new_tokens, "stops": args.stop, "ops": tinygpt.find_ops(args.kernels)}
         options |= {name: getattr(args, name) for name in FILTERS}
         for seed in range(args.seed, args.seed + args.num_samples):

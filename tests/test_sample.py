@@ -225,7 +225,19 @@ def test_best_and_last_both_tell_stories(place, model):
         assert story(model_there, "--prompt", "Lily").startswith("Lily")
 
 
-def test_without_a_checkpoint_one_line_says_what_to_type(place):
+def test_the_model_in_the_box_tells_until_there_is_a_run(place, model, monkeypatch):
+    monkeypatch.setattr(sample, "__file__", str(place / "sample.py"))
+    shutil.copy(model.path, place / "stories.safetensors")
+    _, _, err = invoke(sample.main, "--max-new-tokens", 1)
+    assert err.startswith(str(place / "stories.safetensors"))
+    Path("runs", "own").mkdir(parents=True)
+    shutil.copy(model.path, Path("runs", "own", "last.safetensors"))
+    _, _, err = invoke(sample.main, "--max-new-tokens", 1)
+    assert err.startswith(str(Path("runs", "own", "last.safetensors")))
+
+
+def test_without_a_checkpoint_one_line_says_what_to_type(place, monkeypatch):
+    monkeypatch.setattr(sample, "__file__", str(place / "sample.py"))
     assert "python train.py" in refusal(sample.main, "sample.py")
     Path("runs", "begun").mkdir(parents=True)
     assert "python train.py" in refusal(sample.main, "sample.py", "--prompt", "Lily")
