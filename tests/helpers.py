@@ -1,5 +1,6 @@
 """What test files share: a tiny model and its runs, text to train on, commands that must succeed or be refused."""
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -10,6 +11,7 @@ import random
 import shlex
 import struct
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from tiers import WITHOUT_FAST, fast
 import bpe
 import tinygpt
 import train
-from extras import convert, plan, stories
+from extras import convert, plan, serve, stories
+from extras.engine import Engine
 from extras.tensors import TABLES, tensors_from
 
 ROOT = Path(train.__file__).resolve().parent
@@ -376,3 +379,23 @@ def sentencepiece_file(tokenizer):
         data += field(1, field(1, string.encode()) + score + field(3, kinds.get(i, 1)))
     trainer = field(3, 2) + bytes([35 << 3 & 127 | 128, 35 << 3 >> 7, 1])
     return data + field(2, trainer) + field(3, field(1, b"identity") + field(4, 0))
+
+
+@contextlib.contextmanager
+def serving(model, **options):
+    """A server on a free port of this machine, with the engine that it computes on; `options` of `Engine`, `Server`."""
+    engine_options = {name: options.pop(name) for name in ("streams", "queue") if name in options}
+    engine = Engine(model, tinygpt.find_ops(), **engine_options)
+    server = serve.Server(engine, "tiny", port=0, **options)
+    thread = threading.Thread(target=lambda: asyncio.run(server.run()))
+    engine.start()
+    thread.start()
+    try:
+        assert server.ready.wait(30)
+        yield server
+    finally:
+        server.loop.call_soon_threadsafe(server.stop.set)
+        thread.join(30)
+        engine.close()
+        engine.join(30)
+        assert not thread.is_alive() and not engine.is_alive()
