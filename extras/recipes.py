@@ -26,7 +26,10 @@ NEO |= dict(qkv_bias=False, init="normal")
 GRAPHCORE = dict(vocab_size=8192, seq_len=512, head_width=64, embedding_norm=True, positions="alibi", mlp="gelu")
 GRAPHCORE |= dict(tied=False, head_bias=True, init="torch")
 
+RECORD = dict(vocab_size=4096, seq_len=256, positions="rope", qk_norm=True, embedding_norm=True)
+
 SIZES = {  # names are what their authors call them, often the rounded total of the parameters, sometimes not
+    "1m-record": Config(**RECORD, width=128, layers=4, heads=4),  # ours that learns fastest: docs/records.md
     "2m": Config(**STORYLLAMAS, width=128, layers=4, heads=4, hidden=512),
     "7m": Config(**STORYLLAMAS, width=256, layers=6, heads=6, head_width=42, hidden=768),
     "30m": Config(**STORYLLAMAS, width=512, layers=8, heads=8, hidden=1536),
