@@ -20,7 +20,6 @@ import sample
 import tinygpt
 from extras import api
 from extras.api import Refused
-from extras.show import log_probability
 
 STREAMS = 4  # requests that are computed in turn; each has a cache and a packed copy of the weights
 QUEUE = 16  # requests that wait for one of them to end
@@ -41,20 +40,27 @@ class Drawn(NamedTuple):
 
 def token_text(tokenizer, token):
     """A token as OpenAI writes it: its text, or its bytes where they are not whole characters."""
-    names = {i: name for name, i in tokenizer.specials.items()}
     data = tokenizer.vocab[token]
     try:
-        return names.get(token) or data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def likeliest(logits, count, banned, token):
+def log_softmax(logits):
+    """logits (V,) -> log-probabilities (V,) float64: the model's own, before any filter."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max()
+    return logits - math.log(np.exp(logits).sum())
+
+
+def likeliest(logprobs, count, banned, token):
     """[(id, log-probability)] of the `count` likeliest tokens that may be drawn, and of `token` if it is not one."""
-    allowed = logits.astype(np.float64)
+    allowed = logprobs.copy()
     allowed[banned] = -math.inf
-    ids = np.argsort(-allowed, kind="stable")[:count].tolist()
-    return [(i, log_probability(logits, i)) for i in ids + [token] * (token not in ids)]
+    ids = np.argpartition(-allowed, count)[:count] if count < len(allowed) else np.arange(len(allowed))
+    ids = sorted(ids.tolist(), key=lambda i: (-allowed[i], i))
+    return [(i, float(logprobs[i])) for i in ids + [token] * (token not in ids)]
 
 
 def generate_tokens(decoding, model, ids, seed, request, drawn):
@@ -64,7 +70,8 @@ def generate_tokens(decoding, model, ids, seed, request, drawn):
     banned = sample.never_drawn(cfg, tokenizer)
 
     def watch(token, logits):
-        latest[:] = log_probability(logits, token), likeliest(logits, request.logprobs, banned, token)
+        logprobs = log_softmax(logits)
+        latest[:] = float(logprobs[token]), likeliest(logprobs, request.logprobs, banned, token)
 
     def pieces():
         nonlocal length
