@@ -39,6 +39,7 @@ REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
 REASONS |= {405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required", 413: "Content Too Large"}
 REASONS |= {431: "Request Header Fields Too Large", 500: "Internal Server Error", 503: "Service Unavailable"}
 REASONS |= {504: "Gateway Timeout"}
+ONCE = {"host", "origin", "authorization", "content-length", "transfer-encoding"}  # headers that are acted on
 FOLDER = Path(__file__).resolve().parent / "page"
 PAGE = {  # path of a request -> file of the page, its type: no other file is ever opened
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -75,8 +76,8 @@ def parse_head(data):
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
         raise Refused(400, "request line: expected METHOD PATH HTTP/1.1")
     for name, colon, value in (field.partition(":") for field in rest):
-        if not colon or not name or name != name.strip() or name.lower() in headers:
-            raise Refused(400, "headers: expected NAME: VALUE, each name once")
+        if not colon or not name or name != name.strip() or name.lower() in headers.keys() & ONCE:
+            raise Refused(400, f"headers: expected NAME: VALUE, once of {', '.join(sorted(ONCE))}")
         headers[name.lower()] = value.strip()
     return words[0], words[1].partition("?")[0], headers
 
@@ -95,11 +96,14 @@ class Server:
 
     async def run(self):
         self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
-        async with await asyncio.start_server(self.connect, self.host, self.port, limit=HEAD_BYTES) as server:
+        server = await asyncio.start_server(self.connect, self.host, self.port, limit=HEAD_BYTES)
+        try:
             self.port = server.sockets[0].getsockname()[1]
             self.ready.set()
             bpe.note(f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}  (Ctrl-C ends it)")
             await self.stop.wait()
+        finally:
+            server.close()  # and no wait for open connections: `asyncio.run` ends them
 
     async def connect(self, reader, writer):
         """Answer the one request of a connection, whatever comes."""
@@ -242,29 +246,26 @@ class Server:
     async def events(self, work, reader):
         """Yield what a job on the engine yields. Its place is free again when it ends, when the client has gone, and
         when its time is over."""
-        job, gone = Job(work, self.loop), asyncio.ensure_future(end_of(reader))
+        job = Job(work, self.loop)
         self.engine.submit(job)
+        waiting, gone = asyncio.ensure_future(job.events.get()), asyncio.ensure_future(end_of(reader))
         end = self.loop.time() + REQUEST_SECONDS
         try:
-            while True:
-                if job.events.empty():
-                    waiting = asyncio.ensure_future(job.events.get())
-                    left = max(0, end - self.loop.time())
-                    done, _ = await asyncio.wait({waiting, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                    if waiting not in done:
-                        waiting.cancel()
-                        if gone in done:
-                            raise ConnectionResetError
-                        raise Refused(504, f"request: not done within {REQUEST_SECONDS} s; ask for fewer tokens")
-                    event = waiting.result()
-                else:
-                    event = job.events.get_nowait()
+            while (left := end - self.loop.time()) > 0:
+                done, _ = await asyncio.wait({waiting, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if gone in done:
+                    raise ConnectionResetError
+                if waiting not in done:
+                    break
+                event, waiting = waiting.result(), asyncio.ensure_future(job.events.get())
                 if event is None:
                     return
                 if isinstance(event, Refused):
                     raise event
                 yield event
+            raise Refused(504, f"request: not done within {REQUEST_SECONDS} s; ask for fewer tokens")
         finally:
+            waiting.cancel()
             gone.cancel()
             self.engine.cancel(job)
 
