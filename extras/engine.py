@@ -64,8 +64,9 @@ def likeliest(logprobs, count, banned, token):
 
 
 def generate_tokens(decoding, model, ids, seed, request, drawn):
-    """Yield (text, [Drawn]) of a story that follows `ids`, as in `sample.generate_story`: text is held back while it
-    may become a character or a stop text, and so are the tokens that begin in it. `drawn` gets all tokens."""
+    """Yield (text, [Drawn], finish) of a story that follows `ids`, as in `sample.generate_story`: text is held back
+    while it may become a character or a stop text, and so are the tokens that begin in it. finish is None but in the
+    last: "stop" or "length". `drawn` gets all tokens."""
     (_, cfg, tokenizer), latest, held, length, sent = model, [], [], 0, 0
     banned = sample.never_drawn(cfg, tokenizer)
 
@@ -94,11 +95,10 @@ def generate_tokens(decoding, model, ids, seed, request, drawn):
         sent += len(piece)
         ready = [token for token in held if token.offset < sent]
         del held[: len(ready)]
-        yield piece, ready
-    stopped = length > sent
-    if held and not stopped:
-        yield "", held
-    return "stop" if stopped or len(drawn) < request.max_tokens else "length"
+        yield piece, ready, None
+    stopped = length > sent  # by a stop text
+    finish = "stop" if stopped or len(drawn) < request.max_tokens else "length"
+    yield "", [] if stopped else held, finish
 
 
 def logprobs_object(tokens, request, tokenizer):
@@ -115,33 +115,23 @@ def logprobs_object(tokens, request, tokenizer):
 
 def complete(engine, request):
     """Yield the chunks of all choices of a `Completion`, one after the other, then its usage."""
-    (_, cfg, tokenizer), index, counts = engine.model, 0, [0, 0]
-    encoded = [encode_prompt(prompt, cfg, tokenizer) for prompt in request.prompts]
-    for ids in encoded:
-        counts[0] += len(ids)
+    (_, cfg, tokenizer), index, completion_tokens = engine.model, 0, 0
+    prompts = [encode_prompt(prompt, cfg, tokenizer) for prompt in request.prompts]
+    for ids in prompts:
         for seed in range(request.seed, request.seed + request.n):
-            first = {"prompt_token_ids": ids, "prompt_tokens": [token_text(tokenizer, i) for i in ids]}
-            first, drawn = first if request.ids else {}, []
+            more = {"prompt_token_ids": ids, "prompt_tokens": [token_text(tokenizer, i) for i in ids]}
+            drawn = []
             with engine.decoding() as decoding:
-                stories = generate_tokens(decoding, engine.model, ids, seed, request, drawn)
-                while True:
-                    try:
-                        text, tokens = next(stories)
-                    except StopIteration as end:
-                        text, tokens, finish = "", [], end.value
-                    else:
-                        finish = None
-                    wanted = request.logprobs is not None
-                    logprobs = logprobs_object(tokens, request, tokenizer) if wanted else None
-                    chunk = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish} | first
+                for text, tokens, finish in generate_tokens(decoding, engine.model, ids, seed, request, drawn):
+                    chunk = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+                    if request.logprobs is not None:
+                        chunk["logprobs"] = logprobs_object(tokens, request, tokenizer)
                     if request.ids:
-                        chunk["token_ids"] = [token.token for token in tokens]
+                        chunk |= more | {"token_ids": [token.token for token in tokens]}
                     yield chunk
-                    first = {}
-                    if finish:
-                        break
-            index, counts[1] = index + 1, counts[1] + len(drawn)
-    yield api.usage(*counts)
+                    more = {}  # the prompt, with the first chunk alone
+            index, completion_tokens = index + 1, completion_tokens + len(drawn)
+    yield api.usage(sum(map(len, prompts)), completion_tokens)
 
 
 def encode_prompt(prompt, cfg, tokenizer):
