@@ -52,7 +52,7 @@ def opened(browser, server, refused=0, **options):
     """The page, ready to tell; at its end nothing stands on the console, but so many answers that refuse."""
     context, said = browser.new_context(**{"viewport": {"width": 1200, "height": 800}} | options), []
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)  # of a machine that does other things as well
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(f"http://127.0.0.1:{server.port}/")
