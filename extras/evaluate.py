@@ -17,7 +17,7 @@ import bpe
 import sample
 import tinygpt
 import train
-from extras import data
+from extras import data, quantize
 from extras.tune import check_vocabulary, with_seq_len
 
 # == 1  intervals ======================================================================================================
@@ -72,6 +72,8 @@ def evaluate_file(args):
     parts = [bpe.read_tokens(path, tokenizer)[0] for path in files]
     tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
     p = tinygpt.views(tinygpt.layout(cfg), checkpoint.parameters, cfg.layers)
+    if args.quantize:
+        quantize.round_model(p, cfg)
     with bpe.Progress("scoring", len(tokens)) as progress:
         ops = tinygpt.find_ops(args.kernels)
         nats = train.score(p, cfg, tokens, tokenizer.end, ops, stride, args.batch_size, progress)
@@ -98,6 +100,7 @@ def make_parser():
     add("--stride", type=train.COUNT, metavar="N", help="between windows: each token sees T - N before it (default T)")
     add("--batch-size", type=train.SEQUENCES, metavar="N", help="windows at a time: memory only, same result")
     add("--seed", type=bpe.in_range(int, 0, 2**63 - 1), default=0, help="of the intervals (default %(default)s)")
+    add("--quantize", choices=["int8"], help="score with matrices rounded to int8, as sample.py --quantize has them")
     add("--kernels", choices=train.KERNELS, help="table of ops (default the fastest that is here)")
     add("--threads", type=bpe.in_range(int, 1, 1024), metavar="N", help="threads to compute with (default all cores)")
     return parser

@@ -21,7 +21,7 @@ Read in this order:
     memory     elements and arrays at addresses     attention   | the sublayers, forward and backward
     products   matrix products                      mlp         |
     workspace  the buffers of the sublayers         head       /
-    panels     products with weights, gradients     decode     one token after another, and draw, which chooses it
+    panels     products with weights, gradients     decode     one token after another; draw, which chooses it; int8
     bf16       products in bf16: pack, what they read, and innermost, the instructions (AMX, VDPBF16PS)
     words      long texts to ids, and merges, which trains a tokenizer: for bpe.py
 """
@@ -40,7 +40,7 @@ from fast.embed import embed_backward_fast, embed_forward_fast
 from fast.head import head_kernel, head_logits_fast, head_loss_fast
 from fast.jit import STAMP
 from fast.mlp import mlp_layer_backward_fast, mlp_layer_forward_fast
-from fast.steps import Steps
+from fast.steps import Int8Steps, Steps
 from fast.threads import POOL, kernel, serve
 from fast.workspace import make_workspace, workspace_layout
 from tinygpt import Ops, Pair, init_parameters, layout, loss_and_gradients, views, zero_gradients
@@ -48,6 +48,7 @@ from tinygpt import Ops, Pair, init_parameters, layout, loss_and_gradients, view
 __all__ = [
     "BFLOAT16",
     "FLOAT32",
+    "INT8",
     "POOL",
     "compile_half",
     "find_bf16",
@@ -68,6 +69,7 @@ FLOAT32 = Ops(
     make_space=make_workspace,
 )
 # what reads or writes no large matrix stays in float32: the embedding, `head_logits`, decoding
+INT8 = dataclasses.replace(FLOAT32, steps=Int8Steps)  # decoding alone: give it parameters of `round_weights`
 BFLOAT16 = dataclasses.replace(FLOAT32, make_space=bf16.make_bf16_workspace)
 
 

@@ -31,16 +31,15 @@ from numba.extending import intrinsic
 
 from fast.attention import first_seen, norm_columns, turn_pair
 from fast.draw import add_offsets, draw_token, penalise_seen, screen_error
+from fast.int8 import int8_panel, multiply_int8_panels
 from fast.jit import COMPILE, callback, inlined
 from fast.memory import matrix, peek, poke, vector
-from fast.products import VECTOR_BYTES, provide_product, row_tile
+from fast.products import PANEL_VECTORS, PREFETCH_DISTANCE, VECTOR_BYTES, provide_product, row_tile
 from fast.rows import activation_rows, exp, maximum, norm_rows
 from fast.threads import kernel, look, put, replace
 from fast.workspace import blocks
 
-PANEL_VECTORS = 4  # vectors of a panel: four independent sums hide the latency of a multiply-add, four cycles
 HEADS_TOGETHER = 4  # narrow heads whose weighted sums of values run side by side, for the same reason
-PREFETCH_DISTANCE = 4096  # bytes between a weight in use and the one that is prefetched
 NORM_ROOM = 64  # elements behind a normalised row, for its mean and rstd
 PATIENCE = 1000  # looks, about 2 us, before a thread takes a chunk of another, whose cache holds the weights
 
@@ -66,7 +65,7 @@ STAGE = record_type("""
     norm: kind of the norm, for `norm_rows`
     gains: address of the norm's gains (C,) and biases; 0 is no norm. ATTENTION: gains of q (D,) and of k; 0 is none
     source K: address of the input row (K,), its length
-    bias weights: addresses of b (columns,), 0 is none, and of w (K, columns) as packed by `Steps.pack`
+    bias weights: addresses of b (columns,), 0 is none, and of w (K, columns), packed by `pack_matrix`
     y columns: address of the output row, its length
     adds: 1 if the product is added to y, the residual stream
     layer window: ATTENTION: the layer's index, the keys that a query sees (0 is all)
@@ -114,7 +113,7 @@ inlined_by_numba = njit(inline="always")
 # == 2  products of one row ============================================================================================
 
 four_vectors, two_vectors, one_vector = (row_tile(1, vectors) for vectors in (PANEL_VECTORS, 2, 1))
-prefetched_panel, int8_panel = (row_tile(1, PANEL_VECTORS, PREFETCH_DISTANCE, narrow) for narrow in (False, True))
+prefetched_panel = row_tile(1, PANEL_VECTORS, PREFETCH_DISTANCE)
 rows_together = row_tile(HEADS_TOGETHER, 1)
 
 
@@ -365,8 +364,9 @@ def begin_token(model, head, index, n, scratch, zero):
 
 
 @functools.cache
-def compile_stage(dtype):
-    """`run_stage` for a dtype, as machine code with an address, by which it is called: compiled once for each dtype."""
+def compile_stage(dtype, int8=False):
+    """`run_stage` for a dtype, with matrices in int8 or in that dtype, as machine code with an address, by which it is
+    called: compiled once for each."""
     provide_product(dtype)
     number = numba.from_dtype(np.dtype(dtype))
 
@@ -388,7 +388,10 @@ def compile_stage(dtype):
                 screen_logits(model, n, first, last, zero)
             else:
                 wide = 1 + model.gated if stage.kind == HIDDEN else 1
-                multiply_panels(model, stage, source, first * wide, last * wide, scratch, zero)
+                if int8:
+                    multiply_int8_panels(model, stage, source, first * wide, last * wide, scratch, zero)
+                else:
+                    multiply_panels(model, stage, source, first * wide, last * wide, scratch, zero)
             if stage.kind == HIDDEN:
                 activate_panels(model, stage, first, last, zero)
         return ended

@@ -43,6 +43,8 @@ from fast.threads import POOL
 
 VECTOR_BYTES = 64  # LLVM splits it where registers are narrower
 DEPTH = 128  # rows of b that are copied at a time
+PANEL_VECTORS = 4  # vectors of a row's panel: four independent sums hide the latency of a multiply-add, four cycles
+PREFETCH_DISTANCE = 4096  # bytes between a weight in use and the one that is prefetched
 PACK_ROWS = 32  # with fewer rows of a, copying b costs more than it saves
 TILE_ROWS = 6
 TILE_VECTORS = 4 if compiles_for("avx512f") else 1  # 24 sums: of 32 registers; 12 of 16 on AVX2; 24 of 32 on NEON

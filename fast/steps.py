@@ -21,13 +21,13 @@ from fast.decode import (
     LINEAR,
     MODEL,
     NORM_ROOM,
-    PANEL_VECTORS,
     STAGE,
     compile_stage,
     step_kernel,
 )
 from fast.draw import quantise_head
-from fast.products import VECTOR_BYTES
+from fast.int8 import pack_int8
+from fast.products import PANEL_VECTORS, VECTOR_BYTES
 from fast.rows import ACTIVATION, NO_NORM
 from fast.threads import POOL
 from fast.workspace import biases, blocks, norm_of, whole_vectors
@@ -51,9 +51,11 @@ def interleave_gate(w, panel):
 class Steps:
     """The state of `step_kernel` for one text. `kv` is that of `Decoding`; parameters are copied as they are now."""
 
+    int8 = False  # matrices in int8, or in the dtype of the model
+
     def __init__(self, p, cfg, kv):
         self.cfg, self.kv, self.threads, self.record = cfg, kv, POOL.threads, np.zeros(1, MODEL)
-        self.panel, self.code = PANEL_VECTORS * VECTOR_BYTES // kv.itemsize, compile_stage(kv.dtype.name)
+        self.panel, self.code = PANEL_VECTORS * VECTOR_BYTES // kv.itemsize, compile_stage(kv.dtype.name, self.int8)
         self.allocations, self.free, self.bytes_packed = [], np.empty(0, kv.dtype), 0
         self.set_fields(code=self.code.address, itemsize=kv.itemsize, panel=self.panel, eps=cfg.norm_eps)
         self.arrays = self.allocate_activations() | dict(kv=kv) | self.list_parameters(p)
@@ -63,8 +65,9 @@ class Steps:
         if cfg.embedding_norm:
             self.set_fields(embed_norm=self.pack_norm(p, "embed_norm"))
         self.stages = self.list_stages(p, norm_kind)
-        self.head_b, self.has_screen = p["head_b"], self.arrays["head_w"].nbytes > SCREEN_BYTES
-        weights = self.arrays["head_w"].nbytes + self.bytes_packed
+        head_bytes = self.arrays["head_w"].nbytes
+        self.head_b, self.has_screen = p["head_b"], head_bytes > SCREEN_BYTES and not self.int8
+        weights = head_bytes // (4 if self.int8 else 1) + self.bytes_packed
         self.one_thread = weights <= ONE_THREAD_BYTES
         self.set_fields(stage_count=len(self.stages), prefetches=weights > PREFETCH_BYTES)
 
@@ -120,6 +123,12 @@ class Steps:
         self.bytes_packed += room.nbytes
         return room.ctypes.data
 
+    def pack_matrix(self, w):
+        """Address of a copy of w (K, M) in panels of columns."""
+        if self.int8:
+            return self.pack(pack_int8(w, self.panel).view(w.dtype))
+        return self.pack(w, self.panel)
+
     def pack_norm(self, tensors, name):
         """Address of a norm's gains (C,), then its biases."""
         return self.pack(np.stack(norm_of(tensors, name, self.cfg, NO_NORM)[1:3]))
@@ -132,7 +141,7 @@ class Steps:
         if fields.get("kind") == HIDDEN:
             units = blocks(whole_vectors(self.cfg.hidden), self.panel)
             w, b = (interleave_gate(x, self.panel) if model["gated"] else x for x in (w, b))
-        bias, weights = self.pack(b), self.pack(w, self.panel)
+        bias, weights = self.pack(b), self.pack_matrix(w)
         stage = dict(kind=LINEAR, units=units, source=model[source], K=K, bias=bias, weights=weights, y=model[y])
         return stage | dict(columns=whole_vectors(w.shape[1])) | fields
 
@@ -175,7 +184,7 @@ class Steps:
         if x is not None:
             self.arrays["x"][:], first_stage = x.reshape(-1), len(self.stages) - 1
         if not screened and not self.stages[-1]["weights"]:
-            self.stages[-1]["weights"] = self.pack(self.arrays["head_w"].T, self.panel)
+            self.stages[-1]["weights"] = self.pack_matrix(self.arrays["head_w"].T)
         self.arrays["words"][:], self.arrays["tokens"][0] = 0, token
         self.arrays["words"][END] = launch["count"] * len(self.stages) + 1 if launch["count"] else len(self.stages)
         self.set_fields(chunks=chunks, first_stage=first_stage, position=position, screened=screened, **launch)
@@ -203,3 +212,9 @@ class Steps:
         if not drawn:
             raise FloatingPointError("logits are not finite")
         return drawn
+
+
+class Int8Steps(Steps):
+    """`Steps` with matrices in int8, for parameters of `round_weights`: q is theirs, a scale to its last bit."""
+
+    int8 = True
