@@ -105,7 +105,8 @@ def test_every_table_tells_the_story_of_int8(temperature):
 def test_threads_change_no_byte_of_a_text_in_int8(temperature, pool, monkeypatch):
     monkeypatch.setattr(fast.steps, "ONE_THREAD_BYTES", 0)
     monkeypatch.setattr(fast.steps, "SCREEN_BYTES", 0)
-    cfg, p = rounded_model(**FAMILIES["llama"] | dict(vocab_size=700, seq_len=60, position_rows=60, width=96, hidden=200))
+    shape = dict(vocab_size=700, seq_len=60, position_rows=60, width=96, hidden=200)
+    cfg, p = rounded_model(**FAMILIES["llama"] | shape)
     found = set()
     for threads in (1, 2, 3):
         pool.resize(threads)
@@ -134,13 +135,14 @@ def checkpoint(tmp_path_factory):
 
 def test_sample_tells_the_same_story_in_int8_with_every_table(checkpoint):
     words = ["--checkpoint", checkpoint, "--quantize", "int8", "--max-new-tokens", 20, "--temperature", 0]
-    told = [invoke(sample.main, *words, "--kernels", kernels) for kernels in TABLES]
+    told = [invoke(sample.main, *words, "--kernels", kernels) for kernels in tinygpt.KERNELS]
     assert all(status == 0 and "int8: " in err and "MB of matrices a token" in err for status, _, err in told)
     assert len({out for _, out, _ in told}) == 1
 
 
 def test_another_format_is_refused_in_one_line(checkpoint):
-    assert "invalid choice: 'int4'" in refusal(sample.main, "sample.py", "--checkpoint", checkpoint, "--quantize", "int4")
+    words = ["--checkpoint", checkpoint, "--quantize", "int4"]
+    assert "invalid choice: 'int4'" in refusal(sample.main, "sample.py", *words)
 
 
 def test_evaluate_scores_the_dequantised_weights(checkpoint):
