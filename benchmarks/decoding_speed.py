@@ -3,13 +3,15 @@
     python benchmarks/decoding_speed.py                                # ours, random weights
     python benchmarks/decoding_speed.py --llamacpp --size 260k 15m     # pip install xllamacpp
     python benchmarks/decoding_speed.py --llamacpp float32 q8_0 --size 15m gpt2
+    python benchmarks/decoding_speed.py --int8 --llamacpp q8_0 --size 8m 28m    # int8 weights beside Q8_0
     python benchmarks/decoding_speed.py --llama2c llama2.c/run --tokenizer llama2.c/tokenizer.bin --size 15m
     python benchmarks/decoding_speed.py --llama2c llama2.c/run --checkpoint stories260K.bin --tokenizer tok512.bin
 
 llama2.c is its `run`, compiled with `gcc -Ofast -march=native -fopenmp run.c -lm -o run`. llama.cpp is the wheel
 xllamacpp (its line on stderr names the instructions that it uses), on models that extras/gguf.py writes, with keys and
 values in float32 as ours; its speed is what it says of itself. All take turns, with each number of threads, so that a
-machine whose speed drifts treats all alike; medians. MB are the weights that we read for a token (of a large head its 8
+machine whose speed drifts treats all alike; medians. `--int8` adds ours with int8 weights, as `sample.py --quantize
+int8` has them: other weights, so another text. MB are the weights that we read for a token (of a large head its 8
 bits), GB/s those times tokens a second, their share that of what the same threads read of a long array in the same run.
 """
 
@@ -35,6 +37,7 @@ import sample
 import tinygpt
 from extras import gguf, llama2c
 from fast import decode
+from fast.int8 import round_weights
 
 MEMORY = 1 << 28  # bytes of the array that is read: more than caches hold
 BLOCKS = 16  # it is read in
@@ -171,6 +174,9 @@ def measure(size, args, folder):
     stop, banned = first if theirs else -1, () if theirs else (tokenizer.end,)  # llama2.c stops, llama.cpp does not
     memory = tinygpt.aligned(MEMORY // 4, np.float32)
     memory[:] = 1
+    rounded = tinygpt.views(tinygpt.layout(cfg), flat.copy(), cfg.layers) if args.int8 else None
+    if args.int8:
+        round_weights(rounded, cfg)
     sums = np.zeros((BLOCKS, 64 + MEMORY // 4 // BLOCKS // 64), np.float32)
     for turn in range(args.rounds + 1):
         for threads in args.threads:
@@ -179,6 +185,10 @@ def measure(size, args, folder):
             our_turn(decoding, first, stop, min(steps, 3), banned)  # what is made when it is first needed
             speed, ids = our_turn(decoding, first, stop, steps, banned)
             found = {("ours", threads): speed, ("memory", threads): bandwidth(memory, sums)}
+            if args.int8:
+                decoding = sample.Decoding(rounded, cfg, fast.INT8)
+                our_turn(decoding, first, stop, min(steps, 3), banned)
+                found["ours int8", threads] = our_turn(decoding, first, stop, steps, banned)[0]
             if theirs:
                 found["llama2.c", threads], text = their_turn(args.llama2c, checkpoint, args.tokenizer, steps, threads)
                 same.append(same_text(ids, pieces, first, text))
@@ -209,6 +219,7 @@ def main():
     add = parser.add_argument
     add("--size", nargs="+", metavar="SIZE", default=["700k", "1m", "8m", "28m"], help="random weights of these shapes")
     add("--checkpoint", type=Path, metavar="FILE", help="instead: this model")
+    add("--int8", action="store_true", help="ours with int8 weights, too")
     add("--llama2c", metavar="RUN", help="its compiled run; measured beside ours on the shapes that it has")
     dtypes = "llama.cpp beside ours, with matrices in float32, or in these (float32, float16, q8_0)"
     add("--llamacpp", nargs="*", choices=gguf.DTYPES, metavar="DTYPE", help=dtypes)
@@ -229,8 +240,9 @@ def main():
         except ImportError:
             parser.error("--llamacpp needs llama.cpp: pip install xllamacpp")
         bpe.note(f"llama.cpp: {xllamacpp.get_system_info()}")
-    others = ["llama2.c"] * bool(args.llama2c) + [f"llama.cpp {dtype}" for dtype in args.llamacpp]
-    heads = "".join(f" | {other} | of its best" for other in others) + " | same text" * bool(others)
+    others = ["ours int8"] * args.int8 + ["llama2.c"] * bool(args.llama2c)
+    others += [f"llama.cpp {dtype}" for dtype in args.llamacpp]
+    heads = "".join(f" | {other} | of its best" for other in others) + " | same text" * bool(others[args.int8 :])
     print(f"            size | threads |     MB |     tok/s |   GB/s | memory |  share{heads}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
