@@ -271,11 +271,11 @@ def main(argv=None):
         ops = tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:
             tinygpt.set_threads(args.threads)
-        if not (paths := args.checkpoint or newest_checkpoint() or [*Path(__file__).parent.glob("stories.safetensors")]):
+        box = Path(__file__).with_name("stories.safetensors")  # the model in the box
+        if not (paths := args.checkpoint or newest_checkpoint() or [box] * box.exists()):
             raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
         prompt = args.prompt_file.read_text("utf-8").rstrip("\n") if args.prompt_file else args.prompt
-        shown = args.json or args.show_probs or len(paths) > 1
-        show = shown and bpe.find_extra("show", "--json, --show-probs or a second --checkpoint")
+        show = (args.json or args.show_probs or len(paths) > 1) and bpe.find_extra("show", "--json or --show-probs")
         models = [open_model(path, args.tokenizer, prompt) for path in paths]
         if args.quantize:
             ops = bpe.find_extra("quantize", "--quantize").quantize_models(models, ops)
