@@ -44,30 +44,30 @@ from tinygpt import KERNELS, THREADS, kernel
 # == 1  batches ========================================================================================================
 #
 # Each token of the text is a target once an epoch. Its input is the token before it; the first token's input is the
-# end of a story. Each epoch cuts the text into windows of T targets at another offset and reads them in another order.
-# Both are drawn from (seed, epoch).
+# end of a story. Each epoch cuts the text into windows of T targets, offset and order drawn from (seed, epoch).
 
 
-def window(tokens, first, stop, T, end):
+def window(tokens, first, stop, T, end, mask=None):
     """The targets tokens[first:stop], at most T -> inputs and targets (T,) int64, weights (T,) float32.
 
     Every window has T targets, or all tokens of a shorter text. Targets outside first .. stop - 1 have weight 0: they
-    count in another window. A window that would reach beyond the end of the text starts earlier.
+    count in another window. So do those whose mask (M,) is False. One that would reach beyond the text starts earlier.
     """
     start = max(0, min(first, len(tokens) - T))
     targets = np.asarray(tokens[start : start + T], np.int64)
     inputs = np.concatenate([[tokens[start - 1] if start else end], targets[:-1]])
     positions = np.arange(start, start + T)
-    return inputs, targets, ((first <= positions) & (positions < stop)).astype(np.float32)
+    weights = ((first <= positions) & (positions < stop)).astype(np.float32)
+    return inputs, targets, weights if mask is None else weights * mask[start : start + T]
 
 
 class Batches:
     """The windows of all epochs, numbered. For a text and a T, any of them follows from (seed, number): there is no
-    random state to save, and a run resumes anywhere."""
+    random state to save, and a run resumes anywhere. A text with a mask is cut at multiples of T in every epoch."""
 
-    def __init__(self, tokens, T, end, seed):
-        self.tokens, self.T, self.end, self.seed = tokens, T, end, seed
-        self.per_epoch = -(-len(tokens) // T) + 1  # the first and the last may be cut short; the last may be empty
+    def __init__(self, tokens, T, end, seed, mask=None):
+        self.tokens, self.T, self.end, self.seed, self.mask = tokens, T, end, seed, mask
+        self.per_epoch = -(-len(tokens) // T) + (mask is None)  # the first and last may be short, the last empty
         self.epoch = None
 
     def begin_epoch(self, epoch):
@@ -76,10 +76,8 @@ class Batches:
         tokens = self.tokens
         if isinstance(tokens, np.memmap) and os.path.getsize(tokens.filename) < tokens.nbytes:
             raise ValueError(f"{tokens.filename} was cut short while it was read: restore it, then --resume")
-        rng = np.random.Generator(
-            np.random.Philox(key=[self.seed, (1 << 32) + epoch])
-        )  # streams 0, 1: weights, sampling
-        self.epoch, self.offset = epoch, int(rng.integers(1, self.T + 1))  # the first window ends at the offset
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, (1 << 32) + epoch]))  # 0, 1: weights, sampling
+        self.epoch, self.offset = epoch, int(rng.integers(1, self.T + 1)) if self.mask is None else self.T  # first stop
         self.order = rng.permutation(self.per_epoch)
 
     def get(self, first, count):
@@ -91,7 +89,7 @@ class Batches:
                 self.begin_epoch(epoch)
             stop = self.offset + int(self.order[position]) * self.T
             start = max(0, stop - self.T)
-            rows.append(window(self.tokens, start, min(stop, len(self.tokens)), self.T, self.end))
+            rows.append(window(self.tokens, start, min(stop, len(self.tokens)), self.T, self.end, self.mask))
         return tuple(np.stack(column) for column in zip(*rows))
 
 
@@ -338,10 +336,11 @@ def score(p, cfg, tokens, end, ops, stride=None, at_once=None, progress=None):
     return nats
 
 
-def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None):
-    """Nats per token over windows end to end, each target once; over the first `limit` tokens if given."""
-    tokens = tokens[:limit]
-    return float(score(p, cfg, tokens, end, ops, progress=progress).sum()) / len(tokens)
+def evaluate(p, cfg, tokens, end, ops, limit=None, progress=None, mask=None):
+    """Nats per token over windows end to end, each target once; of the first `limit` tokens, of those in the mask."""
+    nats = score(p, cfg, tokens[:limit], end, ops, progress=progress)
+    nats = nats if mask is None else nats[mask[: len(nats)]]
+    return float(nats.sum()) / len(nats)
 
 
 def count_bytes(tokens, tokenizer):
@@ -367,8 +366,7 @@ COUNT, SEQUENCES = in_range(int, 1, 2**31 - 1), in_range(int, 1, 2**16)
 
 def flag(default, meaning, kind=None, **more):
     """A field of `Settings` that a flag of its name gives; kind is the flag's argparse type."""
-    more |= {"type": kind} if kind else {}
-    return field(default=default, metadata=more | {"help": meaning})
+    return field(default=default, metadata=more | ({"type": kind} if kind else {}) | {"help": meaning})
 
 
 @dataclass(frozen=True)
@@ -475,6 +473,8 @@ class Data(NamedTuple):
     name: str
     files: list = [[], []]  # token files of the two, each a list of paths; none for validation: held out
     checksums: dict = {}  # path of a token file -> what extras/data.py knows it by
+    masks: tuple = (None, None)  # of train and valid (M,): which targets count, from NAME.bin.mask; None is all
+    metadata: dict = {}  # of every checkpoint
 
 
 def prepare_data(args, draft, cfg, steps, tokenizer):
@@ -563,10 +563,10 @@ class Run:
         return None if stopped() else self.score(self.data.valid[: self.settings.eval_tokens])
 
     def score(self, tokens, progress=None):
-        """tokens (M,) -> (nats per token, bits per byte)."""
-        state, tokenizer, ops = self.state, self.data.tokenizer, self.ops
-        nats = evaluate(state.p, state.cfg, tokens, tokenizer.end, ops, progress=progress)
-        return nats, bits_per_byte(nats, tokens, tokenizer)
+        """The first M validation tokens (M,) -> (nats per token, bits per byte), of those that count."""
+        state, tokenizer, ops, mask = self.state, self.data.tokenizer, self.ops, self.data.masks[1]
+        nats = evaluate(state.p, state.cfg, tokens, tokenizer.end, ops, progress=progress, mask=mask)
+        return nats, bits_per_byte(nats, tokens if mask is None else tokens[mask[: len(tokens)]], tokenizer)
 
     def generate_stories(self, stopped):
         """A story for each --prompt; None if `stopped()`."""
@@ -612,7 +612,7 @@ class Run:
 
     def write_checkpoint(self, name, tensors=None, metadata=None):
         model = (self.state.parameters, self.state.cfg, self.tokenizer_json)
-        tinygpt.save_checkpoint(self.folder / name, *model, tensors, metadata)
+        tinygpt.save_checkpoint(self.folder / name, *model, tensors, self.data.metadata | (metadata or {}))
 
     def last_good(self):
         """Where to resume from, for the line that ends a run."""
@@ -632,7 +632,7 @@ def begin_run(args, ranks, started):
         extra.check_out(args)
     tokenizer = parameters = None
     if args.init_from:
-        cfg, tokenizer, parameters = find_extra("tune", "--init-from").load_initial_model(args)
+        cfg, tokenizer, parameters = find_extra("initial", "--init-from").load_initial_model(args)
     else:
         cfg = tinygpt.find_size(size_of(args)).changed(**tinygpt.overrides(args.set or []))
         cfg = cfg.changed(seq_len=args.seq_len or cfg.seq_len)
@@ -649,7 +649,7 @@ def begin_run(args, ranks, started):
         data.tokenizer.encode(prompt)  # refused now, not at the first evaluation
     cfg = cfg if args.init_from else cfg.changed(vocab_size=data.tokenizer.vocab_size)
     draft = plan.fit_memory(memory, draft, cfg) if plan else draft
-    batches = Batches(data.train, cfg.seq_len, data.tokenizer.end, draft.seed)
+    batches = Batches(data.train, cfg.seq_len, data.tokenizer.end, draft.seed, data.masks[0])
     if plan and not steps and not args.epochs:
         steps = plan.plan_steps(args.minutes or 5, draft, cfg, len(data.valid), batches, ranks, started)
     steps = steps or math.ceil((args.epochs or 1) * batches.per_epoch / draft.batch_size)
@@ -750,13 +750,13 @@ def run_command(parser, args, ranks, started):
             tinygpt.set_threads(args.threads or ranks.threads)
         resume = find_extra("resume", "--resume").resume_run if args.resume else lambda *_: None
         run = ranks.open_run(lambda: resume(args, ranks) or begin_run(args, ranks, started))
-        s, cfg = run.settings, run.state.cfg
+        s, cfg, data, extra = run.settings, run.state.cfg, run.data, find_extra("run")
         if run.saved is None:
             run.save()  # a run that is killed before its next checkpoint is resumed from here
         if ranks.rank == 0:
             run.describe()
             note("first update; a kernel that is used for the first time on this machine is compiled ...")
-        batches, extra = Batches(run.data.train, cfg.seq_len, run.data.tokenizer.end, s.seed), find_extra("run")
+        batches = Batches(data.train, cfg.seq_len, data.tokenizer.end, s.seed, data.masks[0])
         with extra.stop_signals() if extra else contextlib.nullcontext(lambda: False) as stopped:
             done = train(run, batches, make_ops(s, cfg, ranks), ranks, stopped)
         if ranks.rank == 0:

@@ -46,6 +46,7 @@ from extras.tensors import (
     with_halves,
     write_safetensors,
 )
+from extras.tune import jinja_template, read_template
 from sample import load_model, never_drawn
 
 # == 1  fields of config.json ==========================================================================================
@@ -350,7 +351,7 @@ def write_own_class(folder):
     shutil.copyfile(Path(__file__).with_name("modeling_tinygpt.py"), folder / "modeling_tinygpt.py")
 
 
-def save_transformers(folder, cfg, parameters, tokenizer, dtype="float32"):
+def save_transformers(folder, cfg, parameters, tokenizer, dtype="float32", chat_template=None):
     """Write a folder that AutoModelForCausalLM and AutoTokenizer load. Ids that are never sampled are suppressed."""
     config, tensors = to_transformers(cfg, parameters)
     config |= {"dtype": dtype, "torch_dtype": dtype}
@@ -360,6 +361,7 @@ def save_transformers(folder, cfg, parameters, tokenizer, dtype="float32"):
     files = {"config.json": config | ends, "generation_config.json": ends | {"pad_token_id": tokenizer.end}}
     if banned := never_drawn(cfg, tokenizer):
         files["generation_config.json"]["suppress_tokens"] = banned
+    words |= {"chat_template": chat_template} if chat_template else {}
     files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"} | words
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -430,6 +432,10 @@ def write_model(source, out, system, tokenizer_path, **options):
     checkpoint, tokenizer = load_model(source, tokenizer_path)
     if checkpoint.cfg.embedding_norm and system in ("llama2c", "gguf"):
         bpe.note(FOLDED)
+    if checkpoint.metadata.get("chat_template") and system == "llama2c":
+        bpe.note("llama2.c reads no chat template: it is left out")
+    elif checkpoint.metadata.get("chat_template"):
+        options["chat_template"] = jinja_template(read_template(source, checkpoint, tokenizer))
     WRITE[system](out, checkpoint.cfg, checkpoint.parameters, tokenizer, **options)
     return len(checkpoint.parameters)
 

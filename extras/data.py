@@ -7,6 +7,7 @@ they were. train.py finds this file when it is there; alone, it encodes a text a
 """
 
 import hashlib
+import json
 import math
 import os
 import zlib
@@ -45,6 +46,7 @@ def prepare_data(args, draft, cfg, steps, tokenizer=None):
         key = cache_key(valid_sources, None, tokenizer.hash)
         files[1] = encode(valid_sources, tokenizer, folder / f"valid-{key}.bin")
     data = read_data(tokenizer, files, name)
+    check_rows(files, cfg.seq_len)
     for process in compilers:
         process.wait()
     return data
@@ -146,9 +148,65 @@ def read_data(tokenizer, files, name, checksums=None):
     checksums = dict(checksums or {})
     parts = [[read_known(path, tokenizer, checksums) for path in paths] for paths in files]
     training, valid = (part[0] if len(part) == 1 else part and np.concatenate(part) for part in parts)
-    if not files[1]:
+    masks, metadata = [read_masks(paths, checksums) for paths in files], {}
+    for info in map(read_info, files[0]):
+        metadata |= {key: info[key] for key in KEPT if type(info.get(key)) is str}
+    if not files[1] and masks[0] is not None:
+        T = mask_info(files[0][0])["row"]
+        cut = len(training) - T * max(1, round(train.HELD_OUT * len(training) / T))  # between two rows
+        training, valid, masks = training[:cut], training[cut:], (masks[0][:cut], masks[0][cut:])
+    elif not files[1]:
         training, valid = hold_out(training, tokenizer.end)
-    return train.Data(tokenizer, training, valid, name, files, checksums)
+    return train.Data(tokenizer, training, valid, name, files, checksums, tuple(masks), metadata)
+
+
+KEPT = ("chat_template",)  # of what the description of a token file says, in every checkpoint
+
+
+def read_info(path):
+    """The description of a token file that `bpe.read_tokens` has accepted."""
+    return json.loads(Path(f"{path}.json").read_bytes())
+
+
+def mask_info(path):
+    """{"row": T, "crc32": ...} of a token file with a mask, else None. ValueError if its JSON says something else."""
+    info = read_info(path).get("mask")
+    if info is not None and not (isinstance(info, dict) and type(info.get("row")) is int and 0 < info["row"] < 2**31):
+        raise ValueError(f"{path}.json does not describe a mask; make both files again")
+    return info
+
+
+def read_masks(paths, checksums):
+    """The masks of these token files as one, (M,) bool; None if they have none. Updates `checksums`, as `read_known`.
+
+    NAME.bin.mask has a byte for each token, 1 where it counts as a target, else 0. NAME.bin.json describes it:
+    {"mask": {"row": T, "crc32": ...}}; each row of T tokens, an example, has a target that counts. ValueError for a
+    mask that is damaged, has changed, or is missing beside some of the files.
+    """
+    infos = [mask_info(path) for path in paths]
+    if not any(infos):
+        return None
+    parts = []
+    for path, info in zip(paths, infos):
+        if not info or not infos[0] or info["row"] != infos[0]["row"]:
+            raise ValueError(f"{path} and {paths[0]} differ in their masks or rows; train on files of one kind")
+        name, T, count = f"{path}.mask", info["row"], len(bpe.read_tokens(path, check=False)[0])
+        mask = np.fromfile(name, np.uint8)
+        crc32 = f"{zlib.crc32(mask):08x}"
+        if len(mask) != count or crc32 != info.get("crc32") or crc32 != checksums.setdefault(name, [crc32])[0]:
+            raise ValueError(f"{name} is damaged or has changed since the run began; make both files again")
+        if count % T or (mask > 1).any() or not mask.reshape(-1, T).any(1).all():
+            raise ValueError(f"{name}: expected rows of T={T}, each of 0 and 1 with a 1; make both files again")
+        parts.append(mask > 0)
+    return np.concatenate(parts)
+
+
+def check_rows(files, T):
+    """ValueError if the rows of token files with a mask are not as long as the windows of the run, T."""
+    for path in [*files[0], *files[1]]:
+        if (mask := mask_info(path)) and mask["row"] != T:
+            found = f"{path} has rows of {mask['row']} tokens, the run has windows of T={T}"
+            raise ValueError(f"{found}; give --seq-len {mask['row']}, or make the file for T={T}")
 
 
 LEAST_HELD_OUT, MOST_HELD_OUT = 0.01, 0.05  # shares of the text, beside train.HELD_OUT

@@ -18,7 +18,7 @@ import sample
 import tinygpt
 import train
 from extras import data, quantize
-from extras.tune import check_vocabulary, with_seq_len
+from extras.initial import check_vocabulary, with_seq_len
 
 # == 1  intervals ======================================================================================================
 

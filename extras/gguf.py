@@ -195,7 +195,7 @@ def file_chunks(metadata, tensors):
     return chunks
 
 
-def save(path, cfg, parameters, tokenizer, dtype="float32"):
+def save(path, cfg, parameters, tokenizer, dtype="float32", chat_template=None):
     """Write a .gguf file. A norm after the embedding becomes part of an input table. ValueError if llama.cpp computes
     no such model."""
     if cfg.embedding_norm:
@@ -211,6 +211,7 @@ def save(path, cfg, parameters, tokenizer, dtype="float32"):
     metadata = {"general.architecture": (STRING, name), "general.name": (STRING, path.stem)}
     metadata |= {"general.file_type": (UINT32, DTYPES[dtype][1]), "general.quantization_version": (UINT32, 2)}
     metadata |= model_metadata(cfg, name) | tokenizer_metadata(tokenizer, cfg)
+    metadata |= {"tokenizer.chat_template": (STRING, chat_template)} if chat_template else {}
     tensors = {}
     for theirs, x in tensors_from(cfg, parameters, table).items():
         kind, array = stored(theirs, x, dtype)

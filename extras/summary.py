@@ -86,6 +86,8 @@ def describe_held_out(data):
     """What `hold_out` of extras/data.py took from the text, in words."""
     stories = int(np.count_nonzero(data.valid == data.tokenizer.end))
     what = "1 story" if stories == 1 else f"{stories:,} stories"
+    if data.masks[1] is not None:
+        what = f"in which {int(data.masks[1].sum()):,} count"
     what = what if data.train[-1] == data.tokenizer.end else "cut inside a story"
     return f"the last {len(data.valid) / (len(data.train) + len(data.valid)):.1%}, {what}"
 
