@@ -36,8 +36,7 @@ class Decoding:
     def __init__(self, p, cfg, ops):
         self.p, self.cfg, self.ops = p, cfg, ops
         self.window = []
-        dtype = p["embed_w"].dtype
-        self.kv = np.empty((cfg.layers, 1, cfg.seq_len, 2, cfg.kv_heads, cfg.head_width), dtype)
+        self.kv = np.empty((cfg.layers, 1, cfg.seq_len, 2, cfg.kv_heads, cfg.head_width), p["embed_w"].dtype)
         self.steps = ops.steps and ops.steps(p, cfg, self.kv)
 
     def append(self, ids):
@@ -76,6 +75,7 @@ class Decoding:
 # == 2  from logits to a token =========================================================================================
 
 FILTERS = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # in the order in which they apply
+TURN = 0.01  # seconds of drawing, about, before what is drawn is shown
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seen=(), banned=()):
@@ -106,9 +106,6 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repeti
         p[order[1:][before[1:] >= top_p]] = 0
     p[p < min_p * p.max()] = 0  # Nguyen et al. 2024, arXiv:2407.01082
     return p / p.sum()
-
-
-TURN = 0.01  # seconds of drawing, about, before what is drawn is shown
 
 
 def generate(decoding, ids, seed, stop, max_new_tokens, watch=None, **filters):
@@ -185,8 +182,8 @@ def open_model(path, tokenizer_path, prompt):
 
 def never_drawn(cfg, tokenizer):
     """Ids that are never sampled: reserved specials, and rows of the model beyond the tokenizer."""
-    reserved = [i for i in tokenizer.specials.values() if i != tokenizer.end]
-    return [*reserved, *range(tokenizer.vocab_size, cfg.vocab_size)]
+    beyond = range(tokenizer.vocab_size, cfg.vocab_size)
+    return [i for i in (*tokenizer.specials.values(), *beyond) if i != tokenizer.end]
 
 
 # == 4  the story ======================================================================================================
@@ -243,6 +240,7 @@ def make_parser():
     def add(flag, help, **more):
         parser.add_argument(flag, help=help + " (default %(default)s)" * (more.get("default", "") != ""), **more)
 
+    add("--chat", "a conversation with a model that extras/tune.py has tuned", action="store_true")
     add("--prompt", "how the story begins", default="", metavar="TEXT")
     add("--prompt-file", "read the prompt from this file", type=Path, metavar="FILE")
     add("--checkpoint", "a .safetensors, a .bin of llama2.c (default the newest run's)", type=Path, action="append")
@@ -274,6 +272,8 @@ def main(argv=None):
         box = Path(__file__).with_name("stories.safetensors")  # the model in the box
         if not (paths := args.checkpoint or newest_checkpoint() or [box] * box.exists()):
             raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
+        if args.chat:
+            return bpe.find_extra("chat", "--chat").run(args, paths)
         prompt = args.prompt_file.read_text("utf-8").rstrip("\n") if args.prompt_file else args.prompt
         show = (args.json or args.show_probs or len(paths) > 1) and bpe.find_extra("show", "--json or --show-probs")
         models = [open_model(path, args.tokenizer, prompt) for path in paths]
