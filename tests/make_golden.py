@@ -5,6 +5,7 @@
     python tests/make_golden.py tiny_llama                          (the same)
     python tests/make_golden.py port_gpt2                           (nothing: of our own specification)
     python tests/make_golden.py port_llama                          (the same)
+    python tests/make_golden.py box                                 (nothing: of stories.safetensors)
 
 Each function below writes tests/golden/NAME.json; its arguments are those of the command line. A port_NAME.safetensors
 is written by extras/explain.py.
@@ -139,7 +140,20 @@ def port(name, path):
     return explain.main(["golden", *PORTS[name], "--out", str(path)])
 
 
-GOLDENS = {"gpt2_bpe": gpt2_bpe, "tiny_model": tiny_model, "tiny_llama": tiny_llama}
+def box():
+    """{prompt: greedy text} of stories.safetensors, by the specification."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import sample
+    import tinygpt
+
+    model = sample.open_model(Path(tinygpt.__file__).with_name("stories.safetensors"), None, "")
+    options = {"seed": 0, "max_new_tokens": 60, "temperature": 0}
+    tell = sample.generate_story
+    prompts = ("", "Lily found", "One day, a little bear")
+    return {prompt: "".join(tell(model, tinygpt.OPS["numpy"], prompt, **options)) for prompt in prompts}
+
+
+GOLDENS = {"gpt2_bpe": gpt2_bpe, "tiny_model": tiny_model, "tiny_llama": tiny_llama, "box": box}
 
 
 def main(argv):
