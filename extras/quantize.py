@@ -7,15 +7,23 @@ python extras/evaluate.py runs/1m/best.safetensors --data tinystories-valid.txt 
 import dataclasses
 
 from bpe import note
-from fast.int8 import list_matrices, quantize, round_weights
-from fast.steps import Int8Steps
+
+
+def int8():
+    """fast/int8.py; ValueError where fast/ is not here."""
+    try:
+        from fast import int8
+    except ImportError as error:
+        raise ValueError(f"--quantize int8 needs the kernels of fast/: {error}") from None
+    return int8
 
 
 def round_model(p, cfg):
     """Round the matrices of p to int8, in place, and print what a token then reads."""
-    before = sum(w.nbytes for w in list_matrices(p, cfg))
-    after = sum(x.nbytes for w in list_matrices(p, cfg) for x in quantize(w))
-    round_weights(p, cfg)
+    of = int8()
+    before = sum(w.nbytes for w in of.list_matrices(p, cfg))
+    after = sum(x.nbytes for w in of.list_matrices(p, cfg) for x in of.quantize(w))
+    of.round_weights(p, cfg)
     note(f"int8: {after / 1e6:.2f} MB of matrices a token, {before / 1e6:.2f} in float32")
 
 
@@ -24,4 +32,8 @@ def quantize_models(models, ops):
     reads int8, others the dequantised weights."""
     for p, cfg, _ in models:
         round_model(p, cfg)
-    return dataclasses.replace(ops, steps=Int8Steps) if ops.steps else ops
+    if not ops.steps:
+        return ops
+    from fast.steps import Int8Steps
+
+    return dataclasses.replace(ops, steps=Int8Steps)

@@ -21,7 +21,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-collect_ignore = ["test_kernels.py", "test_tiles.py", "test_words.py"] if WITHOUT_FAST else []  # tests of fast/
+collect_ignore = (
+    ["test_int8.py", "test_kernels.py", "test_tiles.py", "test_words.py"] if WITHOUT_FAST else []
+)  # tests of fast/
 
 
 def tiny_config(**changes):
