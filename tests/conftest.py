@@ -21,9 +21,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-collect_ignore = (
-    ["test_int8.py", "test_kernels.py", "test_tiles.py", "test_words.py"] if WITHOUT_FAST else []
-)  # tests of fast/
+TESTS_OF_FAST = ["test_int8.py", "test_kernels.py", "test_tiles.py", "test_words.py"]
+collect_ignore = TESTS_OF_FAST if WITHOUT_FAST else []
 
 
 def tiny_config(**changes):
