@@ -8,9 +8,9 @@
     python benchmarks/decoding_speed.py --llama2c llama2.c/run --checkpoint stories260K.bin --tokenizer tok512.bin
 
 llama2.c is its `run`, compiled with `gcc -Ofast -march=native -fopenmp run.c -lm -o run`. llama.cpp is the wheel
-xllamacpp (its line on stderr names the instructions that it uses), on models that extras/gguf.py writes, with keys and
-values in float32 as ours; its speed is what it says of itself. All take turns, with each number of threads, so that a
-machine whose speed drifts treats all alike; medians. `--int8` adds ours with int8 weights, as `sample.py --quantize
+xllamacpp (its line on stderr names the instructions that it uses), on models that extras/llamacpp.py writes, with keys
+and values in float32 as ours; its speed is what it says of itself. All take turns, with each number of threads, so that
+a machine whose speed drifts treats all alike; medians. `--int8` adds ours with int8 weights, as `sample.py --quantize
 int8` has them: other weights, so another text. MB are the weights that we read for a token (of a large head its 8
 bits), GB/s those times tokens a second, their share that of what the same threads read of a long array in the same run.
 """
@@ -35,7 +35,7 @@ import bpe
 import fast
 import sample
 import tinygpt
-from extras import gguf, llama2c
+from extras import llama2c, llamacpp
 from fast import decode
 from fast.int8 import round_weights
 
@@ -150,7 +150,7 @@ def write_gguf(size, cfg, flat, dtypes, folder):
     files, tokenizer = {dtype: Path(folder) / f"{size}-{dtype}.gguf" for dtype in dtypes}, any_tokenizer(cfg.vocab_size)
     try:
         for dtype, path in files.items():
-            gguf.save(path, cfg, flat, tokenizer, dtype)
+            llamacpp.save(path, cfg, flat, tokenizer, dtype)
     except ValueError as error:
         bpe.note(f"{size}: {error}")
         return {}, tokenizer
@@ -222,7 +222,7 @@ def main():
     add("--int8", action="store_true", help="ours with int8 weights, too")
     add("--llama2c", metavar="RUN", help="its compiled run; measured beside ours on the shapes that it has")
     dtypes = "llama.cpp beside ours, with matrices in float32, or in these (float32, float16, q8_0)"
-    add("--llamacpp", nargs="*", choices=gguf.DTYPES, metavar="DTYPE", help=dtypes)
+    add("--llamacpp", nargs="*", choices=llamacpp.DTYPES, metavar="DTYPE", help=dtypes)
     add("--tokenizer", metavar="FILE", help="llama2.c's tokenizer.bin, for --llama2c")
     add("--steps", type=int, default=200, help="tokens a turn (default %(default)s)")
     add("--rounds", type=int, default=5, help="turns of each side (default %(default)s)")

@@ -5,7 +5,7 @@
     python extras/convert.py --to hf runs/1m OUT                    # AutoModelForCausalLM.from_pretrained("OUT")
     python extras/convert.py --to llama2c runs/1m OUT               # its run: extras/llama2c.py
     python extras/convert.py --to checkpoint runs/1m OUT.safetensors --dtype bfloat16    # half the bytes
-    python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/gguf.py
+    python extras/convert.py --to gguf runs/1m OUT.gguf             # llama.cpp: extras/llamacpp.py
 
 GPT-2, GPT-Neo, Llama and Qwen3 both ways, Bloom from them. What no class of theirs computes goes with one of ours,
 modeling_tinygpt.py, both ways. The converted model computes the same logits; otherwise the conversion fails. Every
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bpe
 import tinygpt
-from extras import gguf, hub, llama2c
+from extras import hub, llama2c, llamacpp
 from extras.tensors import (
     SAVED,
     TABLES,
@@ -419,7 +419,7 @@ def save_checkpoint(path, cfg, parameters, tokenizer, dtype="float32", about="")
     write_safetensors(path, arrays, own | {"tokenizer": tokenizer.to_json()} | ({"about": about} if about else {}))
 
 
-WRITE = {"hf": save_transformers, "llama2c": llama2c.save, "gguf": gguf.save, "checkpoint": save_checkpoint}
+WRITE = {"hf": save_transformers, "llama2c": llama2c.save, "gguf": llamacpp.save, "checkpoint": save_checkpoint}
 
 
 def write_model(source, out, system, tokenizer_path, **options):
@@ -453,8 +453,8 @@ def main(argv=None):
     direction.add_argument("--from", dest="repo", type=system, metavar="hf[:OWNER/REPO]", help=origin)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="of a checkpoint that holds none")
     parser.add_argument("--about", metavar="TEXT", help="kept with --to checkpoint: data, authors, licence")
-    dtypes = {"hf": SAVED, "gguf": gguf.DTYPES, "checkpoint": {"float32": 4, "bfloat16": 2}}
-    parser.add_argument("--dtype", choices={**SAVED, **gguf.DTYPES}, help="of what is written (default float32)")
+    dtypes = {"hf": SAVED, "gguf": llamacpp.DTYPES, "checkpoint": {"float32": 4, "bfloat16": 2}}
+    parser.add_argument("--dtype", choices={**SAVED, **llamacpp.DTYPES}, help="of what is written (default float32)")
     args = parser.parse_intermixed_args(argv)
     paths = [path for path in (args.source, args.target, args.out) if path is not None]
     if len(paths) != (1 if args.repo else 2):

@@ -38,7 +38,7 @@ from fast.threads import POOL
 from fast.workspace import make_workspace
 from tinygpt import aligned
 
-LEAST_DEPTH = STEP  # with fewer columns of a, packing costs more than tiles save
+LEAST_EXTENT = STEP  # of rows, columns or depth: with fewer, packing and padding cost more than bf16 saves
 INSTRUCTIONS = {"amx": "Intel AMX", "avx512": "AVX512-BF16"}  # the fastest first
 STAND_INS = "amx stand-in", "avx512 stand-in"
 DTYPES = dict.fromkeys((*INSTRUCTIONS, *STAND_INS), "float32") | {"float64": "float64"}  # of sums
@@ -106,7 +106,7 @@ def find_bf16():
 #   ENTER, LEAVE        what is called at the beginning and end of a product, 0: nothing; the matrix unit of each core
 #                       has to be told the shapes of tiles
 #   BLOCK               the innermost block
-#   LEAST               the least columns of a with which a product is worth packing, else it stays in float32; 0: any
+#   LEAST               the least extent with which a product is worth packing, else it stays in float32; 0: any
 #   FIRST, END          addresses between which operands are packed already
 MEMORY, ROWS, DEPTH, ENTER, BLOCK, LEAVE, LEAST, FIRST, END = range(PACK + 1, PACK + 10)
 
@@ -179,8 +179,8 @@ def multiply_packed(a, b, c, shape, add, driver, zero):
     """c (M, N) = a (M, K) b (K, N), or c += a b if add -> 1. Addresses and strides in bytes: a = (address, row, k), b =
     (address, k), c = (address, row), shape = (M, N, K); of packed operands, `row` and `k` are those of their memory.
 
-    0, with nothing done, where packing costs more than it saves (K < LEAST), or rounding would hurt: a is one row of
-    neighbours, the ones with which the gradient of a bias is summed."""
+    0, with nothing done, where packing costs more than it saves (an extent below LEAST), or rounding would hurt: a is
+    one row of neighbours, the ones with which the gradient of a bias is summed."""
     (a, a_row, a_k), (b, b_k), (c, c_row), (M, N, K) = a, b, c, shape
     size, packed = sizes_of(zero)
     least, packed_a, packed_b = word(driver, LEAST), is_packed(a, driver), is_packed(b, driver)
@@ -309,7 +309,7 @@ def driver_words(threads, kind, blocks):
     functions = (*compile_driver(DTYPES[kind]), *innermost(kind))
     for index, function in zip((MULTIPLY, PACK, ENTER, BLOCK, LEAVE), functions):
         table[:, index] = function.address if function else 0
-    table[:, LEAST] = 0 if kind == "float64" else LEAST_DEPTH
+    table[:, LEAST] = 0 if kind == "float64" else LEAST_EXTENT
     return table
 
 
@@ -321,12 +321,14 @@ def make_drivers(threads, kind, blocks=BLOCKS):
     return driver_words(threads, kind, blocks).copy()
 
 
-def multiply(a, b, c, add, kind, blocks=BLOCKS):
-    """c = a b, or c += a b if add, through the driver -> c. ValueError where it leaves the product to others."""
-    words = driver_words(1, kind, blocks)
+def multiply(a, b, c, add, kind, blocks=BLOCKS, least=0):
+    """c = a b, or c += a b if add, through the driver -> c. ValueError where it leaves the product to others: below an
+    extent of `least`."""
+    words = driver_words(1, kind, blocks).copy()
+    words[:, LEAST] = least
     addresses = (a.ctypes.data, *a.strides, b.ctypes.data, b.strides[0], c.ctypes.data, c.strides[0])
     if not compile_driver(DTYPES[kind])[0].ctypes(*addresses, *c.shape, a.shape[1], int(add), words.ctypes.data):
-        raise ValueError(f"a {a.shape} is too small for tiles; expected {LEAST_DEPTH} columns or more, and two rows")
+        raise ValueError(f"a product of {a.shape} by {b.shape} is small; expected no extent below {least}")
     return c
 
 

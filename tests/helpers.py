@@ -27,7 +27,7 @@ from extras.engine import Engine
 from extras.tensors import TABLES, tensors_from
 
 ROOT = Path(train.__file__).resolve().parent
-SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 --batch-size 2 --threads 1".split()
+SMALL = "--vocab-size 300 --seq-len 16 --set layers=1 width=16 heads=2 hidden=64 --batch-size 2 --threads 1".split()
 NUMPY = [*SMALL, "--kernels", "numpy"]  # starts without a compiler
 TINY = tinygpt.Config(vocab_size=300, seq_len=32, width=24, layers=2, heads=3)
 RECIPE = (1.2e-2, 4)  # learning rate of TINY where no flag gives it, and sequences per update

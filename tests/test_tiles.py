@@ -93,7 +93,7 @@ def borders(size):
 def test_products_are_right_at_the_borders_of_tiles_and_of_small_blocks(kind, blocks):
     rows, depth = (bf16.SQUARE * n for n in blocks)
     shapes = [(m, k, n) for m in (*borders(rows), rows + 33) for n in (1, 16, 31, 33, 64) for k in (32, 47)]
-    shapes += [(m, k, 37) for m in (2, 40, 70) for k in (*borders(depth), 2 * depth + 5) if k >= bf16.LEAST_DEPTH]
+    shapes += [(m, k, 37) for m in (2, 40, 70) for k in (*borders(depth), 2 * depth + 5)]
     for seed, shape in enumerate(shapes):
         for transposed in (False, True):
             if min(shape[:2]) > 1:
@@ -181,11 +181,23 @@ def test_each_kind_sums_in_the_order_that_innermost_states():
 
 
 def test_small_products_are_left_to_others_and_c_as_it_was():
-    a, c = np.ones((9, 80), np.float32), np.full((9, 20), 7.0, np.float32)
-    for left in (a[:, : bf16.LEAST_DEPTH - 1], a[:1]):
-        with pytest.raises(ValueError, match=r"too small for tiles; expected 16 columns or more"):
-            bf16.multiply(left, np.ones((left.shape[1], 20), np.float32), c[: len(left)], False, "amx stand-in")
-    assert (c == 7).all()
+    least = bf16.driver_words(1, "amx stand-in", bf16.BLOCKS)[0, bf16.LEAST]
+    assert least == bf16.LEAST_EXTENT == 32
+    for shape in ((31, 80, 40), (40, 31, 80), (80, 40, 31), (1, 80, 40)):
+        (M, K, N), c = shape, np.full(shape[::2], 7.0, np.float32)
+        a, b = np.ones((M, K), np.float32), np.ones((K, N), np.float32)
+        with pytest.raises(ValueError, match="is small; expected no extent below 32"):
+            bf16.multiply(a, b, c, False, "amx stand-in", least=least)
+        assert (c == 7).all()
+    bf16.multiply(
+        np.ones((32, 32), np.float32),
+        np.ones((32, 32), np.float32),
+        c := np.zeros((32, 32), np.float32),
+        False,
+        "amx stand-in",
+        least=least,
+    )
+    assert (c == 32).all()
 
 
 # -- rounding

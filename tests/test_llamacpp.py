@@ -1,4 +1,4 @@
-"""extras/gguf.py: llama.cpp, transformers and the reader of `gguf` find our weights, logits, tokens and text."""
+"""extras/llamacpp.py: llama.cpp, transformers and the reader of `gguf` find our weights, logits, tokens and text."""
 
 import json
 from collections import Counter
@@ -12,18 +12,19 @@ from helpers import STORIES, TOK512
 import bpe
 import sample
 import tinygpt
-from extras import convert, formats, gguf, llama2c
+from extras import convert, formats, llama2c, llamacpp
 from extras.recipes import LLAMA
 
 TOKENIZER = bpe.Tokenizer.from_merges(bpe.train(STORIES * 3, 60))
 SHAPE = dict(vocab_size=TOKENIZER.vocab_size, seq_len=64, width=64, layers=2, heads=4, hidden=96)
 QWEN3 = LLAMA | dict(qk_norm=True, head_width=24)
 GPT2 = dict(seq_len=40, position_rows=48, hidden=72)
+HALF = dict(positions="rope-half")
 SAVED = {
     "llama": LLAMA | dict(kv_heads=2), "llama, untied": LLAMA | dict(tied=False, rope_theta=100.0, norm_eps=1e-3),
-    "llama, pairs D/2 apart": LLAMA | dict(positions="rope-half", kv_heads=1, vocab_size=TOKENIZER.vocab_size + 3),
+    "llama, pairs D/2 apart": LLAMA | HALF | dict(kv_heads=1, vocab_size=TOKENIZER.vocab_size + 3),
     "llama with biases": LLAMA | dict(qkv_bias=True, up_bias=True, down_bias=True),
-    "llama with all biases, pairs D/2 apart": LLAMA | dict.fromkeys(gguf.BIASES, True) | dict(positions="rope-half"),
+    "llama with all biases, pairs D/2 apart": LLAMA | dict.fromkeys([*llamacpp.BIASES], True) | HALF,
     "qwen3": QWEN3 | dict(positions="rope-half", heads=5),
     "qwen3, pairs of neighbours": QWEN3 | dict(kv_heads=2, head_width=16),
     "qwen3, norm after the embedding": QWEN3 | dict(embedding_norm=True),
@@ -88,7 +89,7 @@ def llama_cpp(path, parts=PARTS):
     return complete
 
 
-@pytest.mark.parametrize("dtype", gguf.DTYPES)
+@pytest.mark.parametrize("dtype", llamacpp.DTYPES)
 @pytest.mark.parametrize("name", SAVED)
 def test_llama_cpp_computes_our_logits_and_tells_our_text(name, dtype, tmp_path):
     cfg, flat, out = convert_model(tmp_path, SAVED[name], "--dtype", dtype)
@@ -105,7 +106,7 @@ def test_llama_cpp_never_samples_the_ids_that_we_do_not(tmp_path):
     p["head_w"][banned] = (
         3 * p["head_w"][log_probabilities(cfg, flat, PROMPT)[-1].argmax()]
     )  # the likeliest, were they not banned
-    gguf.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER)
+    llamacpp.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER)
     ids, theirs = llama_cpp(tmp_path / "a.gguf")(PROMPT, 6, cfg.vocab_size)
     assert theirs[0].argmax() in banned
     assert [i for i in ids if i != TOKENIZER.end] == greedy(cfg, flat, PROMPT, 6)
@@ -125,7 +126,7 @@ def test_llama_cpp_splits_a_prompt_by_gpt4s_pattern(tmp_path):
     plain = bpe.Tokenizer.from_merges(bpe.merge_pairs(counts, 200))
     tokenizer = formats.PatternTokenizer(plain.vocab, plain.merges, plain.specials, formats.CL100K_JSON)
     cfg, flat = model_of(LLAMA | dict(vocab_size=tokenizer.vocab_size))
-    gguf.save(tmp_path / "a.gguf", cfg, flat, tokenizer)
+    llamacpp.save(tmp_path / "a.gguf", cfg, flat, tokenizer)
     complete = llama_cpp(tmp_path / "a.gguf")
     for text in texts:
         ids = [tokenizer.end, *tokenizer.encode(text)][:60]
@@ -134,7 +135,7 @@ def test_llama_cpp_splits_a_prompt_by_gpt4s_pattern(tmp_path):
         assert np.array_equal(complete(text, 1, cfg.vocab_size)[1], complete(ids, 1, cfg.vocab_size)[1]), text
     other = formats.PatternTokenizer(plain.vocab, plain.merges, plain.specials, formats.CL100K)
     with pytest.raises(ValueError, match="llama.cpp has no name for the split pattern"):
-        gguf.save(tmp_path / "b.gguf", cfg, flat, other)
+        llamacpp.save(tmp_path / "b.gguf", cfg, flat, other)
 
 
 SPACED_TEXTS = [
@@ -170,16 +171,16 @@ def test_a_tokenizer_whose_joins_llama_cpp_would_not_make_is_refused():
     args = tokenizer.specials, tokenizer._byte_ids
     fewer = formats.SpacedTokenizer(tokenizer.vocab, tokenizer.merges[1:], *args)
     with pytest.raises(ValueError, match="are not joined here, but by llama.cpp"):
-        gguf.scores_of(fewer)
+        llamacpp.scores_of(fewer)
     part = formats.SpacedTokenizer([*tokenizer.vocab, b"\xe6\x97"], tokenizer.merges, *args)
     with pytest.raises(ValueError, match="is a part of a character, which llama.cpp does not have"):
-        gguf.scores_of(part)
+        llamacpp.scores_of(part)
 
 
 # -- the reader of `gguf`
 
 
-@pytest.mark.parametrize("dtype", gguf.DTYPES)
+@pytest.mark.parametrize("dtype", llamacpp.DTYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_the_reader_of_gguf_finds_our_weights(name, dtype, tmp_path):
     theirs = pytest.importorskip("gguf")
@@ -243,7 +244,7 @@ def test_transformers_opens_a_gguf_file(name, tmp_path):
 )
 def test_a_model_that_llama_cpp_does_not_compute_is_refused_by_what_differs(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        gguf.save(tmp_path / "a.gguf", *model_of(fields), TOKENIZER)
+        llamacpp.save(tmp_path / "a.gguf", *model_of(fields), TOKENIZER)
     assert not [*tmp_path.iterdir()]
 
 
@@ -251,15 +252,15 @@ def test_weights_beyond_float16_are_refused(tmp_path):
     cfg, flat = model_of(LLAMA)
     flat[7] = 1e5
     with pytest.raises(ValueError, match="a number is 1e\\+05, beyond float16; write --dtype float32"):
-        gguf.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER, "float16")
-    gguf.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER, "q8_0")  # its scale is 787
+        llamacpp.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER, "float16")
+    llamacpp.save(tmp_path / "a.gguf", cfg, flat, TOKENIZER, "q8_0")  # its scale is 787
 
 
 def test_halves_are_rounded_away_from_zero_as_the_format_does():
     x = np.zeros((1, 32), np.float32)
     x[0, :5] = 127, 0.5, -0.5, 1.5, 2.4999
-    assert gguf.quantized(x)[0, 2:].tolist()[:6] == [127, 1, -1, 2, 2, 0]
-    assert not gguf.quantized(np.zeros((2, 64), np.float32)).any()
+    assert llamacpp.quantized(x)[0, 2:].tolist()[:6] == [127, 1, -1, 2, 2, 0]
+    assert not llamacpp.quantized(np.zeros((2, 64), np.float32)).any()
 
 
 def test_a_mistake_of_the_command_is_one_line(tmp_path, capsys):
