@@ -145,10 +145,12 @@ def generate(decoding, ids, seed, stop, max_new_tokens, watch=None, **filters):
 
 # == 3  the model ======================================================================================================
 
+BOX = Path(__file__).with_name("stories.safetensors")  # the model in the box
+
 
 def newest_checkpoint(folder=Path("runs")):
-    """[the last checkpoint of the newest run], empty if there is none."""
-    return sorted(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)[-1:]
+    """[the last checkpoint of the newest run], without a run [BOX], empty if that is missing too."""
+    return sorted(folder.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime)[-1:] or [BOX] * BOX.exists()
 
 
 def load_model(path, tokenizer_path=None):
@@ -182,8 +184,7 @@ def open_model(path, tokenizer_path, prompt):
 
 def never_drawn(cfg, tokenizer):
     """Ids that are never sampled: reserved specials, and rows of the model beyond the tokenizer."""
-    beyond = range(tokenizer.vocab_size, cfg.vocab_size)
-    return [i for i in (*tokenizer.specials.values(), *beyond) if i != tokenizer.end]
+    return [*({*tokenizer.specials.values()} - {tokenizer.end}), *range(tokenizer.vocab_size, cfg.vocab_size)]
 
 
 # == 4  the story ======================================================================================================
@@ -269,8 +270,7 @@ def main(argv=None):
         ops = tinygpt.find_ops(args.kernels)  # says at once if they are not here
         if args.threads:
             tinygpt.set_threads(args.threads)
-        box = Path(__file__).with_name("stories.safetensors")  # the model in the box
-        if not (paths := args.checkpoint or newest_checkpoint() or [box] * box.exists()):
+        if not (paths := args.checkpoint or newest_checkpoint()):
             raise ValueError("no checkpoint in runs/; train a model first: python train.py --size 1m")
         if args.chat:
             return bpe.find_extra("chat", "--chat").run(args, paths)

@@ -23,7 +23,7 @@ def resume_run(args, ranks):
     """The run of --resume as it was at its last checkpoint; None if there is none. ValueError or OSError if it cannot
     continue."""
     newest, flags = sample.newest_checkpoint(), train.flags_given(args)
-    folder = args.out or (newest[0].parent if newest else None)
+    folder = args.out or (newest[0].parent if newest and newest[0] != sample.BOX else None)
     if not folder or not (folder / "last.safetensors").exists():
         if args.out and not flags:
             raise ValueError(f"{folder} has no checkpoint to go on with; name another, or flags to begin a run there")

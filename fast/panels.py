@@ -98,11 +98,14 @@ BF16_GRADIENT_BLOCKS = ((128, GRADIENT_WIDTH), (64, 128), (32, 64))
 
 
 @inlined
-def block_of(dw, block, shape):
-    """First and last + 1 row and column of block number `block` of dw, column after column."""
+def take_block(dw, block, shape, room):
+    """Block number `block` of dw, column after column -> its first row and column, a view, a copy in the room."""
     per_column = (dw.shape[0] + shape[0] - 1) // shape[0]
     k, m = block % per_column * shape[0], block // per_column * shape[1]
-    return k, min(k + shape[0], dw.shape[0]), m, min(m + shape[1], dw.shape[1])
+    view = dw[k : min(k + shape[0], dw.shape[0]), m : min(m + shape[1], dw.shape[1])]
+    copy, _ = carve(room, view.shape)
+    copy_rows(view, copy)
+    return k, m, view, copy
 
 
 @kernel
@@ -111,16 +114,15 @@ def weight_gradient_kernel(task, slot, shape, block_range, x_T, T, dy, dw, db, o
     += sum_n dy. A task owns some blocks of dw, block_range = (all, in a task), and db above the first of a column."""
     panel, room = thread_scratch(work, slot)
     for block in range(task * block_range[1], min((task + 1) * block_range[1], block_range[0])):
-        k, k_end, m, m_end = block_of(dw, block, shape)
-        block_of_dw, (c, _) = dw[k:k_end, m:m_end], carve(room, (k_end - k, m_end - m))
-        copy_rows(block_of_dw, c)
+        k, m, view, c = take_block(dw, block, shape, room)
+        height, width = c.shape
         for rows in range(len(x_T)):
             start, stop = block_rows(rows, T, x_T.shape[2])
-            dy_rows = dy[start:stop, m:m_end]
-            product(x_T[rows, k:k_end, : stop - start], dy_rows, c, True, panel)
+            dy_rows = dy[start:stop, m : m + width]
+            product(x_T[rows, k : k + height, : stop - start], dy_rows, c, True, panel)
             if k == 0 and db.size > 0:
-                product(ones[: stop - start].reshape(1, stop - start), dy_rows, db[:, m:m_end], True, panel)
-        copy_rows(c, block_of_dw)
+                product(ones[: stop - start].reshape(1, stop - start), dy_rows, db[:, m : m + width], True, panel)
+        copy_rows(c, view)
 
 
 @kernel
@@ -144,13 +146,12 @@ def packed_gradient_kernel(task, slot, shape, block_range, first, T, x_T, packed
     """dw (K, M) += x^T dy as above, of the row blocks of `pack_gradient_kernel`."""
     panel, room = thread_scratch(work, slot)
     for block in range(task * block_range[1], min((task + 1) * block_range[1], block_range[0])):
-        k, k_end, m, m_end = block_of(dw, block, shape)
-        block_of_dw, (c, _) = dw[k:k_end, m:m_end], carve(room, (k_end - k, m_end - m))
-        copy_rows(block_of_dw, c)
+        k, m, view, c = take_block(dw, block, shape, room)
         for rows in range(len(packed)):
             start, stop = block_rows(first + rows, T, x_T.shape[2])
-            product(x_T[first + rows, k:k_end, : stop - start], packed[rows, m // shape[1]], c, True, panel)
-        copy_rows(c, block_of_dw)
+            x_rows = x_T[first + rows, k : k + len(c), : stop - start]
+            product(x_rows, packed[rows, m // shape[1]], c, True, panel)
+        copy_rows(c, view)
 
 
 def weight_gradient(x_T, T, dy, dw, db, space):

@@ -226,7 +226,7 @@ def test_best_and_last_both_tell_stories(place, model):
 
 
 def test_the_model_in_the_box_tells_until_there_is_a_run(place, model, monkeypatch):
-    monkeypatch.setattr(sample, "__file__", str(place / "sample.py"))
+    monkeypatch.setattr(sample, "BOX", place / "stories.safetensors")
     shutil.copy(model.path, place / "stories.safetensors")
     _, _, err = invoke(sample.main, "--max-new-tokens", 1)
     assert err.startswith(str(place / "stories.safetensors"))
@@ -237,7 +237,7 @@ def test_the_model_in_the_box_tells_until_there_is_a_run(place, model, monkeypat
 
 
 def test_without_a_checkpoint_one_line_says_what_to_type(place, monkeypatch):
-    monkeypatch.setattr(sample, "__file__", str(place / "sample.py"))
+    monkeypatch.setattr(sample, "BOX", place / "stories.safetensors")
     assert "python train.py" in refusal(sample.main, "sample.py")
     Path("runs", "begun").mkdir(parents=True)
     assert "python train.py" in refusal(sample.main, "sample.py", "--prompt", "Lily")

@@ -394,9 +394,22 @@ def test_the_openai_package_works_unchanged(server, model):
 
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "BOX", tmp_path / "none.safetensors")
     assert "no checkpoint in runs/" in refusal(serve.main, "serve.py")
     assert "none.safetensors" in refusal(serve.main, "serve.py", "--checkpoint", "none.safetensors")
     assert "out of range" in invoke(serve.main, "--port", 70000)[2]
+
+
+def test_without_a_run_it_serves_the_model_in_the_box(tmp_path):
+    words = [sys.executable, ROOT / "extras" / "serve.py", "--port", "0", "--kernels", "numpy"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, cwd=tmp_path, text=True) as process:
+        try:
+            port = int([process.stderr.readline() for _ in range(2)][1].split("  ")[0].rsplit(":", 1)[1])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/v1/models")
+            assert json.loads(connection.getresponse().read())["data"][0]["id"] == "stories"
+        finally:
+            process.kill()
 
 
 def test_it_starts_from_a_checkpoint_and_names_it_by_its_run(tmp_path, model):
